@@ -1,0 +1,29 @@
+"""Arithmetic with written steps: the first thing to run.
+
+  python -m rlax_llm.train --config=configs/quickstart.py --workdir=DIR
+"""
+
+from rlax_llm.config import Config
+
+
+def get_config() -> Config:
+  """Returns the quickstart's config."""
+  config = Config()
+  config.num_steps = 150
+  config.task.name = 'chain_sum'
+  config.task.options = dict(min_terms=3, max_terms=6, min_digits=1, max_digits=1)
+  config.task.prompt_format = 'short'
+  config.task.answer_format = 'after_equals'
+  config.task.prompts_per_step = 32
+  config.model.tokenizer = '0123456789+-*/=() '
+  config.model.layers = 4
+  config.model.width = 128
+  config.model.mlp_width = 384
+  config.sft.steps = 300
+  config.sft.sequences_per_step = 128
+  config.rollout.prompt_length = 16
+  config.rollout.max_new_tokens = 48
+  config.rollout.slots = 256
+  config.control.draft_max_rows = 32
+  config.evaluate.problems = 1024
+  return config

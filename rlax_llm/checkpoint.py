@@ -1,0 +1,284 @@
+# Copyright 2026 The rlax_llm Authors. Apache-2.0 licence.
+"""Checkpoints: Orbax underneath, every byte verified before it is used.
+
+workdir/checkpoints/STEP holds two items: `state`, the device pytree, and
+`host`, a JSON object with the host-side state, the description of every leaf
+and the SHA-256 of both. `restore` takes the newest step whose content matches
+its digests; a later one that does not is named and passed over.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from types import TracebackType
+from typing import Any, Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rlax_llm.config import ConfigError
+
+FOLDER = 'checkpoints'
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+  """Yields (path, leaf) in path order, whatever the containers are."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  named = [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
+           for path, leaf in flat]
+  return iter(sorted(named, key=lambda item: item[0]))
+
+
+def digest_arrays(tree: Any) -> str:
+  """SHA-256 over the leaves of a pytree: path, dtype, shape and bytes.
+
+  Args:
+    tree: arrays of any dtype; sharded ones must be addressable as a whole.
+
+  Returns:
+    64 hexadecimal digits. Leaves are taken in path order, so dicts,
+    dataclasses and named tuples with the same names have the same digest.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in _leaves(tree):
+    array = np.asarray(leaf)
+    digest.update(f'{path} {array.dtype.name} {array.shape}\n'.encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+class Checkpoints:
+  """The checkpoints of one workdir."""
+
+  def __init__(self,
+               workdir: str | os.PathLike[str],
+               *,
+               keep: int = 2,
+               warn: Callable[[str], None] | None = None) -> None:
+    """Opens workdir/checkpoints; makes it on the first save.
+
+    Args:
+      workdir: the run's folder.
+      keep: how many of the newest checkpoints stay; at least 1.
+      warn: receives one line per restore that passed over a checkpoint; None:
+        stderr does.
+
+    Raises:
+      ConfigError: `keep` is below 1.
+    """
+    if keep < 1:
+      raise ConfigError(f'checkpoint.keep is {keep}; it must be at least 1')
+    self._root = pathlib.Path(workdir).absolute() / FOLDER
+    self._keep, self._warn = keep, warn or _to_stderr
+    self._manager: ocp.CheckpointManager | None = None
+    self._unreadable: list[int] = []
+    self._saved = False
+
+  def steps(self) -> list[int]:
+    """Returns the steps that have a checkpoint, ascending, readable or not."""
+    if not self._root.is_dir():
+      return []
+    return sorted(int(p.name) for p in self._root.iterdir() if p.name.isdigit())
+
+  def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
+    """Begins to save; returns once `state` may be donated.
+
+    Args:
+      step: names the checkpoint; above every step saved before.
+      state: pytree of arrays.
+      host: JSON-able dict with string keys throughout.
+
+    Raises:
+      ValueError: `host` would not come back from JSON as it is, or the step
+        exists already.
+    """
+    _check_keys(host, 'host')
+    if not self._saved:
+      self._clear()
+      self._saved = True
+    record = {
+        'leaves': _describe(state),
+        'state_sha256': digest_arrays(state),
+        'host': host,
+    }
+    record['record_sha256'] = _digest_json(record)
+    if not self._open().save(step,
+                             args=ocp.args.Composite(
+                                 state=ocp.args.StandardSave(state),
+                                 host=ocp.args.JsonSave(record))):
+      raise ValueError(f'step {step} cannot be saved: {self._root} holds steps '
+                       f'{self.steps()}; steps must grow')
+
+  def restore(self, abstract_state: Any) -> tuple[int, Any, Any] | None:
+    """Reads the newest checkpoint that is whole.
+
+    Args:
+      abstract_state: pytree of `jax.ShapeDtypeStruct` (or arrays) as `state`
+        was; their shardings place what is read.
+
+    Returns:
+      (step, state, host), or None where nothing was ever saved.
+
+    Raises:
+      ConfigError: checkpoints exist and none is whole, or the newest whole one
+        is of another model; names the first leaf that differs.
+    """
+    self.wait()
+    failures: list[str] = []
+    for step in reversed(self.steps()):
+      path = self._root / str(step)
+      found, reason = self._attempt(step, abstract_state)
+      if found is None:
+        failures.append(f'{path} is unreadable ({reason})')
+        self._unreadable.append(step)
+        continue
+      if failures:
+        self._warn(f'{"; ".join(failures)}; using {path} instead')
+      return step, *found
+    if failures:
+      raise ConfigError(
+          f'no checkpoint can be used: {"; ".join(failures)}; give another '
+          f'--workdir, or delete {self._root} to start again')
+    return None
+
+  def wait(self) -> None:
+    """Returns once every save has reached the disk; raises if one failed."""
+    if self._manager:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits, then lets go of the folder."""
+    if self._manager:
+      self.wait()
+      self._manager.close()
+      self._manager = None
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None,
+               error: BaseException | None,
+               trace: TracebackType | None) -> None:
+    self.close()
+
+  def _open(self) -> ocp.CheckpointManager:
+    if self._manager is None:
+      self._manager = ocp.CheckpointManager(
+          self._root,
+          item_names=('state', 'host'),
+          options=ocp.CheckpointManagerOptions(max_to_keep=self._keep))
+    return self._manager
+
+  def _clear(self) -> None:
+    """Makes room for the steps to come; reading alone changes no file."""
+    self.close()
+    for step in self._unreadable:
+      path = self._root / str(step)
+      target = path.with_name(f'{step}.unreadable')
+      if path.exists():
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+    self._unreadable.clear()
+    for left_over in self._root.glob('*.orbax-checkpoint-tmp*'):
+      shutil.rmtree(left_over, ignore_errors=True)
+
+  def _attempt(self, step: int,
+               abstract_state: Any) -> tuple[tuple[Any, Any] | None, str]:
+    """Returns ((state, host), ''), or (None, why it cannot be read)."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_pass_on, hook)
+    try:
+      found = self._read(step, abstract_state)
+    except ConfigError:
+      sys.unraisablehook = hook
+      raise
+    except Exception as e:  # Orbax raises whatever its readers raise.
+      # The new hook stays: what it is for may come at any later time.
+      text = ' '.join(str(e).split()).split(' See full TensorStore')[0]
+      return None, f'{type(e).__name__}: {text[:200]}'
+    sys.unraisablehook = hook
+    return found, ''
+
+  def _read(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
+    manager = self._open()
+    args = ocp.args.Composite(host=ocp.args.JsonRestore())
+    record = manager.restore(step, args=args).host
+    expected = record.pop('record_sha256')
+    if _digest_json(record) != expected:
+      raise ValueError('the digest of the host state does not match')
+    _check_leaves(self._root / str(step), record['leaves'],
+                  _describe(abstract_state))
+    abstract = jax.tree.map(_abstract, abstract_state)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    state = manager.restore(step, args=args).state
+    if digest_arrays(state) != record['state_sha256']:
+      raise ValueError('the digest of the arrays does not match')
+    return state, record['host']
+
+
+def _to_stderr(line: str) -> None:
+  print(f'warning: {line}', file=sys.stderr, flush=True)
+
+
+def _pass_on(hook: Callable[[Any], Any], unraisable: Any) -> None:
+  """Calls `hook`, except for what a failed read leaves behind.
+
+  When one array cannot be read, Orbax closes its event loop under the reads of
+  the others; each would print a traceback in the middle of the run.
+  """
+  code = getattr(unraisable.object, 'cr_code', None)
+  abandoned = code is not None and 'orbax' in code.co_filename
+  closed = (isinstance(unraisable.exc_value, RuntimeError) and
+            'Event loop is closed' in str(unraisable.exc_value))
+  if not (abandoned or closed):
+    hook(unraisable)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  # Without one Orbax would place the array as the saving machine did.
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+  """Returns path -> 'dtype[shape]' of every leaf."""
+  return {
+      path: f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+      for path, leaf in _leaves(tree)
+  }
+
+
+def _check_leaves(path: pathlib.Path, saved: Mapping[str, str],
+                  wanted: Mapping[str, str]) -> None:
+  for name in sorted(saved.keys() | wanted.keys()):
+    there, here = saved.get(name, 'absent'), wanted.get(name, 'absent')
+    if there != here:
+      raise ConfigError(
+          f'checkpoint {path} is of another model: {name} is {there} there and '
+          f'{here} in this config; give that model\'s config or another '
+          '--workdir')
+
+
+def _digest_json(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _check_keys(value: Any, path: str) -> None:
+  """Refuses keys that JSON would turn into strings without a word."""
+  if isinstance(value, Mapping):
+    for key, item in value.items():
+      if not isinstance(key, str):
+        raise ValueError(f'{path} has the key {key!r}; JSON keeps only strings')
+      _check_keys(item, f'{path}.{key}')
+  elif isinstance(value, (list, tuple)):
+    for i, item in enumerate(value):
+      if isinstance(item, (Mapping, list, tuple)):
+        _check_keys(item, f'{path}[{i}]')

@@ -1,0 +1,448 @@
+"""Typed configuration: sections, defaults, units, and `validate`.
+
+A config file defines `get_config() -> Config`. Command lines override single
+fields (`--config.learning.learning_rate=1e-4`); unknown names and wrong types
+are refused by `rlax_llm.flags`. `validate` checks every fact that spans
+fields and returns a frozen, hashable copy, which is what jitted functions
+receive as a static argument.
+"""
+
+import copy
+import dataclasses
+import difflib
+from typing import Any, Iterator, Mapping
+
+
+class ConfigError(ValueError):
+  """A user's mistake: entrypoints report it in one line and exit with 2."""
+
+
+class FrozenDict(Mapping[str, Any]):
+  """A read-only, hashable mapping; what a config's dict fields freeze to."""
+
+  def __init__(self, items: Mapping[str, Any]) -> None:
+    self._items = {k: freeze(v) for k, v in items.items()}
+
+  def __getitem__(self, name: str) -> Any:
+    return self._items[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._items)
+
+  def __len__(self) -> int:
+    return len(self._items)
+
+  def __hash__(self) -> int:
+    return hash(tuple(sorted(self._items.items())))
+
+  def __eq__(self, other: object) -> bool:
+    if isinstance(other, Mapping):
+      return self._items == dict(other)
+    return NotImplemented
+
+  def __repr__(self) -> str:
+    return repr(self._items)
+
+
+class Section:
+  """Base of the config dataclasses: mutable until frozen, then hashable."""
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    if self.__dict__.get('_frozen'):
+      raise dataclasses.FrozenInstanceError(
+          f'{type(self).__name__}.{name} cannot change: the config is frozen; '
+          'copy the unvalidated one')
+    object.__setattr__(self, name, value)
+
+
+def freeze(value: Any) -> Any:
+  """Returns a deeply frozen, hashable copy of a section or a field."""
+  if isinstance(value, Section):
+    frozen = copy.copy(value)
+    for field in dataclasses.fields(frozen):  # type: ignore[arg-type]
+      object.__setattr__(frozen, field.name, freeze(getattr(value,
+                                                             field.name)))
+    object.__setattr__(frozen, '_frozen', True)
+    return frozen
+  if isinstance(value, Mapping):
+    return FrozenDict(value)
+  if isinstance(value, (list, tuple)):
+    return tuple(freeze(item) for item in value)
+  return value
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class AlgorithmConfig(Section):
+  """Which objective. A field left at None takes the preset's value.
+
+  The presets are the entries of `learning/algorithms.py`.
+  """
+  name: str = 'grpo'
+  advantage: str | None = None  # group | group_centred | leave_one_out
+  loss: str | None = None  # clipped | reinforce
+  divergence: str | None = None  # k1 | k2 | k3, against the reference
+  kl_coefficient: float | None = None
+  reduction: str | None = None  # a name of ops.masking.REDUCTIONS
+  clip_low: float | None = None  # ratios below 1 - clip_low are clipped
+  clip_high: float | None = None  # ratios above 1 + clip_high are clipped
+  entropy_coefficient: float | None = None
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class TaskConfig(Section):
+  """Which problems, how they are put to the model, how they are verified."""
+  # A reasoning-gym name, 'jsonl', 'mixture', or 'module:Class' of your own.
+  name: str = 'chain_sum'
+  # Arguments of the reasoning-gym dataset; for a mixture, by task name.
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # mixture: task name -> weight.
+  mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  prompts_per_step: int = 32  # B
+  # Distinct training prompts; they recur, reshuffled, epoch after epoch.
+  # 0: every step has new problems.
+  epoch_prompts: int = 0
+  # question: the task's own text; short: only the expression (arithmetic).
+  prompt_format: str = 'question'
+  # Where the answer stands in a completion: tag (the last <answer>...
+  # </answer>), last_line, after_equals (behind the last '='), all.
+  answer_format: str = 'tag'
+  # Appended to every prompt after a line break; tells a pretrained model the
+  # answer format.
+  instruction: str = ''
+  # jsonl: the file, and the held-out file ('': split by the question's hash).
+  path: str = ''
+  held_out_path: str = ''
+  match: str = 'numeric'  # jsonl: numeric | exact
+  verifier_processes: int = 1
+  verifier_seconds: float = 4.0  # CPU seconds for one sample
+  # Control experiment: shuffle rewards among the samples of a step.
+  permute_rewards: bool = False
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ModelConfig(Section):
+  """A decoder-only transformer: Llama, Qwen2 and Qwen3 are settings of it."""
+  # bytes, or the string of characters that is the whole alphabet.
+  tokenizer: str = 'bytes'
+  vocabulary: int = 0  # 0: the tokenizer's
+  layers: int = 4
+  width: int = 128
+  heads: int = 4
+  kv_heads: int = 2
+  head_dim: int = 0  # 0: width / heads
+  mlp_width: int = 512
+  max_positions: int = 4096
+  rope_theta: float = 10000.0
+  norm_epsilon: float = 1e-6
+  qkv_bias: bool = False  # Qwen2
+  qk_norm: bool = False  # Qwen3
+  tied_head: bool = True
+  init_scale: float = 1.0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class SFTConfig(Section):
+  """The supervised warm start on the task's written-step traces."""
+  steps: int = 0
+  sequences_per_step: int = 128
+  learning_rate: float = 2e-3
+  warmup_steps: int = 20
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RolloutConfig(Section):
+  """How completions are generated. Only the first block affects tokens."""
+  samples_per_prompt: int = 8  # G
+  max_new_tokens: int = 128  # T
+  prompt_length: int = 64  # P: the longest prompt admitted, tokens
+  temperature: float = 1.0
+  top_k: int = 0  # 0: off
+  top_p: float = 1.0
+  min_p: float = 0.0
+
+  # Speed values: none of these changes a token.
+  slots: int = 64  # N: rows decoded together
+  drafter: str = 'prompt_lookup'  # none | prompt_lookup
+  width: int = 4  # W: nodes verified in one forward; 1: no speculation
+  segment_forwards: int = 32  # forwards between two boundaries, at most
+  min_capacity: int = 64  # S starts here and doubles
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ControlConfig(Section):
+  """What the engine decides at segment boundaries. Speed values only."""
+  # With requests pending, a segment ends when this share of rows is done.
+  refill_threshold: float = 0.25
+  compact: bool = True  # halve N when half of the rows are done
+  min_slots: int = 8  # compaction stops here
+  # Draft only when at most this many rows are decoded together: on a busy
+  # batch the extra nodes cost more than they save. 0: always draft.
+  draft_max_rows: int = 0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class PrecisionConfig(Section):
+  """Dtypes: of stored parameters, of the trunk's maths, of the head's."""
+  parameters: str = 'float32'
+  compute: str = 'float32'
+  head: str = 'float32'
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LearningConfig(Section):
+  """The optimizer step."""
+  learning_rate: float = 1e-3
+  schedule: str = 'constant'  # constant | linear | cosine, over num_steps
+  warmup_steps: int = 0  # optimizer steps
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  epsilon: float = 1e-8
+  max_grad_norm: float = 1.0
+  minibatches: int = 1  # optimizer steps for one batch of rollouts
+  # recompute: by DESIGN's rule; sampler: the behaviour log-probabilities.
+  old_logprobs: str = 'recompute'
+  row_length: int = 0  # L, tokens of a packed row; 0: chosen from P + T
+  microbatch_rows: int = 8  # rows in one forward and backward pass
+  score_chunk: int = 2048  # positions whose logits exist at one time
+  remat: bool = False  # recompute each layer in the backward pass
+  precision: PrecisionConfig = dataclasses.field(
+      default_factory=PrecisionConfig)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MeshConfig(Section):
+  """Devices by axis."""
+  data: int = 0  # 0: every device
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class CheckpointConfig(Section):
+  """When to save, how much to keep."""
+  every: int = 50  # steps; 0: only at the end
+  keep: int = 2
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class EvaluateConfig(Section):
+  """Accuracy on held-out problems."""
+  every: int = 0  # steps; 0: only before and after RL
+  problems: int = 256
+  samples: int = 1  # per problem; pass@k for every power of two up to it
+  temperature: float = 1.0
+  top_p: float = 1.0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Config(Section):
+  """Everything a run depends on."""
+  seed: int = 0
+  num_steps: int = 100
+  deterministic: bool = False  # GPU: bit-reproducible kernels, slower
+  algorithm: AlgorithmConfig = dataclasses.field(
+      default_factory=AlgorithmConfig)
+  task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+  rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+  control: ControlConfig = dataclasses.field(default_factory=ControlConfig)
+  learning: LearningConfig = dataclasses.field(default_factory=LearningConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(
+      default_factory=CheckpointConfig)
+  evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+
+# What the string fields may hold; the modules that implement them are tested
+# against these.
+DRAFTERS = ('none', 'prompt_lookup')
+_CHOICES = {
+    'task.prompt_format': ('question', 'short'),
+    'task.answer_format': ('tag', 'last_line', 'after_equals', 'all'),
+    'task.match': ('numeric', 'exact'),
+    'rollout.drafter': DRAFTERS,
+    'learning.schedule': ('constant', 'linear', 'cosine'),
+    'learning.old_logprobs': ('recompute', 'sampler'),
+    'learning.precision.parameters': ('float32', 'bfloat16'),
+    'learning.precision.compute': ('float32', 'bfloat16'),
+    'learning.precision.head': ('float32', 'bfloat16'),
+}
+_AT_LEAST: dict[str, float] = {
+    'num_steps': 0,
+    'task.prompts_per_step': 1,
+    'task.epoch_prompts': 0,
+    'task.verifier_processes': 1,
+    'model.layers': 1,
+    'model.width': 1,
+    'model.heads': 1,
+    'model.kv_heads': 1,
+    'model.head_dim': 0,
+    'model.mlp_width': 1,
+    'model.vocabulary': 0,
+    'sft.steps': 0,
+    'sft.sequences_per_step': 1,
+    'sft.warmup_steps': 0,
+    'rollout.samples_per_prompt': 1,
+    'rollout.max_new_tokens': 1,
+    'rollout.prompt_length': 1,
+    'rollout.slots': 1,
+    'rollout.width': 1,
+    'rollout.segment_forwards': 1,
+    'rollout.min_capacity': 1,
+    'control.min_slots': 1,
+    'control.draft_max_rows': 0,
+    'learning.warmup_steps': 0,
+    'learning.minibatches': 1,
+    'learning.row_length': 0,
+    'learning.microbatch_rows': 1,
+    'learning.score_chunk': 1,
+    'learning.weight_decay': 0,
+    'mesh.data': 0,
+    'checkpoint.every': 0,
+    'checkpoint.keep': 1,
+    'evaluate.every': 0,
+    'evaluate.problems': 1,
+    'evaluate.samples': 1,
+    'evaluate.temperature': 0,
+}
+_ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
+               'learning.max_grad_norm', 'learning.epsilon',
+               'task.verifier_seconds', 'model.rope_theta',
+               'model.norm_epsilon', 'model.init_scale',
+               'control.refill_threshold')
+
+
+def _get(config: Config, path: str) -> Any:
+  value: Any = config
+  for name in path.split('.'):
+    value = getattr(value, name)
+  return value
+
+
+def validate(config: Config) -> Config:
+  """Checks every fact that one config can be checked for.
+
+  Args:
+    config: as a config file returned it.
+
+  Returns:
+    A frozen, hashable copy.
+
+  Raises:
+    ConfigError: one line that names the value, the limit and the way out.
+  """
+  for path, choices in _CHOICES.items():
+    if _get(config, path) not in choices:
+      raise ConfigError(
+          f'{path}={_get(config, path)!r} is unknown'
+          f'{nearest(str(_get(config, path)), choices)}; it is one of '
+          f'{", ".join(choices)}')
+  for path, least in _AT_LEAST.items():
+    if not _get(config, path) >= least:
+      raise ConfigError(
+          f'{path}={_get(config, path)} must be at least {least}')
+  for path in _ABOVE_ZERO:
+    if not 0 < _get(config, path) < float('inf'):
+      raise ConfigError(f'{path}={_get(config, path)} must be above 0')
+  _validate_model(config.model)
+  _validate_rollout(config.rollout, config.model)
+  if not 0 < config.evaluate.top_p <= 1:
+    raise ConfigError(
+        f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
+  if config.control.refill_threshold > 1:
+    raise ConfigError(
+        f'control.refill_threshold={config.control.refill_threshold} is a '
+        'share of the slots; it must be at most 1')
+  if config.task.prompts_per_step % config.learning.minibatches:
+    raise ConfigError(
+        f'task.prompts_per_step={config.task.prompts_per_step} is not '
+        f'divisible by learning.minibatches={config.learning.minibatches}; '
+        'every optimizer step takes whole groups')
+  longest = config.rollout.prompt_length + config.rollout.max_new_tokens
+  if 0 < config.learning.row_length < longest:
+    raise ConfigError(
+        f'learning.row_length={config.learning.row_length} cannot hold a '
+        f'prompt of {config.rollout.prompt_length} and '
+        f'{config.rollout.max_new_tokens} new tokens; use at least {longest}, '
+        'or 0 to have it chosen')
+  return freeze(config)
+
+
+def _validate_model(model: ModelConfig) -> None:
+  if model.heads % model.kv_heads:
+    raise ConfigError(f'model.heads={model.heads} is not divisible by '
+                      f'model.kv_heads={model.kv_heads}')
+  if not model.head_dim and model.width % model.heads:
+    raise ConfigError(
+        f'model.width={model.width} is not divisible by '
+        f'model.heads={model.heads}; change one or set model.head_dim')
+  head_dim = model.head_dim or model.width // model.heads
+  if head_dim % 2:
+    raise ConfigError(f'the head dimension is {head_dim}; rotary positions '
+                      'need an even one')
+
+
+def _validate_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
+  if not rollout.temperature > 0:
+    raise ConfigError(
+        f'rollout.temperature={rollout.temperature} cannot train: a greedy '
+        'law has no gradient; use a value above 0 (evaluate.temperature may '
+        'be 0)')
+  if rollout.top_p != 1 or rollout.top_k != 0 or rollout.min_p != 0:
+    raise ConfigError(
+        f'rollout.top_p={rollout.top_p}, top_k={rollout.top_k}, '
+        f'min_p={rollout.min_p}: training needs 1, 0, 0, because a truncated '
+        'law gives tokens outside of it log-probability -inf as soon as the '
+        'policy moves; use evaluate.top_p for evaluation')
+  total = rollout.prompt_length + rollout.max_new_tokens + rollout.width
+  if total > model.max_positions:
+    raise ConfigError(
+        f'rollout.prompt_length {rollout.prompt_length} + max_new_tokens '
+        f'{rollout.max_new_tokens} + width {rollout.width} = {total} exceed '
+        f'model.max_positions={model.max_positions}; shorten one of them')
+
+
+def to_dict(config: Any) -> Any:
+  """Returns the config as plain dicts, lists and scalars, for JSON."""
+  if isinstance(config, Section):
+    return {
+        f.name: to_dict(getattr(config, f.name))
+        for f in dataclasses.fields(config)  # type: ignore[arg-type]
+    }
+  if isinstance(config, Mapping):
+    return {k: to_dict(v) for k, v in config.items()}
+  if isinstance(config, (list, tuple)):
+    return [to_dict(v) for v in config]
+  return config
+
+
+def nearest(name: str, names: Any) -> str:
+  """Returns a 'did you mean' clause for an unknown name, or ''."""
+  close = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
+  return f'; did you mean {" or ".join(map(repr, close))}?' if close else ''
+
+
+def from_dict(items: Mapping[str, Any]) -> Config:
+  """Returns the config that `to_dict` took apart; not yet validated.
+
+  Args:
+    items: what manifest.json holds as its config.
+
+  Raises:
+    ConfigError: if a field is unknown, as after an upgrade.
+  """
+
+  def fill(section: Any, values: Mapping[str, Any], path: str) -> None:
+    for name, value in values.items():
+      if not hasattr(section, name):
+        raise ConfigError(f'the recorded config has the unknown field '
+                          f'{path}{name}; it is of another version')
+      current = getattr(section, name)
+      if isinstance(current, Section):
+        fill(current, value, f'{path}{name}.')
+      else:
+        setattr(section, name, value)
+
+  config = Config()
+  fill(config, items, '')
+  return config

@@ -1,0 +1,1 @@
+"""Drafters: pure functions that guess the coming tokens."""

@@ -1,0 +1,105 @@
+"""The drafter interface, and the two drafters that need no state."""
+
+import functools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlax_llm.types import Array
+from rlax_llm.types import DraftTree
+from rlax_llm.types import Params
+from rlax_llm.types import Slots
+from rlax_llm.types import UNUSED
+
+
+class Drafter(NamedTuple):
+  """A drafter as data: functions of explicit state. Hashable, static.
+
+  A draft is a hint. Verification takes the target's own tokens, so nothing
+  that a drafter does can change what is sampled.
+
+  Attributes:
+    init: (params, slots) -> state; a pytree of arrays, or ().
+    propose: (params, state, slots) -> (DraftTree, state). Node 0 of each tree
+      is the row's last token; W is the width the drafter was made for.
+      `parents` may be int32[W] when all rows share it (every chain).
+    observe: (params, state, path, hidden) -> state, after the commit; hidden
+      is [N, W, D] at the nodes of the tree.
+    width: W, nodes of a tree.
+  """
+  init: Callable[[Params, Slots], Any]
+  propose: Callable[[Params, Any, Slots], tuple[DraftTree, Any]]
+  observe: Callable[[Params, Any, Any, Array], Any]
+  width: int
+
+
+def chain_parents(width: int) -> Array:
+  """Returns int32[W], the parents of a chain: UNUSED, 0, 1, ..., W - 2."""
+  return jnp.arange(width, dtype=jnp.int32) - 1
+
+
+assert UNUSED == -1  # The root of a chain comes out of the arithmetic above.
+
+
+def last_tokens(slots: Slots) -> Array:
+  """Returns int32[N], the last committed token of each row."""
+  rows = jnp.arange(slots.length.shape[0])
+  return slots.text[rows, jnp.maximum(slots.length - 1, 0)]
+
+
+def stateless(propose: Callable[[Slots], DraftTree], width: int) -> Drafter:
+  """Returns a drafter whose trees are a function of the slots alone."""
+  return Drafter(init=lambda params, slots: (),
+                 propose=lambda params, state, slots: (propose(slots), state),
+                 observe=lambda params, state, path, hidden: state,
+                 width=width)
+
+
+@functools.cache  # Equal arguments give the same, hence equal, static value.
+def no_drafter() -> Drafter:
+  """Returns the drafter of W = 1: the root alone, which is plain sampling."""
+
+  def propose(slots: Slots) -> DraftTree:
+    return DraftTree(tokens=last_tokens(slots)[:, None],
+                     parents=chain_parents(1))
+
+  return stateless(propose, 1)
+
+
+@functools.cache
+def prompt_lookup(width: int, *, max_match: int = 4) -> Drafter:
+  """Drafts what followed the longest earlier match of the row's last tokens.
+
+  The suffix of the row (at most `max_match` tokens) is looked for in the
+  row's own prompt and completion; the longest match wins, the latest among
+  equals; the draft is the chain of the W - 1 tokens behind it. No match: the
+  draft repeats garbage, which verification rejects. Prompt lookup decoding,
+  https://github.com/apoorvumang/prompt-lookup-decoding.
+
+  Args:
+    width: W >= 2.
+    max_match: longest suffix compared, tokens.
+  """
+
+  def one(text: Array, length: Array) -> Array:
+    capacity = text.shape[0]
+    end = jnp.arange(capacity)  # the match ends at this token, inclusive
+    matched = jnp.zeros(capacity, jnp.int32)
+    alive = end < length - 1
+    for back in range(max_match):
+      wanted = text[jnp.maximum(length - 1 - back, 0)]
+      here = jnp.roll(text, back)  # here[i] = text[i - back]
+      alive = alive & (here == wanted) & (end >= back)
+      matched = matched + alive
+    # Longest first, latest among equals; capacity bounds the tie-break.
+    best = jnp.argmax(matched * capacity + end)
+    draft = text[jnp.minimum(best + 1 + jnp.arange(width - 1), capacity - 1)]
+    last = text[jnp.maximum(length - 1, 0)]
+    return jnp.concatenate([last[None], draft])
+
+  def propose(slots: Slots) -> DraftTree:
+    return DraftTree(tokens=jax.vmap(one)(slots.text, slots.length),
+                     parents=chain_parents(width))
+
+  return stateless(propose, width)

@@ -1,0 +1,110 @@
+"""Accuracy on held-out problems: avg@k and the unbiased pass@k.
+
+  python -m rlax_llm.evaluate --config=configs/quickstart.py --workdir=DIR
+"""
+
+import json
+import sys
+from typing import Sequence
+
+import numpy as np
+
+from rlax_llm import executables
+from rlax_llm import flags
+from rlax_llm import manifest
+from rlax_llm.config import Config
+from rlax_llm.config import ConfigError
+from rlax_llm.config import to_dict
+from rlax_llm.ops import metrics as metric_ops
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.run import make_run
+from rlax_llm.run import Run
+from rlax_llm.tasks import task as tasks
+from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.types import EVALUATE
+from rlax_llm.types import Params
+
+
+def held_out_problems(run: Run) -> list[tasks.Problem]:
+  """Returns the held-out problems of the config, the same at every call."""
+  count = run.config.evaluate.problems
+  available = run.task.num_problems('held_out')
+  if available is not None and available < count:
+    raise ConfigError(f'evaluate.problems={count}, but the task has {available} '
+                      'held-out problems; lower it')
+  return [run.task.problem('held_out', i) for i in range(count)]
+
+
+def evaluation_sampling(run: Run) -> Sampling:
+  """Returns the law that answers are sampled from."""
+  e = run.config.evaluate
+  return Sampling(temperature=e.temperature, top_p=e.top_p)
+
+
+def summarize(correct: np.ndarray) -> dict[str, float]:
+  """Returns avg@k as `evaluate/accuracy` and pass@k for k = 2, 4, ...
+
+  Args:
+    correct: bool[problems, k].
+  """
+  samples = correct.shape[1]
+  values = {'evaluate/accuracy': float(np.mean(correct))}
+  k = 2
+  while k <= samples:
+    values[f'evaluate/pass_at_{k}'] = float(
+        np.mean([
+            metric_ops.pass_at_k(samples, int(row.sum()), k) for row in correct
+        ]))
+    k *= 2
+  return values
+
+
+def evaluate(run: Run, engine: RolloutEngine, params: Params,
+             verifier: Verifier,
+             problems: Sequence[tasks.Problem]) -> dict[str, float]:
+  """Samples and verifies every problem `evaluate.samples` times.
+
+  The noise is that of the problem, not of the training step: two evaluations
+  of one run are paired, which takes most of the noise out of their
+  difference.
+
+  Args:
+    run: the run.
+    engine: of the evaluation's law.
+    params: the policy's.
+    verifier: scores completions.
+    problems: from `held_out_problems`.
+
+  Returns:
+    The metrics of `summarize`.
+  """
+  samples = run.config.evaluate.samples
+  requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
+  rollouts, _ = engine.generate(params, requests, RolloutState())
+  texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
+  repeated = [problem for problem in problems for _ in range(samples)]
+  scores = verifier.score(repeated, texts)
+  return summarize((scores.rewards == 1.0).reshape(len(problems), samples))
+
+
+def main(argv: list[str]) -> None:
+  """Evaluates the newest checkpoint and prints one JSON line."""
+  del argv
+  config: Config = _CONFIG.value
+  run = make_run(config)
+  manifest.check_workdir(_WORKDIR.value, to_dict(run.config))
+  executables.enable_compilation_cache()
+  step, state, _ = run.restore(_WORKDIR.value)
+  with Verifier(run.config.task, run.config.seed) as verifier:
+    values = evaluate(run, run.engine(evaluation_sampling(run)), state.params,
+                      verifier, held_out_problems(run))
+  json.dump({'step': step, **values}, sys.stdout)
+  print()
+
+
+if __name__ == '__main__':
+  _CONFIG = flags.DEFINE_config()
+  _WORKDIR = flags.DEFINE_workdir()
+  flags.run(main)

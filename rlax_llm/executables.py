@@ -1,0 +1,99 @@
+"""Compiled functions by key: each is compiled once, counted and timed."""
+
+import os
+from typing import Any, Callable, Hashable
+
+import jax
+
+
+class ExecutablePool:
+  """Compiles lazily, ahead of the call, and never the same key twice.
+
+  A key names everything that a function's shapes depend on. Calling a key
+  again with other shapes raises instead of compiling again, so a shape that
+  leaks into a loop is found at once.
+  """
+
+  def __init__(self, clock: Callable[[], float]) -> None:
+    self._clock = clock
+    self._compiled: dict[Hashable, Any] = {}
+    self.seconds = 0.0  # spent tracing, lowering and compiling
+
+  @property
+  def count(self) -> int:
+    return len(self._compiled)
+
+  def keys(self) -> list[Hashable]:
+    return list(self._compiled)
+
+  def __call__(self, key: Hashable, function: Callable, *args: Any,
+               **jit_options: Any) -> Any:
+    """Runs `jit(function, **jit_options)(*args)`, compiling it if need be.
+
+    Args:
+      key: what the shapes and the function depend on.
+      function: a pure function of arrays; traced only at the key's first use.
+      *args: its arguments.
+      **jit_options: as for `jax.jit`.
+
+    Returns:
+      What the function returns.
+
+    Raises:
+      TypeError: if the key was compiled for other shapes or dtypes.
+    """
+    if key not in self._compiled:
+      start = self._clock()
+      jitted = jax.jit(function, **jit_options)
+      self._compiled[key] = jitted.lower(*args).compile()
+      self.seconds += self._clock() - start
+    return self._compiled[key](*args)
+
+  def memory(self) -> dict[Hashable, int]:
+    """Returns the temporary bytes of each executable, as XLA planned them."""
+    return {
+        key: compiled.memory_analysis().temp_size_in_bytes
+        for key, compiled in self._compiled.items()
+    }
+
+
+class _Meter:
+  """Counts what XLA compiles in this process, eager operations included."""
+
+  def __init__(self) -> None:
+    self.count = 0
+    self.seconds = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+  def _listen(self, event: str, seconds: float, **unused: Any) -> None:
+    if event == '/jax/core/compile/backend_compile_duration':
+      self.count += 1
+    # Tracing, lowering and compiling; a hit of the persistent cache is a
+    # short compilation.
+    if event.startswith('/jax/core/compile/'):
+      self.seconds += seconds
+
+
+_METER = _Meter()
+
+
+def compile_totals() -> tuple[int, float]:
+  """Returns (compilations, seconds spent on them) since the import."""
+  return _METER.count, _METER.seconds
+
+
+def enable_compilation_cache() -> str:
+  """Keeps compiled programs on disk between runs; returns the folder.
+
+  `JAX_COMPILATION_CACHE_DIR` decides where, else a folder of the user's cache.
+  The threshold of 1 s is lifted: the executables of a small model compile
+  faster and are many.
+  """
+  folder = jax.config.jax_compilation_cache_dir
+  if not folder:
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    folder = os.path.join(cache, 'rlax_llm', 'xla')
+    jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  return folder

@@ -1,0 +1,128 @@
+"""From samples to packed microbatches. Host side, numpy, deterministic."""
+
+import dataclasses
+from typing import Sequence
+
+import numpy as np
+
+from rlax_llm.ops import masking
+from rlax_llm.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One training sample: a prompt and the tokens that are trained on."""
+  prompt: np.ndarray  # int32[p]
+  completion: np.ndarray  # int32[c], EOS included
+  advantage: float = 0.0
+  behaviour_logprobs: np.ndarray | None = None  # float32[c], nats
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+  """Assigns sequences to rows, first-fit decreasing.
+
+  Args:
+    lengths: tokens of each sequence, none above row_length.
+    row_length: L.
+
+  Returns:
+    For each row the indices of its sequences, longest first.
+  """
+  order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+  rows: list[list[int]] = []
+  room: list[int] = []
+  first_open = 0  # rows before it cannot hold even the shortest sequence
+  shortest = min(lengths, default=0)
+  for i in order:
+    while first_open < len(rows) and room[first_open] < shortest:
+      first_open += 1
+    for row in range(first_open, len(rows)):
+      if room[row] >= lengths[i]:
+        break
+    else:
+      row = len(rows)
+      rows.append([])
+      room.append(row_length)
+    rows[row].append(i)
+    room[row] -= lengths[i]
+  return rows
+
+
+def make_batch(sequences: Sequence[Sample], *, reduction: str, constant: int,
+               row_length: int, microbatch_rows: int,
+               keep: np.ndarray | None = None) -> Batch:
+  """Packs sequences into microbatches of fixed shape.
+
+  Args:
+    sequences: the whole optimizer batch: loss denominators are computed over
+      all of them, before any split.
+    reduction: a name of `masking.REDUCTIONS`.
+    constant: T, for the reduction that divides by it.
+    row_length: L.
+    microbatch_rows: R, rows of one forward and backward pass.
+    keep: bool[len(sequences)]; what is not kept counts in the denominators
+      but is not computed. None keeps all.
+
+  Returns:
+    Batch of numpy arrays [M, R, L]. M is the next power of two, so that few
+    shapes occur; only `count` microbatches hold anything and are computed.
+
+  Raises:
+    ValueError: if a sequence is longer than a row.
+  """
+  weights = masking.token_weights(np.array(
+      [len(s.completion) for s in sequences]),
+                                  reduction=reduction,
+                                  constant=constant)
+  kept = [
+      i for i in range(len(sequences)) if keep is None or keep[i]
+  ]
+  lengths = [
+      len(sequences[i].prompt) + len(sequences[i].completion) for i in kept
+  ]
+  if max(lengths, default=0) > row_length:
+    raise ValueError(f'a sequence of {max(lengths)} tokens exceeds '
+                     f'learning.row_length={row_length}; raise it')
+  rows = pack(lengths, row_length)
+  count = max(1, -(-len(rows) // microbatch_rows))
+  microbatches = 1 << (count - 1).bit_length()
+  shape = (microbatches * microbatch_rows, row_length)
+  ints = {
+      name: np.zeros(shape, np.int32)
+      for name in ('tokens', 'positions', 'segments')
+  }
+  floats = {
+      name: np.zeros(shape, np.float32)
+      for name in ('weights', 'advantages', 'old_logprobs',
+                   'behaviour_logprobs', 'reference_logprobs')
+  }
+  targets = np.zeros(shape, bool)
+  # Rows are dealt to microbatches in turn, so that all are equally full.
+  for place, members in enumerate(rows):
+    row = (place % count) * microbatch_rows + place // count
+    start = 0
+    for segment, member in enumerate(members, start=1):
+      i = kept[member]
+      s = sequences[i]
+      middle = start + len(s.prompt)
+      end = middle + len(s.completion)
+      ints['tokens'][row, start:middle] = s.prompt
+      ints['tokens'][row, middle:end] = s.completion
+      ints['positions'][row, start:end] = np.arange(end - start)
+      ints['segments'][row, start:end] = segment
+      targets[row, middle:end] = True
+      floats['weights'][row, middle:end] = weights[i]
+      floats['advantages'][row, middle:end] = s.advantage
+      if s.behaviour_logprobs is not None:
+        floats['behaviour_logprobs'][row, middle:end] = s.behaviour_logprobs
+      start = end
+  fold = lambda x: x.reshape(microbatches, microbatch_rows, row_length)
+  return Batch(count=np.int32(count),
+               targets=fold(targets),
+               **{k: fold(v) for k, v in (ints | floats).items()})
+
+
+def padding_fraction(batch: Batch) -> float:
+  """Returns the share of computed positions that hold no token."""
+  computed = batch.segments[:int(batch.count)]
+  return 1.0 - float(np.mean(computed > 0))

@@ -1,0 +1,226 @@
+# Copyright 2026 The rlax_llm Authors. Apache-2.0 licence.
+"""manifest.json: which config, code, versions and devices a workdir's run has.
+
+A run is a value: the same config on the same kind of machine gives the same
+bits. `check_workdir` refuses to continue a run under another config;
+`write_manifest` records the machine and warns where it changed.
+"""
+
+import datetime
+import fnmatch
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any, Mapping, Sequence
+
+import jax
+
+from rlax_llm.config import Config
+from rlax_llm.config import ConfigError
+from rlax_llm.config import to_dict
+from rlax_llm.metrics import jsonable
+from rlax_llm.metrics import write_atomic
+
+MANIFEST_FILE = 'manifest.json'
+
+# Fields that may differ between a run and its continuation, as patterns. How
+# far and how often: none changes a training step.
+EXTENT_FIELDS = ('num_steps', 'checkpoint.*', 'evaluate.*')
+# Speed values: none changes a token.
+SPEED_FIELDS = ('rollout.slots', 'rollout.drafter', 'rollout.width',
+                'rollout.segment_forwards', 'rollout.min_capacity', 'control.*',
+                'task.verifier_processes')
+MAY_DIFFER = EXTENT_FIELDS + SPEED_FIELDS
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+_NAMED = 3  # differing fields named in one message
+
+
+def read_manifest(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """Returns the manifest of a workdir.
+
+  Args:
+    workdir: the run's folder.
+
+  Returns:
+    manifest.json as a dict; None where there is none.
+
+  Raises:
+    ConfigError: it is not valid JSON.
+  """
+  path = pathlib.Path(workdir) / MANIFEST_FILE
+  if not path.exists():
+    return None
+  try:
+    manifest = json.loads(path.read_text(encoding='utf-8'))
+    if manifest['config'] and manifest['runs']:
+      return manifest
+    raise ValueError('it lists no run')
+  except (ValueError, KeyError, TypeError) as e:
+    raise ConfigError(f'{path} is not a manifest ({type(e).__name__}: {e}); '
+                      'give another --workdir') from e
+
+
+def check_workdir(workdir: str | os.PathLike[str],
+                  config: Mapping[str, Any],
+                  *,
+                  allow: Sequence[str] = MAY_DIFFER) -> list[str]:
+  """Refuses a workdir that holds the run of another config.
+
+  Args:
+    workdir: the run's folder; it may be missing or empty.
+    config: `to_dict(config)` of the run about to start.
+    allow: patterns of dotted field names that may differ.
+
+  Returns:
+    Warnings, one line each: differences that are allowed and still matter.
+
+  Raises:
+    ConfigError: it does; names the first few fields and both values.
+  """
+  manifest = read_manifest(workdir)
+  if manifest is None:
+    return []
+  # A field that one side does not know has, for it, the default.
+  defaults = _flatten(to_dict(Config()))
+  old = defaults | _flatten(manifest['config'])
+  new = defaults | _flatten(jsonable(config))
+  differing = [
+      name for name in sorted(old.keys() | new.keys())
+      if old.get(name, '(absent)') != new.get(name, '(absent)')
+  ]
+  refused = [
+      name for name in differing
+      if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
+  ]
+  if refused:
+    shown = ', '.join(f'{name} ({old.get(name, "absent")!r} there, '
+                      f'{new.get(name, "absent")!r} now)'
+                      for name in refused[:_NAMED])
+    more = len(refused) - _NAMED
+    raise ConfigError(
+        f'workdir {os.fspath(workdir)!r} holds a run of another config: {shown}'
+        f'{f" and {more} more" if more > 0 else ""}; give another --workdir, '
+        'or the config of that run to continue it')
+  schedule = new.get('learning.schedule')
+  if 'num_steps' in differing and schedule != 'constant':
+    return [
+        f'num_steps was {old["num_steps"]} and is {new["num_steps"]}: the '
+        f'{schedule} schedule of the learning rate changes with it, so this '
+        'run differs from one of that length from the start'
+    ]
+  return []
+
+
+def environment() -> dict[str, Any]:
+  """Returns what bit-equality depends on besides the config.
+
+  Returns:
+    commit (None outside a git checkout), versions, platform, devices,
+    xla_flags, cpu_count. Initialises the jax backend.
+  """
+  versions = {'python': platform.python_version()}
+  for package in _PACKAGES:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = 'unknown'
+  return {
+      'commit': _commit(),
+      'versions': versions,
+      'platform': f'{platform.system()} {platform.machine()}',
+      'backend': jax.default_backend(),
+      'devices': [device.device_kind for device in jax.devices()],
+      'xla_flags': os.environ.get('XLA_FLAGS', ''),
+      'cpu_count': os.cpu_count(),
+  }
+
+
+def write_manifest(workdir: str | os.PathLike[str],
+                   config: Mapping[str, Any],
+                   *,
+                   run_id: str,
+                   resume_step: int | None = None,
+                   extra: Mapping[str, Any] | None = None) -> list[str]:
+  """Writes manifest.json; a continued run is added to the runs it lists.
+
+  Args:
+    workdir: the run's folder; made if missing.
+    config: `to_dict(config)`.
+    run_id: as given to `MetricsWriter`.
+    resume_step: the restored step, or None.
+    extra: further facts of this run (the reference's path and digest).
+
+  Returns:
+    Warnings, one line each: what differs from the machine and the code of the
+    run before, so that bits may differ.
+  """
+  root = pathlib.Path(workdir)
+  root.mkdir(parents=True, exist_ok=True)
+  manifest = read_manifest(root) if resume_step is not None else None
+  now = datetime.datetime.now(datetime.timezone.utc)
+  run = {
+      'run': run_id,
+      'started': now.isoformat(timespec='seconds'),
+      'command': shlex.join([sys.executable, *sys.argv]),
+      'resumed_step': resume_step,
+      **environment(),
+      **jsonable(extra or {}),
+  }
+  earlier = manifest['runs'] if manifest else []
+  warnings = _changes(earlier[-1], run) if earlier else []
+  text = json.dumps({
+      'config': jsonable(config),
+      'runs': [*earlier, run]
+  },
+                    indent=2)
+  write_atomic(root / MANIFEST_FILE, text + '\n')
+  return warnings
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  names = ('commit', 'versions', 'platform', 'backend', 'devices', 'xla_flags',
+           'cpu_count')
+  flat_old = _flatten({name: old.get(name) for name in names})
+  flat_new = _flatten({name: new.get(name) for name in names})
+  return [
+      f'{name} was {flat_old.get(name)!r} in the run continued here and is '
+      f'{flat_new[name]!r} now: the continuation may differ in bits'
+      for name in sorted(flat_new)
+      if flat_old.get(name) != flat_new[name]
+  ]
+
+
+def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+  """Returns dotted path -> leaf; an empty dict leaves no entry."""
+  if not isinstance(tree, Mapping):
+    return {prefix: tree}
+  flat = {}
+  for name, value in tree.items():
+    flat.update(_flatten(value, f'{prefix}.{name}' if prefix else str(name)))
+  return flat
+
+
+def _commit() -> str | None:
+  """Returns the package's commit, with -dirty if the checkout was changed."""
+  here = pathlib.Path(__file__).resolve()
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+        ['git', '-C', str(here.parent), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=10).stdout.strip()
+
+  try:
+    # An installed package may lie inside somebody else's checkout.
+    git('ls-files', '--error-unmatch', here.name)
+    return git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
+  except (OSError, subprocess.SubprocessError):
+    return None

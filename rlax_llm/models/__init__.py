@@ -1,0 +1,1 @@
+"""Models as tuples of pure functions, and their caches."""

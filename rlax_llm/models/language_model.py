@@ -1,0 +1,114 @@
+"""LanguageModel: a tuple of pure functions; and `score`, its log-probs."""
+
+from typing import Callable, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlax_llm.ops import sampling as sampling_ops
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.types import Array
+from rlax_llm.types import Params
+
+
+class LanguageModel(NamedTuple):
+  """A model as data: functions of explicit parameters. Hashable, static.
+
+  Attributes:
+    init: (key) -> params.
+    init_cache: (rows, capacity) -> empty KVCache.
+    hidden: (params, tokens int32[R, L], positions int32[R, L],
+      segments int32[R, L]) -> [R, L, D]; no cache, packed rows.
+    extend: (params, tokens int32[N, W], positions int32[N, W],
+      node_mask bool[N, W, W] or bool[W, W], cache) -> (hidden [N, W, D],
+      KVNodes); the cache is read and not changed: `kv_cache.commit` writes
+      what verification kept.
+    logits: (params, hidden [..., D]) -> float32[..., V]; apart, so that
+      nobody materialises [rows, L, V].
+    vocabulary: V.
+    max_positions: positions the model can address.
+  """
+  init: Callable
+  init_cache: Callable
+  hidden: Callable
+  extend: Callable
+  logits: Callable
+  vocabulary: int
+  max_positions: int
+
+
+class TokenScores(NamedTuple):
+  """What `score_tokens` says of each token; nats; 0 where not a target."""
+  logprobs: Array  # float32[R, L]
+  entropy: Array  # float32[R, L] of the law the token was drawn from
+
+
+def score_tokens(params: Params, tokens: Array, positions: Array,
+                 segments: Array, *, model: LanguageModel, sampling: Sampling,
+                 chunk: int) -> TokenScores:
+  """Scores every token of packed rows given the earlier ones of its segment.
+
+  The value at (r, l) belongs to `tokens[r, l]`; it is 0 where no token of the
+  same segment stands before it. Logits exist for `chunk` positions at a time
+  and are recomputed in the backward pass, so that peak memory does not grow
+  with L * V.
+
+  Args:
+    params: the model's.
+    tokens: int32[R, L].
+    positions: int32[R, L].
+    segments: int32[R, L], 0 where there is no token.
+    model: the model; static.
+    sampling: the law whose log-probabilities are wanted; static.
+    chunk: positions whose logits exist at one time; static.
+
+  Returns:
+    TokenScores.
+
+  Raises:
+    AssertionError: while tracing, if shapes or dtypes disagree.
+  """
+  chex.assert_equal_shape([tokens, positions, segments])
+  chex.assert_type([tokens, positions, segments], jnp.int32)
+  hidden = model.hidden(params, tokens, positions, segments)
+  predictable = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  rows, length = tokens.shape
+  count = rows * (length - 1)
+  chunk = min(chunk, count)
+  chunks = -(-count // chunk)
+
+  def cut(x: Array) -> Array:
+    flat = x.reshape(count, *x.shape[2:])
+    pad = [(0, chunks * chunk - count)] + [(0, 0)] * (flat.ndim - 1)
+    return jnp.pad(flat, pad).reshape(chunks, chunk, *x.shape[2:])
+
+  @jax.checkpoint
+  def scores(params: Params, hidden: Array, token: Array) -> TokenScores:
+    law = sampling_ops.log_law(model.logits(params, hidden), sampling)
+    logprobs = jnp.take_along_axis(law, token[:, None], axis=-1)[:, 0]
+    return TokenScores(logprobs, sampling_ops.entropy(law))
+
+  if chunks == 1:
+    result = scores(params, cut(hidden[:, :-1])[0], cut(tokens[:, 1:])[0])
+  else:
+    result = jax.lax.map(lambda xs: scores(params, *xs),
+                         (cut(hidden[:, :-1]), cut(tokens[:, 1:])))
+
+  def place(x: Array) -> Array:
+    x = x.reshape(-1)[:count].reshape(rows, length - 1)
+    return jnp.pad(jnp.where(predictable, x, 0.0), ((0, 0), (1, 0)))
+
+  return TokenScores(*(place(x) for x in result))
+
+
+def score(params: Params, tokens: Array, positions: Array, segments: Array, *,
+          model: LanguageModel, sampling: Sampling, chunk: int) -> Array:
+  """Returns the log-probabilities of `score_tokens`, float32[R, L], nats."""
+  return score_tokens(params,
+                      tokens,
+                      positions,
+                      segments,
+                      model=model,
+                      sampling=sampling,
+                      chunk=chunk).logprobs

@@ -1,0 +1,241 @@
+"""A decoder-only transformer in flax: Llama, Qwen2 and Qwen3 from one config.
+
+RMSNorm, rotary positions, grouped-query attention, SwiGLU, optional biases on
+queries, keys and values (Qwen2), optional RMSNorm on queries and keys
+(Qwen3), tied or untied head.
+"""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlax_llm.config import ModelConfig
+from rlax_llm.config import PrecisionConfig
+from rlax_llm.models import attention
+from rlax_llm.models import kv_cache
+from rlax_llm.models.kv_cache import KVCache
+from rlax_llm.models.kv_cache import KVNodes
+from rlax_llm.models.language_model import LanguageModel
+from rlax_llm.types import Array
+from rlax_llm.types import Params
+
+
+def rotate(x: Array, positions: Array, theta: float) -> Array:
+  """Applies rotary position embedding (https://arxiv.org/abs/2104.09864).
+
+  Halves are rotated against each other (the Hugging Face convention). Angles
+  are float32 whatever x is: bfloat16 cannot tell positions above 256 apart.
+
+  Args:
+    x: [..., L, heads, head_dim].
+    positions: int32[..., L].
+    theta: base of the wavelengths.
+
+  Returns:
+    As x.
+  """
+  half = x.shape[-1] // 2
+  frequencies = theta**(-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[..., None].astype(jnp.float32) * frequencies
+  cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate(
+      [first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32."""
+  epsilon: float
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],),
+                       self.param_dtype)
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(
+        jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+    return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class Layer(nn.Module):
+  """Attention and SwiGLU, each behind an RMSNorm, each added to the stream."""
+  config: ModelConfig
+  precision: PrecisionConfig
+
+  def setup(self) -> None:
+    c = self.config
+    head_dim = c.head_dim or c.width // c.heads
+    dtype = jnp.dtype(self.precision.compute)
+    param_dtype = jnp.dtype(self.precision.parameters)
+    norm = functools.partial(RMSNorm, c.norm_epsilon, dtype, param_dtype)
+    # Output layers are scaled down by depth, as in GPT-2, so that the
+    # residual stream keeps its variance.
+    dense = functools.partial(nn.Dense, dtype=dtype, param_dtype=param_dtype)
+    init = nn.initializers.variance_scaling(c.init_scale, 'fan_in', 'normal')
+    init_out = nn.initializers.variance_scaling(c.init_scale / (2 * c.layers),
+                                                'fan_in', 'normal')
+    self.attention_norm = norm()
+    self.query = dense(c.heads * head_dim, c.qkv_bias, kernel_init=init)
+    self.key = dense(c.kv_heads * head_dim, c.qkv_bias, kernel_init=init)
+    self.value = dense(c.kv_heads * head_dim, c.qkv_bias, kernel_init=init)
+    self.output = dense(c.width, False, kernel_init=init_out)
+    if c.qk_norm:
+      self.query_norm = norm()
+      self.key_norm = norm()
+    self.mlp_norm = norm()
+    self.gate = dense(c.mlp_width, False, kernel_init=init)
+    self.up = dense(c.mlp_width, False, kernel_init=init)
+    self.down = dense(c.width, False, kernel_init=init_out)
+
+  def project(self, x: Array,
+              positions: Array) -> tuple[Array, Array, Array]:
+    """Returns queries [.., L, H, HD] and keys and values [.., KH, L, HD]."""
+    c = self.config
+    x = self.attention_norm(x)
+    heads = lambda y, n: y.reshape(*y.shape[:-1], n, -1)
+    queries = heads(self.query(x), c.heads)
+    keys = heads(self.key(x), c.kv_heads)
+    values = heads(self.value(x), c.kv_heads)
+    if c.qk_norm:
+      queries, keys = self.query_norm(queries), self.key_norm(keys)
+    return (rotate(queries, positions, c.rope_theta),
+            rotate(keys, positions, c.rope_theta).swapaxes(1, 2),
+            values.swapaxes(1, 2))
+
+  def finish(self, x: Array, attended: Array) -> Array:
+    """Adds the attention's and the MLP's output to the stream."""
+    x = x + self.output(attended)
+    y = self.mlp_norm(x)
+    return x + self.down(nn.silu(self.gate(y)) * self.up(y))
+
+  def packed(self, x: Array, positions: Array, mask: Array) -> Array:
+    queries, keys, values = self.project(x, positions)
+    return self.finish(
+        x, attention.packed_attention(queries, keys, values, mask))
+
+  def cached(self, x: Array, positions: Array, node_mask: Array,
+             cached_keys: Array, cached_values: Array,
+             length: Array) -> tuple[Array, Array, Array]:
+    queries, keys, values = self.project(x, positions)
+    attended = attention.cached_attention(queries, keys, values, cached_keys,
+                                          cached_values, length, node_mask)
+    return self.finish(x, attended), keys, values
+
+
+class Transformer(nn.Module):
+  """Embedding, layers, final norm and head."""
+  config: ModelConfig
+  precision: PrecisionConfig
+  remat: bool
+
+  def setup(self) -> None:
+    c = self.config
+    param_dtype = jnp.dtype(self.precision.parameters)
+    self.embedding = self.param('embedding',
+                                nn.initializers.normal(c.width**-0.5),
+                                (c.vocabulary, c.width), param_dtype)
+    # Only the uncached pass has a backward pass to recompute for.
+    layer = nn.remat(Layer, methods=['packed']) if self.remat else Layer
+    self.layers = [
+        layer(c, self.precision, name=f'layer_{i}') for i in range(c.layers)
+    ]
+    self.final_norm = RMSNorm(c.norm_epsilon,
+                              jnp.dtype(self.precision.compute), param_dtype)
+    if not c.tied_head:
+      self.head = self.param(
+          'head', nn.initializers.variance_scaling(c.init_scale, 'fan_in',
+                                                   'normal'),
+          (c.width, c.vocabulary), param_dtype)
+
+  def embed(self, tokens: Array) -> Array:
+    return self.embedding.astype(self.precision.compute)[tokens]
+
+  def hidden(self, tokens: Array, positions: Array, segments: Array) -> Array:
+    order = jnp.arange(tokens.shape[1])
+    mask = (segments[:, :, None] == segments[:, None]) & (
+        order[:, None] >= order[None])
+    x = self.embed(tokens)
+    for layer in self.layers:
+      x = layer.packed(x, positions, mask)
+    return self.final_norm(x)
+
+  def extend(self, tokens: Array, positions: Array, node_mask: Array,
+             cache: KVCache) -> tuple[Array, KVNodes]:
+    x = self.embed(tokens)
+    keys, values = [], []
+    for i, layer in enumerate(self.layers):
+      x, k, v = layer.cached(x, positions, node_mask, cache.keys[i],
+                             cache.values[i], cache.length)
+      keys.append(k)
+      values.append(v)
+    return self.final_norm(x), KVNodes(tuple(keys), tuple(values))
+
+  def logits(self, hidden: Array) -> Array:
+    dtype = jnp.dtype(self.precision.head)
+    head = self.embedding.T if self.config.tied_head else self.head
+    return jnp.matmul(hidden.astype(dtype),
+                      head.astype(dtype),
+                      preferred_element_type=jnp.float32)
+
+  def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
+    return self.logits(self.hidden(tokens, positions, segments))
+
+
+def make_transformer(config: ModelConfig,
+                     precision: PrecisionConfig,
+                     *,
+                     remat: bool = False) -> LanguageModel:
+  """Returns the transformer that a frozen config describes.
+
+  Args:
+    config: frozen; `vocabulary` is set.
+    precision: frozen; dtypes of parameters, trunk and head.
+    remat: recompute each layer in the backward pass.
+  """
+  module = Transformer(config, precision, remat)
+  head_dim = config.head_dim or config.width // config.heads
+
+  def init(key: Array) -> Params:
+    dummy = jnp.zeros((1, 1), jnp.int32)
+    return module.init(key, dummy, dummy, dummy + 1)['params']
+
+  def init_cache(rows: int, capacity: int) -> KVCache:
+    return kv_cache.empty(rows,
+                          capacity,
+                          layers=config.layers,
+                          kv_heads=config.kv_heads,
+                          head_dim=head_dim,
+                          dtype=jnp.dtype(precision.compute))
+
+  def hidden(params: Params, tokens: Array, positions: Array,
+             segments: Array) -> Array:
+    return module.apply({'params': params},
+                        tokens,
+                        positions,
+                        segments,
+                        method='hidden')
+
+  def extend(params: Params, tokens: Array, positions: Array, node_mask: Array,
+             cache: KVCache) -> tuple[Array, KVNodes]:
+    return module.apply({'params': params},
+                        tokens,
+                        positions,
+                        node_mask,
+                        cache,
+                        method='extend')
+
+  def logits(params: Params, hidden: Array) -> Array:
+    return module.apply({'params': params}, hidden, method='logits')
+
+  return LanguageModel(init=init,
+                       init_cache=init_cache,
+                       hidden=hidden,
+                       extend=extend,
+                       logits=logits,
+                       vocabulary=config.vocabulary,
+                       max_positions=config.max_positions)

@@ -1,0 +1,1 @@
+"""Pure maths on arrays: one row each; callers vmap."""

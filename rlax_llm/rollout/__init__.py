@@ -1,0 +1,1 @@
+"""Generation: the jitted segment and the host engine around it."""

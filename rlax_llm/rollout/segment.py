@@ -1,0 +1,161 @@
+"""The jitted decode loop: draft -> extend -> verify -> commit.
+
+Nothing here knows what a drafter or a policy is made of. W = 1 is plain
+sampling by the same path.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rlax_llm.drafting.drafter import Drafter
+from rlax_llm.models import kv_cache
+from rlax_llm.models.language_model import LanguageModel
+from rlax_llm.ops import sampling as sampling_ops
+from rlax_llm.ops import verification
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.types import Array
+from rlax_llm.types import DraftTree
+from rlax_llm.types import Params
+from rlax_llm.types import Path
+from rlax_llm.types import Slots
+
+
+@flax.struct.dataclass
+class Limits:
+  """When a segment ends, besides all rows being done or S being reached.
+
+  Arrays, not static: other limits do not compile another executable.
+  """
+  forwards: Array  # int32: forwards spent
+  done_rows: Array  # int32: this many rows are done
+
+
+@flax.struct.dataclass
+class Counters:
+  """Speed values of one segment."""
+  forwards: Array  # int32
+  row_forwards: Array  # int32: sum over forwards of the rows that decoded
+  tokens: Array  # int32: tokens committed
+
+
+class SegmentConfig(NamedTuple):
+  """The static facts of a segment."""
+  sampling: Sampling
+  eos_ids: tuple[int, ...]
+
+
+def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
+              model: LanguageModel,
+              config: SegmentConfig) -> tuple[Slots, Path, Array]:
+  """Runs one forward over a draft tree per row and commits what follows.
+
+  Args:
+    params: the policy's.
+    slots: N rows; every row that is not done has room for W tokens.
+    tree: W nodes per row, node 0 the row's last token.
+    model: static.
+    config: static.
+
+  Returns:
+    The slots with the followed tokens appended; the committed Path of each
+    row (length 0 for rows that are done); hidden states [N, W, D].
+  """
+  width = tree.tokens.shape[1]
+  # A chain's parents have no row axis: its mask is then a constant.
+  axis = 0 if tree.parents.ndim == 2 else None
+  lines = verification.ancestors
+  lines = jax.vmap(lines) if axis == 0 else lines
+  node_mask = lines(tree.parents)
+  depth = jnp.sum(node_mask, axis=-1, dtype=jnp.int32) - 1
+  hidden, nodes = model.extend(params, tree.tokens,
+                               slots.length[:, None] - 1 + depth, node_mask,
+                               slots.cache)
+  law = sampling_ops.log_law(model.logits(params, hidden), config.sampling)
+  # The noise of a token belongs to its place in the completion: nodes of one
+  # depth share it.
+  place = (slots.length - slots.prompt_length)[:, None] + depth
+  race = jax.vmap(jax.vmap(sampling_ops.race, (None, 0, 0)))
+  target = race(slots.key, place, law)
+  path = jax.vmap(verification.follow,
+                  (DraftTree(0, axis), 0))(tree, target)
+
+  rows = jnp.arange(target.shape[0])[:, None]
+  order = jnp.arange(width)[None]
+  room = slots.limit - slots.length
+  kept = jnp.where(slots.done, 0, jnp.minimum(path.length, room))
+  is_eos = jnp.isin(path.tokens, jnp.asarray(config.eos_ids, jnp.int32))
+  is_eos = is_eos & (order < kept[:, None])
+  hit = jnp.any(is_eos, axis=-1)
+  kept = jnp.where(hit, jnp.argmax(is_eos, axis=-1) + 1, kept)
+  kept = kept.astype(jnp.int32)
+  committed = Path(nodes=path.nodes, tokens=path.tokens, length=kept)
+
+  # Writes cover all W places: what lies beyond `length` holds no meaning, and
+  # rows that are done may stand at the capacity, where writes are dropped.
+  write = lambda old, new: old.at[rows, slots.length[:, None] + order].set(
+      new, mode='drop', unique_indices=True, indices_are_sorted=True)
+  logprobs = law[rows, path.nodes, path.tokens]
+  length = slots.length + kept
+  slots = slots.replace(
+      text=write(slots.text, path.tokens),
+      logprobs=write(slots.logprobs, logprobs),
+      drafted=write(slots.drafted, order < path.length[:, None] - 1),
+      length=length,
+      forwards=slots.forwards + ~slots.done,
+      finished=slots.finished | hit,
+      done=slots.done | hit | (length >= slots.limit),
+      cache=kv_cache.commit(slots.cache, nodes, committed))
+  return slots, committed, hidden
+
+
+def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits,
+            *, model: LanguageModel, drafter: Drafter,
+            config: SegmentConfig) -> tuple[Slots, Any, Counters]:
+  """Decodes until the limits are reached: one `while_loop`, no host.
+
+  A segment ends when every row is done, when `limits.forwards` forwards are
+  spent, when `limits.done_rows` rows are done, or when a row that decodes has
+  no room for W more tokens.
+
+  Args:
+    params: the policy's.
+    slots: N rows.
+    drafter_state: what the drafter's `init` or the last segment returned.
+    limits: when to return to the host.
+    model: static.
+    drafter: static; gives W.
+    config: static; the sampling law and the EOS ids.
+
+  Returns:
+    (Slots, drafter state, Counters).
+  """
+  capacity = slots.text.shape[1]
+
+  def proceed(carry: tuple) -> Array:
+    slots, _, counters = carry
+    fits = slots.done | (slots.length + drafter.width <= capacity)
+    return (jnp.all(fits) & (counters.forwards < limits.forwards) &
+            (jnp.sum(slots.done) < limits.done_rows) & ~jnp.all(slots.done))
+
+  def body(carry: tuple) -> tuple:
+    slots, state, counters = carry
+    tree, state = drafter.propose(params, state, slots)
+    after, path, hidden = step_rows(params,
+                                    slots,
+                                    tree,
+                                    model=model,
+                                    config=config)
+    state = drafter.observe(params, state, path, hidden)
+    counters = Counters(
+        forwards=counters.forwards + 1,
+        row_forwards=counters.row_forwards +
+        jnp.sum(~slots.done, dtype=jnp.int32),
+        tokens=counters.tokens + jnp.sum(path.length, dtype=jnp.int32))
+    return after, state, counters
+
+  zero = jnp.zeros((), jnp.int32)
+  return jax.lax.while_loop(
+      proceed, body, (slots, drafter_state, Counters(zero, zero, zero)))

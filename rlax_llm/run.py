@@ -1,0 +1,234 @@
+"""What every entrypoint needs, made from one config: nothing is compiled."""
+
+import dataclasses
+import functools
+import time
+from typing import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+import optax
+
+from rlax_llm import checkpoint
+from rlax_llm import sharding
+from rlax_llm import tokenizer as tokenizers
+from rlax_llm.config import Config
+from rlax_llm.config import ConfigError
+from rlax_llm.config import validate
+from rlax_llm.executables import ExecutablePool
+from rlax_llm.learning import algorithms
+from rlax_llm.learning import sft
+from rlax_llm.learning import update
+from rlax_llm.learning.batch import Sample
+from rlax_llm.models.language_model import LanguageModel
+from rlax_llm.models.transformer import make_transformer
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.tasks import task as tasks
+from rlax_llm.types import Array
+from rlax_llm.types import Params
+from rlax_llm.types import Request
+from rlax_llm.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The parts of a run."""
+  config: Config  # frozen
+  algorithm: algorithms.Algorithm
+  mesh: Mesh
+  tokenizer: tokenizers.Tokenizer
+  task: tasks.Task
+  model: LanguageModel
+  pool: ExecutablePool
+  clock: Callable[[], float]
+
+  @property
+  def sampling(self) -> Sampling:
+    """The law that the policy is trained under."""
+    r = self.config.rollout
+    return Sampling(r.temperature, r.top_k, r.top_p, r.min_p)
+
+  @property
+  def row_length(self) -> int:
+    """L, tokens of a packed row: two of the longest samples, at least 128."""
+    rollout = self.config.rollout
+    longest = rollout.prompt_length + rollout.max_new_tokens
+    return self.config.learning.row_length or max(2 * longest, 128)
+
+  def engine(self, sampling: Sampling) -> RolloutEngine:
+    """Returns an engine for a sampling law."""
+    return RolloutEngine(self.model,
+                         rollout=self.config.rollout,
+                         control=self.config.control,
+                         sampling=sampling,
+                         eos_ids=self.tokenizer.eos_ids,
+                         seed=self.config.seed,
+                         mesh=self.mesh,
+                         clock=self.clock,
+                         pool=self.pool)
+
+  def init_params(self) -> Params:
+    """Returns fresh parameters, on the mesh."""
+    return self.pool(('init',),
+                     self.model.init,
+                     jax.random.key(self.config.seed),
+                     out_shardings=sharding.replicated(self.mesh))
+
+  @property
+  def optimizer(self) -> optax.GradientTransformation:
+    """The policy's optimizer."""
+    learning = self.config.learning
+    return update.make_optimizer(learning,
+                                 self.config.num_steps * learning.minibatches)
+
+  def init_state(self, params: Params) -> TrainState:
+    """Returns the state before the first step."""
+    return self.pool(('init_state',),
+                     functools.partial(update.init_state,
+                                       optimizer=self.optimizer),
+                     params,
+                     out_shardings=sharding.replicated(self.mesh))
+
+  def abstract_state(self) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state."""
+    place = sharding.replicated(self.mesh)
+
+    def make(key: Array) -> TrainState:
+      return update.init_state(self.model.init(key), self.optimizer)
+
+    abstract = jax.eval_shape(make, jax.random.key(0))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        abstract)
+
+  def restore(self, workdir: str) -> tuple[int, TrainState, dict]:
+    """Returns (step, state, host state) of the newest readable checkpoint.
+
+    Raises:
+      ConfigError: if there is none, or it is another model's.
+    """
+    with checkpoint.Checkpoints(workdir,
+                                keep=self.config.checkpoint.keep) as saved:
+      found = saved.restore(self.abstract_state())
+    if found is None:
+      raise ConfigError(f'{workdir!r} holds no checkpoint; run '
+                        'rlax_llm.train with this --workdir first')
+    return found
+
+  def learning_rate(self, step: int) -> float:
+    """Returns the learning rate at the end of an RL step."""
+    learning = self.config.learning
+    schedule = update.make_schedule(
+        learning, self.config.num_steps * learning.minibatches)
+    return float(schedule((step + 1) * learning.minibatches - 1))
+
+  def reference(self, workdir: str, params: Params,
+                step: int) -> Params | None:
+    """Returns the reference policy: the parameters before RL; or None.
+
+    It is saved apart, once, because no checkpoint of a later step holds it.
+
+    Args:
+      workdir: the run's folder.
+      params: the policy's, copied if step is 0.
+      step: RL steps taken so far.
+    """
+    if not self.algorithm.kl_coefficient:
+      return None
+    with checkpoint.Checkpoints(f'{workdir}/reference', keep=1) as saved:
+      if step == 0:
+        copy = self.pool(('copy',), lambda p: jax.tree.map(jnp.copy, p), params)
+        if not saved.steps():
+          saved.save(0, copy, {})
+        return copy
+      found = saved.restore(self.abstract_state().params)
+    if found is None:
+      raise ConfigError(f'{workdir}/reference is missing; the KL term of a '
+                        'continued run needs it: restore it or start again')
+    return found[1]
+
+  def check_prompts(self, problems: Sequence[tasks.Problem]) -> None:
+    """Raises ConfigError if a problem's prompt is too long or not encodable."""
+    longest = self.config.rollout.prompt_length
+    for problem in problems:
+      length = len(self.encode(problem.prompt, prompt=True))
+      if length > longest:
+        raise ConfigError(
+            f'the prompt {problem.prompt[:60]!r} has {length} tokens; '
+            f'rollout.prompt_length={longest}: raise it')
+
+  def encode(self, text: str, *, prompt: bool) -> list[int]:
+    """Returns token ids; BOS first in a prompt."""
+    try:
+      return (self.tokenizer.encode_prompt(text)
+              if prompt else self.tokenizer.encode(text))
+    except ValueError as error:
+      raise ConfigError(str(error)) from error
+
+  def supervised_sample(self, problem: tasks.Problem) -> Sample:
+    """Returns a problem and its trace as a sample of the warm start."""
+    if problem.trace is None:
+      raise ConfigError(f'task {problem.source!r} has no written-step traces '
+                        'to warm-start from; set sft.steps=0')
+    rollout = self.config.rollout
+    return sft.make_sample(self.encode(problem.prompt, prompt=True),
+                           self.encode(problem.trace, prompt=False),
+                           self.tokenizer.eos_ids[0],
+                           rollout.prompt_length + rollout.max_new_tokens)
+
+  def requests(self, problems: Sequence[tasks.Problem], *, samples: int,
+               domain: int, step: int) -> list[Request]:
+    """Returns one request for each problem, its prompt tokenized."""
+    return [
+        Request(prompt=np.asarray(self.encode(problem.prompt, prompt=True),
+                                  np.int32),
+                samples=samples,
+                domain=domain,
+                step=step,
+                request=i,
+                prompt_id=problem.prompt_id)
+        for i, problem in enumerate(problems)
+    ]
+
+
+def make_run(config: Config,
+             *,
+             clock: Callable[[], float] = time.perf_counter) -> Run:
+  """Checks a config against itself and the machine, and makes its parts.
+
+  Args:
+    config: as a config file returned it, or frozen.
+    clock: seconds; read for statistics only.
+
+  Raises:
+    ConfigError: whatever can be wrong before a device works.
+  """
+  config = validate(config)
+  algorithm = algorithms.resolve(config.algorithm)
+  try:
+    tokenizer = tokenizers.make_tokenizer(config.model.tokenizer)
+    task = tasks.make_task(config.task, config.seed)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  vocabulary = config.model.vocabulary or tokenizer.vocab_size
+  if vocabulary < tokenizer.vocab_size:
+    raise ConfigError(
+        f'model.vocabulary={vocabulary} is less than the '
+        f'{tokenizer.vocab_size} ids of the tokenizer; raise it or set 0')
+  mesh = sharding.make_mesh(config.mesh)
+  ways = sharding.ways(mesh)
+  for path, value in (('rollout.slots', config.rollout.slots),
+                      ('learning.microbatch_rows',
+                       config.learning.microbatch_rows)):
+    if value % ways:
+      raise ConfigError(f'{path}={value} is not divisible by {ways} devices; '
+                        'make it a multiple or lower mesh.data')
+  model_config = dataclasses.replace(config.model, vocabulary=vocabulary)
+  model = make_transformer(model_config,
+                           config.learning.precision,
+                           remat=config.learning.remat)
+  return Run(config, algorithm, mesh, tokenizer, task, model,
+             ExecutablePool(clock), clock)

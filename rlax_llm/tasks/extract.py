@@ -1,0 +1,52 @@
+"""Where the answer stands in a completion."""
+
+FORMATS = ('tag', 'last_line', 'after_equals', 'all')
+
+_OPEN = '<answer>'
+_CLOSE = '</answer>'
+
+
+def extract_answer(completion: str, answer_format: str) -> str | None:
+  """Returns the answer in a completion, stripped of whitespace, or None.
+
+  Args:
+    completion: the text the model wrote, without the prompt.
+    answer_format: tag (the last <answer>...</answer>), last_line (the last
+      line that is not blank), after_equals (behind the last '='; all of it
+      where there is none, since the prompt's own '=' stands before it), all.
+
+  Returns:
+    The answer, or None where it is missing or blank.
+
+  Raises:
+    ValueError: an unknown format.
+  """
+  if answer_format == 'tag':
+    end = completion.rfind(_CLOSE)
+    begin = completion.rfind(_OPEN, 0, end) if end >= 0 else -1
+    answer = completion[begin + len(_OPEN):end] if begin >= 0 else ''
+  elif answer_format == 'last_line':
+    answer = completion.rstrip().rpartition('\n')[2]
+  elif answer_format == 'after_equals':
+    answer = completion.rpartition('=')[2]
+  elif answer_format == 'all':
+    answer = completion
+  else:
+    raise ValueError(f'task.answer_format {answer_format!r} is unknown; '
+                     f'use one of {", ".join(FORMATS)}')
+  return answer.strip() or None
+
+
+def wrap_answer(steps: str, answer: str, answer_format: str) -> str:
+  """Returns a completion whose extracted answer is `answer`.
+
+  Args:
+    steps: worked steps that end in '=' and the answer, or in the answer.
+    answer: the final answer.
+    answer_format: as for `extract_answer`.
+  """
+  if answer_format == 'tag':
+    return f'{steps}{_OPEN}{answer}{_CLOSE}'
+  if answer_format == 'last_line':
+    return f'{steps}\n{answer}'
+  return answer if answer_format == 'all' else steps

@@ -1,0 +1,237 @@
+"""What a task is, how one is made, and which prompts a step trains on."""
+
+import dataclasses
+import hashlib
+import importlib
+from typing import Any, Literal, Mapping, Protocol
+
+import numpy as np
+
+from rlax_llm import config as config_lib
+
+Split = Literal['train', 'held_out']
+SPLITS: tuple[Split, ...] = ('train', 'held_out')
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """One prompt, and what is needed to verify a completion of it."""
+  prompt_id: str  # hash of the task's name and the prompt
+  prompt: str  # the text put to the model
+  answer: str | None  # one right answer; None: only the verifier knows
+  trace: str | None  # a whole right completion, worked in steps
+  source: str  # the task's name
+  entry: Mapping[str, Any]  # what `Task.score` needs; JSON types only
+
+
+class Task(Protocol):
+  """Problems and their verifier.
+
+  Worker processes construct the task again from (config, seed), so `score`
+  depends on its arguments only.
+  """
+
+  def problem(self, split: Split, index: int) -> Problem:
+    """Returns a problem, a function of (seed, split, index).
+
+    Where `num_problems` is None every index >= 0 is valid; otherwise indices
+    wrap around. No problem is in both splits.
+    """
+
+  def score(self, entry: Mapping[str, Any], completion: str) -> float:
+    """Returns the reward of a completion; an exception means unscorable."""
+
+  def num_problems(self, split: Split) -> int | None:
+    """Returns how many problems there are; None: as many as are asked for."""
+
+
+def make_problem(source: str, prompt: str, answer: str | None,
+                 trace: str | None, entry: Mapping[str, Any]) -> Problem:
+  """Returns a problem, its `prompt_id` computed."""
+  digest = hashlib.sha256(f'{source}\n{prompt}'.encode('utf-8', 'replace'))
+  return Problem(digest.hexdigest(), prompt, answer, trace, source, entry)
+
+
+def with_instruction(prompt: str, config: config_lib.TaskConfig) -> str:
+  """Returns the prompt with the configured instruction on its own line."""
+  return f'{prompt}\n{config.instruction}' if config.instruction else prompt
+
+
+def split_of(text: str) -> Split:
+  """Returns the split a text belongs to: one in four is held out.
+
+  The hash does not depend on the run's seed, so that a model is never
+  evaluated on what another run's seed trained it on.
+  """
+  digest = hashlib.sha256(text.encode('utf-8', 'replace')).digest()
+  return 'held_out' if digest[0] < 64 else 'train'
+
+
+def distinct_problems(task: Task, split: Split, count: int) -> list[Problem]:
+  """Returns the first `count` different problems of a split.
+
+  Args:
+    task: any task.
+    split: 'train' or 'held_out'.
+    count: how many.
+
+  Raises:
+    ValueError: the task has fewer, or so few that search gave up.
+  """
+  found: dict[str, Problem] = {}
+  available = task.num_problems(split)
+  index = misses = 0
+  while len(found) < count:
+    # Draws repeat ever more often as a small task is exhausted.
+    if misses > 200 + 10 * count or index == available:
+      source = next((p.source for p in found.values()), 'the task')
+      raise ValueError(
+          f'{source!r} has about {len(found)} different {split} problems; '
+          f'{count} are wanted: lower task.epoch_prompts or '
+          'evaluate.problems, or widen task.options')
+    problem = task.problem(split, index)
+    index += 1
+    misses = misses + 1 if problem.prompt_id in found else 0
+    found.setdefault(problem.prompt_id, problem)
+  return list(found.values())
+
+
+class FiniteTask:
+  """A task whose training problems are the first `count` different ones."""
+
+  def __init__(self, task: Task, count: int) -> None:
+    """Args: task: what to restrict. count: `task.epoch_prompts`."""
+    self._task = task
+    self._count = count
+    self._train: list[Problem] = []
+
+  def problem(self, split: Split, index: int) -> Problem:
+    """See `Task.problem`; the table of problems is made on first use."""
+    if split != 'train':
+      return self._task.problem(split, index)
+    if not self._train:
+      self._train = distinct_problems(self._task, 'train', self._count)
+    return self._train[index % self._count]
+
+  def score(self, entry: Mapping[str, Any], completion: str) -> float:
+    """See `Task.score`."""
+    return self._task.score(entry, completion)
+
+  def num_problems(self, split: Split) -> int | None:
+    """See `Task.num_problems`."""
+    if split == 'train':
+      return self._count
+    return self._task.num_problems(split)
+
+
+def problems_for_step(task: Task, config: config_lib.TaskConfig, seed: int,
+                      step: int) -> list[Problem]:
+  """Returns the B problems of a training step.
+
+  A function of (task, seed, step): nothing is iterated, so that a resumed
+  run sees the prompts of the uninterrupted one.
+
+  With n training problems, each epoch is floor(n / B) steps over a fresh
+  permutation: no problem occurs twice in a step, and n % B of them, others
+  each time, sit an epoch out. With n < B, a step takes several permutations,
+  so each problem occurs floor(B / n) or ceil(B / n) times. Without an n,
+  problems are new in each step; one that repeats an earlier problem of the
+  step is drawn again, up to three times.
+
+  Args:
+    task: the task.
+    config: gives B, `prompts_per_step`.
+    seed: the run's seed.
+    step: from 0.
+
+  Raises:
+    ValueError: the task has too few problems.
+  """
+  count = config.prompts_per_step
+  available = task.num_problems('train')
+  if available is not None:
+    indices = _epoch_indices(available, count, seed, step)
+    return [task.problem('train', int(i)) for i in indices]
+  chosen: dict[int, Problem] = {}
+  seen: set[str] = set()
+  for i in range(count):
+    for attempt in range(4):
+      # Attempts live far beyond the index of any step.
+      index = step * count + i + (attempt << 40)
+      chosen[i] = task.problem('train', index)
+      if chosen[i].prompt_id not in seen:
+        break
+    seen.add(chosen[i].prompt_id)
+  return list(chosen.values())
+
+
+def _epoch_indices(available: int, count: int, seed: int,
+                   step: int) -> np.ndarray:
+  """Returns int64[count] indices into `available` problems."""
+  import grain  # pylint: disable=g-import-not-at-top
+  if available < 1:
+    raise ValueError('the task has no training problems; add some')
+  size = min(available, count)
+  per_step = -(-count // size)
+  batches = grain.MapDataset.range(available).seed(
+      seed % 2**32).shuffle().batch(size, drop_remainder=True).repeat()
+  rows = [batches[step * per_step + k] for k in range(per_step)]
+  return np.concatenate(rows)[:count]
+
+
+def make_task(config: config_lib.TaskConfig, seed: int) -> Task:
+  """Returns the task of a config.
+
+  Args:
+    config: `name` is a reasoning-gym name, 'jsonl', 'mixture', or
+      'module:Class', constructed as Class(config, seed).
+    seed: the run's seed; problems are a function of it.
+
+  Raises:
+    ValueError: an unknown name, or a config the task cannot be made from.
+  """
+  task = _make_task(config, seed)
+  if not config.epoch_prompts:
+    return task
+  available = task.num_problems('train')
+  if available is not None and available < config.epoch_prompts:
+    raise ValueError(
+        f'task.epoch_prompts={config.epoch_prompts}, but {config.name!r} has '
+        f'{available} training problems; lower task.epoch_prompts')
+  return FiniteTask(task, config.epoch_prompts)
+
+
+def _make_task(config: config_lib.TaskConfig, seed: int) -> Task:
+  # Imported here: each depends on this module, and reasoning-gym is slow.
+  # pylint: disable=g-import-not-at-top
+  if config.name == 'jsonl':
+    from rlax_llm.tasks import jsonl_task
+    return jsonl_task.JsonlTask(config, seed)
+  if config.name == 'mixture':
+    from rlax_llm.tasks import mixture_task
+    return mixture_task.MixtureTask(config, seed)
+  if ':' in config.name:
+    return _imported_task(config, seed)
+  from rlax_llm.tasks import reasoning_gym_task
+  return reasoning_gym_task.ReasoningGymTask(config, seed)
+
+
+def _imported_task(config: config_lib.TaskConfig, seed: int) -> Task:
+  """Returns an instance of the class that 'module:Class' names."""
+  module_name, _, class_name = config.name.partition(':')
+  try:
+    task_class = getattr(importlib.import_module(module_name), class_name)
+  except Exception as error:
+    raise ValueError(
+        f'task.name {config.name!r} cannot be imported '
+        f'({type(error).__name__}: {error}); it is read as module:Class and '
+        'the module must be on PYTHONPATH') from error
+  missing = [
+      name for name in ('problem', 'score', 'num_problems')
+      if not callable(getattr(task_class, name, None))
+  ]
+  if missing:
+    raise ValueError(
+        f'task.name {config.name!r} lacks {", ".join(missing)}; a task has '
+        'the methods of rlax_llm.tasks.task.Task')
+  return task_class(config, seed)

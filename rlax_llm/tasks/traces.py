@@ -1,0 +1,92 @@
+"""Short prompts and written-step completions of the arithmetic tasks."""
+
+import math
+from typing import Any, Mapping
+
+from rlax_llm.tasks import arithmetic
+from rlax_llm.tasks import extract
+
+_EXPRESSIONS = ('chain_sum', 'basic_arithmetic', 'products')
+# Tasks whose question is one expression.
+ARITHMETIC = (*_EXPRESSIONS, 'gcd', 'lcm')
+
+
+def expression(name: str, item: Mapping[str, Any]) -> str | None:
+  """Returns the question as an expression without spaces, or None.
+
+  Args:
+    name: the reasoning-gym task.
+    item: its item, with question, answer and metadata.
+  """
+  metadata = item['metadata']
+  if name in _EXPRESSIONS:
+    return ''.join(metadata['expression'].split())
+  if name in ('gcd', 'lcm'):
+    return f'{name}({",".join(map(str, metadata["numbers"]))})'
+  return None
+
+
+def _gcd_steps(numbers: list[int]) -> list[str]:
+  """Returns Euclid's steps, the numbers themselves excluded."""
+  lines = []
+  while len(numbers) > 1:
+    a, b, *rest = numbers
+    numbers = [b, a % b, *rest] if b else [a, *rest]
+    lines.append(f'gcd({",".join(map(str, numbers))})' if len(numbers) >
+                 1 else str(numbers[0]))
+  return lines
+
+
+def _lcm_steps(numbers: list[int]) -> list[str]:
+  """Returns a*b/gcd(a,b), Euclid, and the quotient, for each further b."""
+  lines = []
+  while len(numbers) > 1:
+    a, b, *rest = numbers
+    pair = [f'{a}*{b}/gcd({a},{b})']
+    pair += [f'{a}*{b}/{step}' for step in _gcd_steps([a, b])]
+    pair += [f'{a * b}/{math.gcd(a, b)}', str(math.lcm(a, b))]
+    tail = ''.join(f',{n}' for n in rest)
+    lines += [f'lcm({step}{tail})' if rest else step for step in pair]
+    numbers = [math.lcm(a, b), *rest]
+  return lines
+
+
+def _expression_steps(text: str) -> list[str]:
+  # The task's own division is Python's //.
+  lines = [
+      arithmetic.render(tokens)
+      for tokens in arithmetic.steps(text, arithmetic.floor_divide)
+  ]
+  return lines[1:] or lines
+
+
+def trace(name: str, item: Mapping[str, Any], answer_format: str) -> str | None:
+  """Returns a completion that works the problem out step by step, or None.
+
+  Each step carries out the first operation and restates the rest: for
+  4 + 3 - 2 + 6 it is '7-2+6=5+6=11'.
+
+  Args:
+    name: the reasoning-gym task.
+    item: its item, with question, answer and metadata.
+    answer_format: a name of `extract.FORMATS`.
+
+  Returns:
+    The completion, final answer included; None for a task without traces.
+  """
+  text = expression(name, item)
+  if text is None:
+    return None
+  try:
+    if name == 'gcd':
+      lines = _gcd_steps(item['metadata']['numbers'])
+    elif name == 'lcm':
+      lines = _lcm_steps(item['metadata']['numbers'])
+    else:
+      lines = _expression_steps(text)
+  except (ValueError, ZeroDivisionError):
+    return None
+  # The scorer's answer is the law; steps that miss it would teach an error.
+  if lines[-1] != item['answer']:
+    return None
+  return extract.wrap_answer('='.join(lines), lines[-1], answer_format)

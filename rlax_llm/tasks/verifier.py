@@ -1,0 +1,308 @@
+"""Scores completions in killable worker processes."""
+
+import collections
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Sequence
+
+from absl import logging
+import numpy as np
+
+from rlax_llm import config as config_lib
+from rlax_llm.tasks import task as task_lib
+from rlax_llm.tasks import verifier_worker
+
+_START_SECONDS = 180.0  # a cold import of reasoning-gym on a network disk
+_WINDOW = 32  # samples handed to a worker before the first is answered
+_MAX_FAILED_STARTS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What the verifier says of n samples."""
+  rewards: np.ndarray  # float32[n]; 0.0 where unscorable
+  unscorable: np.ndarray  # bool[n]: hung, crashed or raised in the verifier
+
+
+class _Worker:
+  """A process, its pipes, and the samples it was given."""
+
+  def __init__(self, setup: bytes) -> None:
+    # The packages and modules that this process sees, wherever they are.
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    # A verifier must not take the accelerator, and one thread is enough.
+    environment = {
+        **os.environ, 'PYTHONPATH': path,
+        'JAX_PLATFORMS': 'cpu',
+        'OMP_NUM_THREADS': '1',
+        'OPENBLAS_NUM_THREADS': '1'
+    }
+    # Its own session, so that Ctrl-C reaches only the parent, which closes it.
+    self.process = subprocess.Popen(
+        [sys.executable, '-m', verifier_worker.__name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        env=environment,
+        start_new_session=True)
+    assert self.process.stdin is not None and self.process.stdout is not None
+    self.stdin = self.process.stdin.fileno()
+    self.stdout = self.process.stdout.fileno()
+    os.set_blocking(self.stdin, False)
+    os.set_blocking(self.stdout, False)
+    self.unsent = bytearray(setup)
+    self.received = b''
+    self.pending: collections.deque[int] = collections.deque()
+    self.alone = False  # retries one sample: gets no other until it answers
+    self.ready = False
+    self.ended = False
+    self.since = time.monotonic()  # of the start, or of the last answer
+    self.send()
+
+  def add(self, index: int, line: bytes) -> None:
+    """Queues a sample."""
+    if not self.pending:
+      self.since = time.monotonic()
+    self.pending.append(index)
+    self.unsent += line
+
+  def send(self) -> None:
+    """Writes what the pipe takes."""
+    try:
+      while self.unsent:
+        # A slice: deleting from the front of a long bytearray is cheap.
+        del self.unsent[:os.write(self.stdin, self.unsent[:65536])]
+    except BlockingIOError:
+      pass
+    except BrokenPipeError:
+      self.unsent.clear()  # its end is read from the other pipe
+
+  def receive(self) -> list[dict[str, Any]]:
+    """Returns the messages that have arrived."""
+    chunks = [self.received]
+    try:
+      while chunk := os.read(self.stdout, 65536):
+        chunks.append(chunk)
+      self.ended = True
+    except BlockingIOError:
+      pass
+    *lines, self.received = b''.join(chunks).split(b'\n')
+    return [json.loads(line) for line in lines]
+
+  def close(self) -> None:
+    """Kills the process and waits for it."""
+    if self.process.poll() is None:
+      # With what the verifier's code may have started.
+      os.killpg(self.process.pid, signal.SIGKILL)
+    with self.process:  # closes the pipes
+      pass
+
+
+class Verifier:
+  """Scores completions in `config.verifier_processes` processes.
+
+  A sample has `config.verifier_seconds` of CPU time and 2 GiB of memory. One
+  that hangs or kills its worker is tried once more, alone in a fresh worker;
+  if that fails too its reward is 0.0 and it is marked unscorable. The others
+  are not affected. Construction returns at once: workers start in the
+  background.
+  """
+
+  def __init__(self, config: config_lib.TaskConfig, seed: int) -> None:
+    """Starts the workers.
+
+    Args:
+      config: the task, and the limits.
+      seed: the run's seed.
+
+    Raises:
+      ValueError: a limit that is not positive.
+    """
+    if config.verifier_processes < 1:
+      raise ValueError(f'task.verifier_processes={config.verifier_processes}; '
+                       'it must be at least 1')
+    if not config.verifier_seconds > 0:
+      raise ValueError(f'task.verifier_seconds={config.verifier_seconds}; it '
+                       'must be above 0')
+    self._seconds = config.verifier_seconds
+    self._setup = json.dumps({
+        'config': config_lib.to_dict(config),
+        'seed': seed
+    }).encode() + b'\n'
+    self._lock = threading.Lock()
+    self._failed_starts = 0
+    self._logged = False
+    self._workers = [
+        _Worker(self._setup) for _ in range(config.verifier_processes)
+    ]
+
+  def __enter__(self) -> 'Verifier':
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Ends the workers; the verifier cannot be used afterwards."""
+    for worker in self._workers:
+      worker.close()
+    self._workers = []
+
+  def score(self, problems: Sequence[task_lib.Problem],
+            completions: Sequence[str]) -> Scores:
+    """Returns the rewards of completions.
+
+    Args:
+      problems: n problems; the samples of one problem repeat it.
+      completions: n texts, without the prompts.
+
+    Returns:
+      Scores of n samples, in their order.
+
+    Raises:
+      ValueError: different numbers of problems and completions.
+      RuntimeError: the workers cannot start, or the verifier is closed.
+    """
+    if len(problems) != len(completions):
+      raise ValueError(f'{len(problems)} problems and {len(completions)} '
+                       'completions; repeat each problem for its samples')
+    with self._lock:
+      if not self._workers:
+        raise RuntimeError('the verifier is closed')
+      batch = _Batch(problems, completions)
+      try:
+        while batch.unanswered:
+          self._advance(batch)
+      except BaseException:
+        # Answers to this batch must not reach the next one.
+        self._workers = [self._replace(worker) for worker in self._workers]
+        raise
+      if batch.error and not self._logged:
+        self._logged = True
+        logging.warning('the verifier raised; the first time:\n%s', batch.error)
+      return Scores(batch.rewards, batch.unscorable)
+
+  def _advance(self, batch: '_Batch') -> None:
+    """Hands out samples, waits for one event, takes the answers."""
+    with selectors.DefaultSelector() as selector:
+      share = min(_WINDOW, -(-len(batch.queue) // len(self._workers)))
+      for worker in self._workers:
+        # Refilled by halves: one event then carries several answers.
+        if len(worker.pending) <= _WINDOW // 2 and not worker.alone:
+          for _ in range(min(share, len(batch.queue))):
+            index = batch.queue.popleft()
+            worker.add(index, batch.line(index))
+        worker.send()
+        selector.register(worker.stdout, selectors.EVENT_READ)
+        if worker.unsent:
+          selector.register(worker.stdin, selectors.EVENT_WRITE)
+      now = time.monotonic()
+      limit = min(self._deadline(worker) for worker in self._workers)
+      selector.select(min(max(0.0, limit - now), 60.0))
+    for place, worker in enumerate(self._workers):
+      for message in worker.receive():
+        self._take(worker, message, batch)
+      # Judged after reading: this process may have been the slow one.
+      if worker.ended or time.monotonic() > self._deadline(worker):
+        self._workers[place] = self._recover(worker, batch)
+
+  def _deadline(self, worker: _Worker) -> float:
+    """Returns the monotonic time at which a worker counts as hung."""
+    if not worker.ready:
+      return worker.since + _START_SECONDS
+    if not worker.pending:
+      return float('inf')
+    # The worker's own timer goes first.
+    return worker.since + verifier_worker.wall_seconds(self._seconds) + 1
+
+  def _take(self, worker: _Worker, message: dict[str, Any],
+            batch: '_Batch') -> None:
+    worker.since = time.monotonic()
+    if 'failed' in message:
+      raise RuntimeError(f'the verifier cannot start:\n{message["failed"]}')
+    if 'ready' in message:
+      worker.ready = True
+      self._failed_starts = 0
+      return
+    index = worker.pending.popleft()
+    assert index == message['index'], 'answers come in the order of samples'
+    worker.alone = False
+    batch.answer(index, message.get('reward', 0.0), message.get('error'))
+
+  def _recover(self, worker: _Worker, batch: '_Batch') -> _Worker:
+    """Replaces a worker that died or hung; returns the new one."""
+    fresh = self._replace(worker)
+    if not worker.ready:
+      self._failed_starts += 1
+      if self._failed_starts >= _MAX_FAILED_STARTS:
+        raise RuntimeError(
+            f'{_MAX_FAILED_STARTS} verifier processes ended while starting '
+            f'(exit status {worker.process.poll()}); see standard error')
+      if worker.alone:
+        self._retry(worker.pending.popleft(), fresh, batch)
+    elif worker.pending:
+      # Samples are answered in order: the first is the one in flight.
+      suspect = worker.pending.popleft()
+      if worker.alone:
+        batch.answer(suspect, 0.0, None, unscorable=True)
+      else:
+        self._retry(suspect, fresh, batch)
+    batch.queue.extendleft(reversed(worker.pending))
+    return fresh
+
+  def _retry(self, index: int, worker: _Worker, batch: '_Batch') -> None:
+    worker.alone = True
+    worker.add(index, batch.line(index))
+
+  def _replace(self, worker: _Worker) -> _Worker:
+    worker.close()
+    return _Worker(self._setup)
+
+
+class _Batch:
+  """The samples of one call and what is known of them."""
+
+  def __init__(self, problems: Sequence[task_lib.Problem],
+               completions: Sequence[str]) -> None:
+    self._problems = problems
+    self._completions = completions
+    self._entries: dict[int, str] = {}  # by the problem's identity
+    count = len(problems)
+    self.queue = collections.deque(range(count))
+    self.unanswered = count
+    self.rewards = np.zeros(count, np.float32)
+    self.unscorable = np.zeros(count, np.bool_)
+    self.error: str | None = None
+
+  def line(self, index: int) -> bytes:
+    """Returns the request for a sample."""
+    problem = self._problems[index]
+    entry = self._entries.get(id(problem))
+    if entry is None:
+      try:
+        entry = json.dumps(problem.entry)
+      except (TypeError, ValueError) as error:
+        raise ValueError(f'the entry of a {problem.source!r} problem is no '
+                         f'JSON ({error}); use JSON types') from error
+      self._entries[id(problem)] = entry
+    completion = json.dumps(self._completions[index])
+    return (f'{{"index": {index}, "entry": {entry}, '
+            f'"completion": {completion}}}\n').encode()
+
+  def answer(self,
+             index: int,
+             reward: float,
+             error: str | None,
+             unscorable: bool = False) -> None:
+    """Records the outcome of a sample."""
+    self.rewards[index] = reward
+    self.unscorable[index] = unscorable or error is not None
+    self.error = self.error or error
+    self.unanswered -= 1

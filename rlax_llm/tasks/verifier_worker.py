@@ -1,0 +1,104 @@
+"""A process that scores completions: JSON lines in, JSON lines out.
+
+The first line holds the task's config; each further line is a sample. A
+sample that exceeds its time is ended by the kernel, process and all, whatever
+code it is in. End of input ends the process.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import traceback
+from typing import Any, BinaryIO
+import warnings
+
+from rlax_llm import config as config_lib
+from rlax_llm.tasks import task as task_lib
+
+_MEMORY = 2 * 2**30  # bytes a sample may add to the process
+
+
+def wall_seconds(cpu_seconds: float) -> float:
+  """Returns the wall time for one sample, generous for a busy machine."""
+  return 5 * cpu_seconds + 1
+
+
+def _limit_memory() -> None:
+  """Bounds the address space and turns off core dumps."""
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  try:
+    with open('/proc/self/statm', encoding='ascii') as file:
+      used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
+  except (OSError, ValueError):
+    pass  # Not Linux, or a lower limit is in force already.
+
+
+def _score(task: task_lib.Task, sample: dict[str, Any],
+           seconds: float) -> dict[str, Any]:
+  """Returns {'reward': float} or {'error': the traceback}."""
+  # The default action of both signals ends the process, inside C code too.
+  signal.setitimer(signal.ITIMER_PROF, seconds)
+  signal.setitimer(signal.ITIMER_REAL, wall_seconds(seconds))
+  try:
+    reward = float(task.score(sample['entry'], sample['completion']))
+    if not math.isfinite(reward):
+      raise ValueError(f'score returned {reward}')
+    return {'reward': reward}
+  except (Exception, SystemExit):  # pylint: disable=broad-exception-caught
+    return {'error': traceback.format_exc(limit=20)[-4000:]}
+  finally:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+  """Answers every line of `requests` with a line of `replies`."""
+
+  def reply(message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message).encode() + b'\n')
+    replies.flush()
+
+  setup = json.loads(requests.readline())
+  config = config_lib.TaskConfig(**setup['config'])
+  # The limits of prompts do not concern scoring.
+  config = dataclasses.replace(config, epoch_prompts=0)
+  try:
+    task = task_lib.make_task(config, setup['seed'])
+  except Exception:  # pylint: disable=broad-exception-caught
+    reply({'failed': traceback.format_exc(limit=20)[-4000:]})
+    return
+  _limit_memory()
+  reply({'ready': True})
+  for line in requests:
+    sample = json.loads(line)
+    reply({
+        'index': sample['index'],
+        **_score(task, sample, config.verifier_seconds)
+    })
+
+
+def main() -> None:
+  """Serves standard input until it ends."""
+  # Prints of verifier code go to standard error, and its reads find nothing.
+  requests = os.fdopen(os.dup(0), 'rb')
+  replies = os.fdopen(os.dup(1), 'wb')
+  os.dup2(2, 1)
+  nothing = os.open(os.devnull, os.O_RDONLY)
+  os.dup2(nothing, 0)
+  os.close(nothing)
+  warnings.simplefilter('ignore')
+  for name in (signal.SIGPROF, signal.SIGALRM, signal.SIGPIPE):
+    signal.signal(name, signal.SIG_DFL)
+  try:
+    _serve(requests, replies)
+  finally:
+    sys.stdout.flush()
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,382 @@
+"""THE loop: warm start, then rollout -> reward -> batch -> update.
+
+  python -m rlax_llm.train --config=configs/quickstart.py --workdir=DIR
+
+Rerunning the same command continues a run that was stopped.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import time
+from typing import Any, Callable
+import uuid
+
+import jax
+import numpy as np
+
+from rlax_llm import checkpoint
+from rlax_llm import evaluate as evaluation
+from rlax_llm import executables
+from rlax_llm import flags
+from rlax_llm import learner as learners
+from rlax_llm import manifest
+from rlax_llm import metrics
+from rlax_llm import report
+from rlax_llm.config import Config
+from rlax_llm.config import freeze
+from rlax_llm.config import to_dict
+from rlax_llm.learning import algorithms
+from rlax_llm.learning import sft
+from rlax_llm.learning import update as updates
+from rlax_llm.learning.batch import Sample
+from rlax_llm.ops.advantages import ADVANTAGES
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.progress import Progress
+from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.run import make_run
+from rlax_llm.run import Run
+from rlax_llm.tasks import task as tasks
+from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.types import Params
+from rlax_llm.types import Rollout
+from rlax_llm.types import TRAIN
+from rlax_llm.types import TrainState
+
+# The problems of the warm start lie beyond those of any RL step.
+_FIRST_SFT_PROBLEM = 1 << 44
+
+
+@dataclasses.dataclass
+class Progression:
+  """What a run accumulates besides its parameters; in the checkpoint."""
+  tokens_sampled: int = 0
+  tokens_sha256: str = ''  # of all tokens so far, step by step
+  reward_first: float | None = None
+  reward_last: float | None = None
+  accuracy_before: float | None = None
+  accuracy_after: float | None = None
+  wall_seconds: float = 0.0
+
+  def add_tokens(self, rollouts: list[Rollout]) -> None:
+    digest = hashlib.sha256(self.tokens_sha256.encode())
+    for rollout in rollouts:
+      digest.update(np.int32(rollout.length).tobytes())
+      digest.update(rollout.tokens.astype('<i4').tobytes())
+    self.tokens_sha256 = digest.hexdigest()
+    self.tokens_sampled += sum(r.length for r in rollouts)
+
+
+class Stopwatch:
+  """Seconds by name, for `time/*`."""
+
+  def __init__(self, clock: Callable[[], float]) -> None:
+    self._clock = clock
+    self._last = clock()
+    self.seconds: dict[str, float] = {}
+
+  def lap(self, name: str) -> None:
+    """Books the time since the last lap."""
+    now = self._clock()
+    self.seconds[f'time/{name}'] = now - self._last
+    self._last = now
+
+
+def warm_start(run: Run, params: Params, show: Callable[[int, float],
+                                                        None]) -> Params:
+  """Returns parameters after imitation of the task's traces.
+
+  Args:
+    run: the run.
+    params: donated.
+    show: receives (steps done, loss in nats per token) now and then.
+
+  Raises:
+    ConfigError: if a problem has no trace or does not fit.
+  """
+  config = run.config.sft
+  optimizer = updates.make_optimizer(sft.learning_config(config), config.steps)
+  learning = freeze(
+      dataclasses.replace(run.config.learning,
+                          minibatches=1,
+                          old_logprobs='recompute'))
+  learner = learners.Learner(run,
+                             algorithm=algorithms.SUPERVISED,
+                             sampling=Sampling(),
+                             optimizer=optimizer,
+                             name='sft',
+                             learning=learning)
+  state = run.pool(('init_sft',),
+                   functools.partial(updates.init_state, optimizer=optimizer),
+                   params,
+                   donate_argnums=(0,))
+  for step in range(config.steps):
+    first = _FIRST_SFT_PROBLEM + step * config.sequences_per_step
+    problems = [
+        run.task.problem('train', first + i)
+        for i in range(config.sequences_per_step)
+    ]
+    samples = [run.supervised_sample(problem) for problem in problems]
+    state, values = learner.update(state, learner.put(learner.pack(samples)))
+    if step % 10 == 9 or step + 1 == config.steps:
+      show(step + 1, float(values['learning/loss']))
+  return state.params
+
+
+def group_advantages(run: Run, rewards: np.ndarray,
+                     unscorable: np.ndarray) -> np.ndarray:
+  """Returns float32[B, G]: advantages within each prompt's group.
+
+  Args:
+    run: names the estimator.
+    rewards: float32[B, G].
+    unscorable: bool[B, G]: their advantage is 0, whatever the rest says.
+  """
+  estimate = ADVANTAGES[run.algorithm.advantage]
+  advantages = run.pool(('advantages', rewards.shape), jax.vmap(estimate),
+                        rewards)
+  return np.where(unscorable, 0.0, np.asarray(advantages)).astype(np.float32)
+
+
+def permuted(rewards: np.ndarray, seed: int, step: int) -> np.ndarray:
+  """Returns the rewards shuffled among all samples of the step.
+
+  The control experiment: with it, nothing must be learned.
+  """
+  rng = np.random.default_rng([seed, step])
+  return rng.permutation(rewards.reshape(-1)).reshape(rewards.shape)
+
+
+def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
+               learner: learners.Learner, verifier: Verifier,
+               reference: Params | None,
+               progression: Progression) -> tuple[TrainState, dict, list]:
+  """Runs one step: rollout -> reward -> batch -> update.
+
+  Args:
+    run: the run.
+    step: from 0.
+    state: donated.
+    engine: samples.
+    learner: learns.
+    verifier: rewards.
+    reference: parameters for the KL term, or None.
+    progression: updated in place.
+
+  Returns:
+    (state, metrics of the step, sample rows for samples.jsonl).
+  """
+  config = run.config
+  watch = Stopwatch(run.clock)
+  compiled = executables.compile_totals()
+  samples_per_prompt = config.rollout.samples_per_prompt
+  problems = tasks.problems_for_step(run.task, config.task, config.seed, step)
+  requests = run.requests(problems,
+                          samples=samples_per_prompt,
+                          domain=TRAIN,
+                          step=step)
+  rollouts, _ = engine.generate(state.params, requests,
+                                RolloutState(version=step))
+  watch.lap('rollout')
+
+  texts = [run.tokenizer.decode(rollout.tokens) for rollout in rollouts]
+  repeated = [p for p in problems for _ in range(samples_per_prompt)]
+  scores = verifier.score(repeated, texts)
+  shape = (len(problems), samples_per_prompt)
+  rewards = scores.rewards.reshape(shape)
+  if config.task.permute_rewards:
+    rewards = permuted(rewards, config.seed, step)
+  advantages = group_advantages(run, rewards, scores.unscorable.reshape(shape))
+  watch.lap('reward')
+
+  samples = [
+      Sample(prompt=rollout.request.prompt,
+             completion=rollout.tokens,
+             advantage=float(advantage),
+             behaviour_logprobs=rollout.behaviour_logprobs)
+      for rollout, advantage in zip(rollouts, advantages.reshape(-1))
+  ]
+  state, values, padding = learners.learn(learner,
+                                          state,
+                                          samples,
+                                          reference=reference,
+                                          learning=config.learning)
+  watch.lap('update')
+
+  progression.add_tokens(rollouts)
+  progression.reward_last = float(np.mean(rewards))
+  if progression.reward_first is None:
+    progression.reward_first = progression.reward_last
+  lengths = np.array([rollout.length for rollout in rollouts])
+  seconds = watch.seconds
+  after = executables.compile_totals()
+  values |= {
+      'reward/mean': np.mean(rewards),
+      'reward/std': np.std(rewards),
+      'reward/unscorable': int(np.sum(scores.unscorable)),
+      'reward/groups_with_signal': np.mean(np.any(advantages != 0, axis=-1)),
+      'rollout/length_mean': np.mean(lengths),
+      'rollout/length_p50': np.percentile(lengths, 50),
+      'rollout/length_p95': np.percentile(lengths, 95),
+      'rollout/length_max': np.max(lengths),
+      'rollout/truncated_fraction': np.mean([not r.finished for r in rollouts]),
+      'policy/staleness_mean': np.mean(
+          [step - np.mean(r.token_version) for r in rollouts]),
+      'learning/learning_rate': run.learning_rate(step),
+      'learning/padding_fraction': padding,
+      'rollout/drafted_fraction': np.mean(
+          np.concatenate([r.drafted for r in rollouts])),
+      **engine.stats.metrics(),
+      **seconds,
+      'time/step': sum(seconds.values()),
+      'compile/count': after[0] - compiled[0],
+      'compile/seconds': after[1] - compiled[1],
+  }
+  rows = [{
+      'prompt': problem.prompt,
+      'completion': text,
+      'reward': float(reward),
+      'advantage': float(advantage),
+  } for problem, text, reward, advantage in zip(
+      repeated, texts, rewards.reshape(-1), advantages.reshape(-1))]
+  return state, values, rows
+
+
+def train(config: Config,
+          workdir: str,
+          *,
+          clock: Callable[[], float] = time.perf_counter,
+          progress: Progress | None = None) -> dict[str, Any]:
+  """Trains, or continues a run that was stopped.
+
+  Args:
+    config: as a config file returned it.
+    workdir: the run's folder.
+    clock: seconds; read for timing only.
+    progress: where to show it; None: stderr.
+
+  Returns:
+    The summary, as in summary.json.
+
+  Raises:
+    ConfigError: for whatever the user got wrong, before any device work.
+  """
+  started = clock()
+  # ---- Config, data, model ---------------------------------------------------
+  run = make_run(config, clock=clock)
+  config = run.config
+  warnings = manifest.check_workdir(workdir, to_dict(config))
+  held_out = evaluation.held_out_problems(run)
+  run.check_prompts(held_out)
+  if config.sft.steps:
+    run.supervised_sample(run.task.problem('train', _FIRST_SFT_PROBLEM))
+  executables.enable_compilation_cache()
+  engine = run.engine(run.sampling)
+  law = evaluation.evaluation_sampling(run)
+  judge = engine if law == run.sampling else run.engine(law)
+  learner = learners.make_learner(run)
+  run_id = uuid.uuid4().hex[:8]
+
+  with (Verifier(config.task, config.seed) as verifier,
+        checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep,
+                               warn=lambda line: progress.message(line)) as saved,
+        progress or Progress() as progress):
+    # ---- Restore, or start with a warm start ---------------------------------
+    found = saved.restore(run.abstract_state()) if saved.steps() else None
+    first, state, host = found or (0, None, {})
+    progression = Progression(**host)
+    warnings += manifest.write_manifest(workdir,
+                                        to_dict(config),
+                                        run_id=run_id,
+                                        resume_step=first if found else None)
+    for line in warnings:
+      progress.message(f'warning: {line}')
+    earlier = progression.wall_seconds
+
+    def save(step: int) -> None:
+      progression.wall_seconds = earlier + clock() - started
+      saved.save(step, state, dataclasses.asdict(progression))
+
+    def measure(params: Params) -> dict[str, float]:
+      values = evaluation.evaluate(run, judge, params, verifier, held_out)
+      progression.accuracy_after = values['evaluate/accuracy']
+      return values
+
+    with metrics.MetricsWriter(workdir,
+                               resume_step=first if found else None,
+                               run_id=run_id) as writer:
+      if found:
+        progress.message(f'continuing {workdir} after step {first}')
+      else:
+        params = run.init_params()
+        if config.sft.steps:
+          progress.phase('warm start', config.sft.steps)
+
+          def show(done: int, loss: float) -> None:
+            values = {'sft/loss': loss}
+            progress.update(done, values)
+            # Steps below 0: the warm start comes before step 0.
+            writer.write(done - config.sft.steps - 1, values)
+
+          params = warm_start(run, params, show)
+        state = run.init_state(params)
+        values = measure(state.params)
+        progression.accuracy_before = progression.accuracy_after
+        writer.write(0, values)
+        progress.phase('evaluate', 0)
+        progress.update(0, values)
+        save(0)
+      reference = run.reference(workdir, state.params, first)
+
+      # ---- Train ------------------------------------------------------------
+      progress.phase('reinforcement learning', config.num_steps)
+      for step in range(first, config.num_steps):
+        state, values, rows = train_step(run, step, state, engine, learner,
+                                         verifier, reference, progression)
+        done, last = step + 1, step + 1 == config.num_steps
+        every = config.evaluate.every
+        watch = Stopwatch(clock)
+        if last or (every and done % every == 0):
+          values |= measure(state.params)
+          watch.lap('evaluate')
+        # Files first: what a checkpoint says happened has been written.
+        writer.write_samples(done, rows)
+        writer.write(done, values | watch.seconds)
+        progress.update(done, values)
+        every = config.checkpoint.every
+        if last or (every and done % every == 0):
+          watch = Stopwatch(clock)
+          save(done)
+          watch.lap('checkpoint')
+          writer.write(done, watch.seconds)
+
+    # ---- Summary -------------------------------------------------------------
+    saved.wait()
+  count, seconds = executables.compile_totals()
+  summary = {
+      'steps': config.num_steps,
+      **dataclasses.asdict(progression),
+      'wall_seconds': earlier + clock() - started,
+      'compile_count': count,
+      'compile_seconds': seconds,
+      'parameters_sha256': checkpoint.digest_arrays(state.params),
+  }
+  metrics.write_summary(workdir, summary)
+  report.build_report(workdir)
+  return summary
+
+
+def main(argv: list[str]) -> None:
+  """Trains as the command line says."""
+  del argv
+  summary = train(_CONFIG.value, _WORKDIR.value)
+  before, after = summary['accuracy_before'], summary['accuracy_after']
+  print(f'held-out accuracy {before:.3f} -> {after:.3f} in '
+        f'{summary["wall_seconds"]:.0f} s; see {_WORKDIR.value}/report.html')
+
+
+if __name__ == '__main__':
+  _CONFIG = flags.DEFINE_config()
+  _WORKDIR = flags.DEFINE_workdir()
+  flags.run(main)
