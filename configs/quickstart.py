@@ -11,19 +11,28 @@ def get_config() -> Config:
   config = Config()
   config.num_steps = 150
   config.task.name = 'chain_sum'
-  config.task.options = dict(min_terms=3, max_terms=6, min_digits=1, max_digits=1)
+  config.task.options = dict(min_terms=4,
+                             max_terms=8,
+                             min_digits=1,
+                             max_digits=1)
   config.task.prompt_format = 'short'
-  config.task.answer_format = 'after_equals'
+  config.task.answer_format = 'scratchpad'
+  config.task.trace_direct = 0.7
   config.task.prompts_per_step = 32
-  config.model.tokenizer = '0123456789+-*/=() '
+  config.model.tokenizer = '0123456789+-*/=()'
   config.model.layers = 4
   config.model.width = 128
   config.model.mlp_width = 384
-  config.sft.steps = 300
+  config.sft.steps = 700
+  config.sft.learning_rate = 3e-3
   config.sft.sequences_per_step = 128
-  config.rollout.prompt_length = 16
-  config.rollout.max_new_tokens = 48
+  config.rollout.prompt_length = 20
+  config.rollout.max_new_tokens = 56
   config.rollout.slots = 256
   config.control.draft_max_rows = 32
+  config.learning.learning_rate = 1e-4
+  config.learning.b2 = 0.99
+  config.learning.warmup_steps = 10
   config.evaluate.problems = 1024
+  config.evaluate.every = 25
   return config

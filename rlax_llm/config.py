@@ -10,6 +10,8 @@ receive as a static argument.
 import copy
 import dataclasses
 import difflib
+import types
+import typing
 from typing import Any, Iterator, Mapping
 
 
@@ -60,8 +62,7 @@ def freeze(value: Any) -> Any:
   if isinstance(value, Section):
     frozen = copy.copy(value)
     for field in dataclasses.fields(frozen):  # type: ignore[arg-type]
-      object.__setattr__(frozen, field.name, freeze(getattr(value,
-                                                             field.name)))
+      object.__setattr__(frozen, field.name, freeze(getattr(value, field.name)))
     object.__setattr__(frozen, '_frozen', True)
     return frozen
   if isinstance(value, Mapping):
@@ -104,7 +105,8 @@ class TaskConfig(Section):
   # question: the task's own text; short: only the expression (arithmetic).
   prompt_format: str = 'question'
   # Where the answer stands in a completion: tag (the last <answer>...
-  # </answer>), last_line, after_equals (behind the last '='), all.
+  # </answer>), scratchpad (behind the last ')'), last_line, after_equals
+  # (behind the last '='), all.
   answer_format: str = 'tag'
   # Appended to every prompt after a line break; tells a pretrained model the
   # answer format.
@@ -113,6 +115,8 @@ class TaskConfig(Section):
   path: str = ''
   held_out_path: str = ''
   match: str = 'numeric'  # jsonl: numeric | exact
+  # The share of the warm start's traces that give the answer without steps.
+  trace_direct: float = 0.0
   verifier_processes: int = 1
   verifier_seconds: float = 4.0  # CPU seconds for one sample
   # Control experiment: shuffle rewards among the samples of a step.
@@ -258,7 +262,8 @@ class Config(Section):
 DRAFTERS = ('none', 'prompt_lookup')
 _CHOICES = {
     'task.prompt_format': ('question', 'short'),
-    'task.answer_format': ('tag', 'last_line', 'after_equals', 'all'),
+    'task.answer_format':
+        ('tag', 'scratchpad', 'last_line', 'after_equals', 'all'),
     'task.match': ('numeric', 'exact'),
     'rollout.drafter': DRAFTERS,
     'learning.schedule': ('constant', 'linear', 'cosine'),
@@ -268,9 +273,11 @@ _CHOICES = {
     'learning.precision.head': ('float32', 'bfloat16'),
 }
 _AT_LEAST: dict[str, float] = {
+    'seed': 0,
     'num_steps': 0,
     'task.prompts_per_step': 1,
     'task.epoch_prompts': 0,
+    'task.trace_direct': 0,
     'task.verifier_processes': 1,
     'model.layers': 1,
     'model.width': 1,
@@ -331,6 +338,7 @@ def validate(config: Config) -> Config:
   Raises:
     ConfigError: one line that names the value, the limit and the way out.
   """
+  _check_types(config)
   for path, choices in _CHOICES.items():
     if _get(config, path) not in choices:
       raise ConfigError(
@@ -339,8 +347,7 @@ def validate(config: Config) -> Config:
           f'{", ".join(choices)}')
   for path, least in _AT_LEAST.items():
     if not _get(config, path) >= least:
-      raise ConfigError(
-          f'{path}={_get(config, path)} must be at least {least}')
+      raise ConfigError(f'{path}={_get(config, path)} must be at least {least}')
   for path in _ABOVE_ZERO:
     if not 0 < _get(config, path) < float('inf'):
       raise ConfigError(f'{path}={_get(config, path)} must be above 0')
@@ -349,10 +356,17 @@ def validate(config: Config) -> Config:
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
+  for name in ('b1', 'b2'):
+    value = getattr(config.learning, name)
+    if not 0 <= value < 1:
+      raise ConfigError(f'learning.{name}={value} must be in [0, 1)')
   if config.control.refill_threshold > 1:
     raise ConfigError(
         f'control.refill_threshold={config.control.refill_threshold} is a '
         'share of the slots; it must be at most 1')
+  if config.task.trace_direct > 1:
+    raise ConfigError(f'task.trace_direct={config.task.trace_direct} is a '
+                      'probability; it must be at most 1')
   if config.task.prompts_per_step % config.learning.minibatches:
     raise ConfigError(
         f'task.prompts_per_step={config.task.prompts_per_step} is not '
@@ -366,6 +380,26 @@ def validate(config: Config) -> Config:
         f'{config.rollout.max_new_tokens} new tokens; use at least {longest}, '
         'or 0 to have it chosen')
   return freeze(config)
+
+
+def _check_types(section: Section, prefix: str = '') -> None:
+  """Refuses values of another type: a config file may assign anything."""
+  for field in dataclasses.fields(section):  # type: ignore[arg-type]
+    value = getattr(section, field.name)
+    kind: Any = field.type
+    if isinstance(value, Section) and isinstance(value, kind):
+      _check_types(value, f'{prefix}{field.name}.')
+      continue
+    union = isinstance(kind, types.UnionType)
+    kinds = typing.get_args(kind) if union else (kind,)
+    kinds = tuple(typing.get_origin(k) or k for k in kinds)
+    if float in kinds:
+      kinds += (int,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and
+                                        bool not in kinds):
+      names = ' or '.join(k.__name__ for k in kinds)
+      raise ConfigError(f'{prefix}{field.name}={value!r} is of type '
+                        f'{type(value).__name__}; give it as {names}')
 
 
 def _validate_model(model: ModelConfig) -> None:

@@ -32,8 +32,9 @@ def held_out_problems(run: Run) -> list[tasks.Problem]:
   count = run.config.evaluate.problems
   available = run.task.num_problems('held_out')
   if available is not None and available < count:
-    raise ConfigError(f'evaluate.problems={count}, but the task has {available} '
-                      'held-out problems; lower it')
+    raise ConfigError(
+        f'evaluate.problems={count}, but the task has {available} '
+        'held-out problems; lower it')
   return [run.task.problem('held_out', i) for i in range(count)]
 
 

@@ -65,13 +65,13 @@ class _Meter:
     self.seconds = 0.0
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, **unused: Any) -> None:
+  def _listen(self, event: str, duration_secs: float, **unused: Any) -> None:
     if event == '/jax/core/compile/backend_compile_duration':
       self.count += 1
     # Tracing, lowering and compiling; a hit of the persistent cache is a
     # short compilation.
     if event.startswith('/jax/core/compile/'):
-      self.seconds += seconds
+      self.seconds += duration_secs
 
 
 _METER = _Meter()
@@ -89,7 +89,7 @@ def enable_compilation_cache() -> str:
   The threshold of 1 s is lifted: the executables of a small model compile
   faster and are many.
   """
-  folder = jax.config.jax_compilation_cache_dir
+  folder = jax.config.values['jax_compilation_cache_dir']
   if not folder:
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     folder = os.path.join(cache, 'rlax_llm', 'xla')

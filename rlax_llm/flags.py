@@ -144,7 +144,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     SystemExit: always. Code 2 after a user error, 130 when interrupted.
   """
   try:
-    app.run(lambda argv: _quiet(main, argv), flags_parser=_parse)
+    app.run(main, flags_parser=_parse_quietly)
   except (ConfigError, flags.Error) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
@@ -180,12 +180,13 @@ def _require(name: str, what: str) -> None:
                            message=f'--{name} is missing: {what}')
 
 
-def _quiet(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
-  # absl.app raises the verbosity to INFO, where Orbax writes dozens of lines
-  # per checkpoint.
+def _parse_quietly(argv: list[str]) -> list[str]:
+  rest = _parse(argv)
+  # absl.app raises a verbosity left at its default to INFO, where Orbax writes
+  # dozens of lines per checkpoint; after that it no longer looks defaulted.
   if FLAGS['verbosity'].using_default_value:
-    logging.set_verbosity(logging.ERROR)
-  return main(argv)
+    FLAGS.verbosity = logging.ERROR  # type: ignore[assignment]
+  return rest
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -45,10 +45,12 @@ class Learner:
     self._optimizer = optimizer
     self._name = name
     self._learning = learning
-    self._config = updates.UpdateConfig(algorithm=algorithm,
-                                        sampling=sampling,
-                                        chunk=learning.score_chunk,
-                                        old_is_current=self.old_is_current)
+    self._config = updates.UpdateConfig(
+        algorithm=algorithm,
+        sampling=sampling,
+        chunk=learning.score_chunk,
+        old_is_current=self.old_is_current,
+        old_is_behaviour=learning.old_logprobs == 'sampler')
 
   @property
   def old_is_current(self) -> bool:
@@ -56,7 +58,8 @@ class Learner:
     return (self._learning.minibatches == 1 and
             self._learning.old_logprobs == 'recompute')
 
-  def pack(self, samples: Sequence[Sample],
+  def pack(self,
+           samples: Sequence[Sample],
            *,
            skip_without_signal: bool = False) -> Batch:
     """Returns one optimizer batch, on the host.
@@ -69,13 +72,12 @@ class Learner:
     keep = None
     if skip_without_signal and self._algorithm.linear_in_advantage:
       keep = np.array([s.advantage != 0 for s in samples])
-    return batches.make_batch(
-        samples,
-        reduction=self._algorithm.reduction,
-        constant=self._run.config.rollout.max_new_tokens,
-        row_length=self._run.row_length,
-        microbatch_rows=self._learning.microbatch_rows,
-        keep=keep)
+    return batches.make_batch(samples,
+                              reduction=self._algorithm.reduction,
+                              constant=self._run.config.rollout.max_new_tokens,
+                              row_length=self._run.row_length,
+                              microbatch_rows=self._learning.microbatch_rows,
+                              keep=keep)
 
   def put(self, batch: Batch) -> Batch:
     """Puts a batch on the mesh."""
@@ -83,28 +85,26 @@ class Learner:
 
   def score(self, params: Params, batch: Batch) -> Array:
     """Returns log-probabilities of the batch's tokens, nats, on the mesh."""
-    return self._run.pool(
-        ('score', self._name, batch.tokens.shape),
-        functools.partial(updates.score_batch,
-                          model=self._run.model,
-                          config=self._config),
-        params,
-        batch,
-        out_shardings=sharding.microbatches(self._run.mesh))
+    return self._run.pool(('score', self._name, batch.tokens.shape),
+                          functools.partial(updates.score_batch,
+                                            model=self._run.model,
+                                            config=self._config),
+                          params,
+                          batch,
+                          out_shardings=sharding.microbatches(self._run.mesh))
 
   def update(self, state: TrainState,
              batch: Batch) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step; donates the state."""
-    return self._run.pool(
-        ('update', self._name, batch.tokens.shape),
-        functools.partial(updates.update,
-                          model=self._run.model,
-                          optimizer=self._optimizer,
-                          config=self._config),
-        state,
-        batch,
-        donate_argnums=(0,),
-        out_shardings=sharding.replicated(self._run.mesh))
+    return self._run.pool(('update', self._name, batch.tokens.shape),
+                          functools.partial(updates.update,
+                                            model=self._run.model,
+                                            optimizer=self._optimizer,
+                                            config=self._config),
+                          state,
+                          batch,
+                          donate_argnums=(0,),
+                          out_shardings=sharding.replicated(self._run.mesh))
 
 
 def make_learner(run: Run) -> Learner:
@@ -117,9 +117,10 @@ def make_learner(run: Run) -> Learner:
                  learning=run.config.learning)
 
 
-def learn(learner: Learner, state: TrainState, samples: Sequence[Sample], *,
-          reference: Params | None,
-          learning: LearningConfig) -> tuple[TrainState, dict[str, float], float]:
+def learn(
+    learner: Learner, state: TrainState, samples: Sequence[Sample], *,
+    reference: Params | None,
+    learning: LearningConfig) -> tuple[TrainState, dict[str, float], float]:
   """Takes the optimizer steps of one batch of rollouts.
 
   Args:
@@ -158,7 +159,8 @@ def learn(learner: Learner, state: TrainState, samples: Sequence[Sample], *,
     steps.append(values)
   fetched = jax.device_get(steps)
   means = {
-      name: float((np.max if name.endswith('_max') else np.mean)(
-          [values[name] for values in fetched])) for name in fetched[0]
+      name:
+          float((np.max if name.endswith('_max') else np.mean)(
+              [values[name] for values in fetched])) for name in fetched[0]
   }
   return state, means, padding

@@ -58,13 +58,16 @@ class Run:
     longest = rollout.prompt_length + rollout.max_new_tokens
     return self.config.learning.row_length or max(2 * longest, 128)
 
-  def engine(self, sampling: Sampling) -> RolloutEngine:
-    """Returns an engine for a sampling law."""
+  def engine(self,
+             sampling: Sampling,
+             *,
+             eos_ids: tuple[int, ...] | None = None) -> RolloutEngine:
+    """Returns an engine for a sampling law; EOS is the tokenizer's."""
     return RolloutEngine(self.model,
                          rollout=self.config.rollout,
                          control=self.config.control,
                          sampling=sampling,
-                         eos_ids=self.tokenizer.eos_ids,
+                         eos_ids=eos_ids or self.tokenizer.eos_ids,
                          seed=self.config.seed,
                          mesh=self.mesh,
                          clock=self.clock,
@@ -123,10 +126,10 @@ class Run:
     learning = self.config.learning
     schedule = update.make_schedule(
         learning, self.config.num_steps * learning.minibatches)
-    return float(schedule((step + 1) * learning.minibatches - 1))
+    last = (step + 1) * learning.minibatches - 1
+    return float(schedule(jnp.asarray(last)))
 
-  def reference(self, workdir: str, params: Params,
-                step: int) -> Params | None:
+  def reference(self, workdir: str, params: Params, step: int) -> Params | None:
     """Returns the reference policy: the parameters before RL; or None.
 
     It is saved apart, once, because no checkpoint of a later step holds it.
@@ -149,6 +152,18 @@ class Run:
       raise ConfigError(f'{workdir}/reference is missing; the KL term of a '
                         'continued run needs it: restore it or start again')
     return found[1]
+
+  def problems(self, step: int) -> list[tasks.Problem]:
+    """Returns the B problems of a training step.
+
+    Raises:
+      ConfigError: if the task has too few.
+    """
+    try:
+      return tasks.problems_for_step(self.task, self.config.task,
+                                     self.config.seed, step)
+    except ValueError as error:
+      raise ConfigError(str(error)) from error
 
   def check_prompts(self, problems: Sequence[tasks.Problem]) -> None:
     """Raises ConfigError if a problem's prompt is too long or not encodable."""
@@ -175,8 +190,8 @@ class Run:
                         'to warm-start from; set sft.steps=0')
     rollout = self.config.rollout
     return sft.make_sample(self.encode(problem.prompt, prompt=True),
-                           self.encode(problem.trace, prompt=False),
-                           self.tokenizer.eos_ids[0],
+                           self.encode(problem.trace,
+                                       prompt=False), self.tokenizer.eos_ids[0],
                            rollout.prompt_length + rollout.max_new_tokens)
 
   def requests(self, problems: Sequence[tasks.Problem], *, samples: int,

@@ -171,7 +171,7 @@ def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
   watch = Stopwatch(run.clock)
   compiled = executables.compile_totals()
   samples_per_prompt = config.rollout.samples_per_prompt
-  problems = tasks.problems_for_step(run.task, config.task, config.seed, step)
+  problems = run.problems(step)
   requests = run.requests(problems,
                           samples=samples_per_prompt,
                           domain=TRAIN,
@@ -211,27 +211,41 @@ def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
   lengths = np.array([rollout.length for rollout in rollouts])
   seconds = watch.seconds
   after = executables.compile_totals()
-  values |= {
-      'reward/mean': np.mean(rewards),
-      'reward/std': np.std(rewards),
-      'reward/unscorable': int(np.sum(scores.unscorable)),
-      'reward/groups_with_signal': np.mean(np.any(advantages != 0, axis=-1)),
-      'rollout/length_mean': np.mean(lengths),
-      'rollout/length_p50': np.percentile(lengths, 50),
-      'rollout/length_p95': np.percentile(lengths, 95),
-      'rollout/length_max': np.max(lengths),
-      'rollout/truncated_fraction': np.mean([not r.finished for r in rollouts]),
-      'policy/staleness_mean': np.mean(
-          [step - np.mean(r.token_version) for r in rollouts]),
-      'learning/learning_rate': run.learning_rate(step),
-      'learning/padding_fraction': padding,
-      'rollout/drafted_fraction': np.mean(
-          np.concatenate([r.drafted for r in rollouts])),
+  numbers: dict[str, Any] = values | {
+      'reward/mean':
+          np.mean(rewards),
+      'reward/std':
+          np.std(rewards),
+      'reward/unscorable':
+          int(np.sum(scores.unscorable)),
+      'reward/groups_with_signal':
+          np.mean(np.any(advantages != 0, axis=-1)),
+      'rollout/length_mean':
+          np.mean(lengths),
+      'rollout/length_p50':
+          np.percentile(lengths, 50),
+      'rollout/length_p95':
+          np.percentile(lengths, 95),
+      'rollout/length_max':
+          np.max(lengths),
+      'rollout/truncated_fraction':
+          np.mean([not r.finished for r in rollouts]),
+      'policy/staleness_mean':
+          np.mean([step - np.mean(r.token_version) for r in rollouts]),
+      'learning/learning_rate':
+          run.learning_rate(step),
+      'learning/padding_fraction':
+          padding,
+      'rollout/drafted_fraction':
+          np.mean(np.concatenate([r.drafted for r in rollouts])),
       **engine.stats.metrics(),
       **seconds,
-      'time/step': sum(seconds.values()),
-      'compile/count': after[0] - compiled[0],
-      'compile/seconds': after[1] - compiled[1],
+      'time/step':
+          sum(seconds.values()),
+      'compile/count':
+          after[0] - compiled[0],
+      'compile/seconds':
+          after[1] - compiled[1],
   }
   rows = [{
       'prompt': problem.prompt,
@@ -240,21 +254,21 @@ def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
       'advantage': float(advantage),
   } for problem, text, reward, advantage in zip(
       repeated, texts, rewards.reshape(-1), advantages.reshape(-1))]
-  return state, values, rows
+  return state, numbers, rows
 
 
 def train(config: Config,
           workdir: str,
           *,
           clock: Callable[[], float] = time.perf_counter,
-          progress: Progress | None = None) -> dict[str, Any]:
+          display: Progress | None = None) -> dict[str, Any]:
   """Trains, or continues a run that was stopped.
 
   Args:
     config: as a config file returned it.
     workdir: the run's folder.
     clock: seconds; read for timing only.
-    progress: where to show it; None: stderr.
+    display: where to show progress; None: stderr.
 
   Returns:
     The summary, as in summary.json.
@@ -268,7 +282,7 @@ def train(config: Config,
   config = run.config
   warnings = manifest.check_workdir(workdir, to_dict(config))
   held_out = evaluation.held_out_problems(run)
-  run.check_prompts(held_out)
+  run.check_prompts([*held_out, *run.problems(0)])
   if config.sft.steps:
     run.supervised_sample(run.task.problem('train', _FIRST_SFT_PROBLEM))
   executables.enable_compilation_cache()
@@ -279,12 +293,14 @@ def train(config: Config,
   run_id = uuid.uuid4().hex[:8]
 
   with (Verifier(config.task, config.seed) as verifier,
-        checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep,
-                               warn=lambda line: progress.message(line)) as saved,
-        progress or Progress() as progress):
+        checkpoint.Checkpoints(workdir,
+                               keep=config.checkpoint.keep,
+                               warn=lambda line: progress.message(line)) as
+        saved, display or Progress() as progress):
     # ---- Restore, or start with a warm start ---------------------------------
     found = saved.restore(run.abstract_state()) if saved.steps() else None
-    first, state, host = found or (0, None, {})
+    first, restored, host = found or (0, None, {})
+    state: Any = restored
     progression = Progression(**host)
     warnings += manifest.write_manifest(workdir,
                                         to_dict(config),
@@ -355,12 +371,17 @@ def train(config: Config,
     saved.wait()
   count, seconds = executables.compile_totals()
   summary = {
-      'steps': config.num_steps,
+      'steps':
+          config.num_steps,
       **dataclasses.asdict(progression),
-      'wall_seconds': earlier + clock() - started,
-      'compile_count': count,
-      'compile_seconds': seconds,
-      'parameters_sha256': checkpoint.digest_arrays(state.params),
+      'wall_seconds':
+          earlier + clock() - started,
+      'compile_count':
+          count,
+      'compile_seconds':
+          seconds,
+      'parameters_sha256':
+          checkpoint.digest_arrays(state.params),
   }
   metrics.write_summary(workdir, summary)
   report.build_report(workdir)

@@ -17,8 +17,7 @@ Params = Any  # a pytree of arrays
 Metrics = dict[str, Array]
 
 
-@flax.struct.dataclass
-class DraftTree:
+class DraftTree(flax.struct.PyTreeNode):
   """W nodes to verify in one forward. Node 0 is the last committed token.
 
   `parents[i] < i`. A node whose parent is `UNUSED` (other than node 0, the
@@ -33,8 +32,7 @@ class DraftTree:
 UNUSED = -1  # DraftTree.parents
 
 
-@flax.struct.dataclass
-class Path:
+class Path(flax.struct.PyTreeNode):
   """The nodes that verification kept, root first.
 
   Entries at or beyond `length` hold no meaning.
@@ -44,8 +42,7 @@ class Path:
   length: Array  # int32[...] in [1, W]: tokens committed by this forward
 
 
-@flax.struct.dataclass
-class Slots:
+class Slots(flax.struct.PyTreeNode):
   """N rows decoded together: the state of the segment loop.
 
   `text[n, :length[n]]` is the prompt followed by the completion so far; what
@@ -97,8 +94,7 @@ class Rollout:
   index: int  # which of the request's samples
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
   """Samples packed into rows, several to a row, told apart by `segments`.
 
   Arrays are [M, R, L]: M microbatches, of which the first `count` hold
@@ -119,8 +115,7 @@ class Batch:
   reference_logprobs: Array  # float32, nats
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """What an optimizer step changes. Donated to `update`."""
   step: Array  # int32, optimizer steps taken
   params: Params

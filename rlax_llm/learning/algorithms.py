@@ -39,14 +39,17 @@ class Algorithm:
 
 PRESETS: dict[str, Algorithm] = {
     # https://arxiv.org/abs/2402.03300
-    'grpo': Algorithm(reduction='sequence_mean'),
+    'grpo':
+        Algorithm(reduction='sequence_mean'),
     # https://arxiv.org/abs/2503.20783
-    'dr_grpo': Algorithm(advantage='group_centred',
-                         reduction='sequence_sum_token_mean_constant'),
+    'dr_grpo':
+        Algorithm(advantage='group_centred',
+                  reduction='sequence_sum_token_mean_constant'),
     # https://arxiv.org/abs/2402.14740
-    'rloo': Algorithm(advantage='leave_one_out',
-                      loss='reinforce',
-                      reduction='sequence_mean_token_sum'),
+    'rloo':
+        Algorithm(advantage='leave_one_out',
+                  loss='reinforce',
+                  reduction='sequence_mean_token_sum'),
 }
 
 # The warm start, through the same update as everything else.
@@ -75,6 +78,14 @@ _CHOICES = {
     'divergence': tuple(DIVERGENCES),
 }
 
+_LARGEST = 1e6
+_RANGES = (
+    ('kl_coefficient', 0, _LARGEST),
+    ('clip_low', 0, 1),
+    ('clip_high', 0, _LARGEST),
+    ('entropy_coefficient', -_LARGEST, _LARGEST),
+)
+
 
 def resolve(config: AlgorithmConfig) -> Algorithm:
   """Returns the preset with the config's overrides.
@@ -97,9 +108,8 @@ def resolve(config: AlgorithmConfig) -> Algorithm:
   }
   for field, choices in _CHOICES.items():
     if field in given and given[field] not in choices:
-      raise ConfigError(
-          f'algorithm.{field} {given[field]!r} is unknown; it is '
-          f'one of {", ".join(choices)}')
+      raise ConfigError(f'algorithm.{field} {given[field]!r} is unknown; it is '
+                        f'one of {", ".join(choices)}')
   algorithm = dataclasses.replace(PRESETS[config.name], **given)
   for field in ('clip_low', 'clip_high'):
     if field in given and algorithm.loss != 'clipped':
@@ -109,8 +119,9 @@ def resolve(config: AlgorithmConfig) -> Algorithm:
   if 'divergence' in given and not algorithm.kl_coefficient:
     raise ConfigError('algorithm.divergence is set, but '
                       'algorithm.kl_coefficient is 0; set both or neither')
-  if algorithm.kl_coefficient < 0 or algorithm.clip_low < 0 or (
-      algorithm.clip_high < 0) or algorithm.clip_low > 1:
-    raise ConfigError('algorithm.kl_coefficient, clip_low and clip_high must '
-                      'be >= 0 and clip_low <= 1')
+  for field, least, most in _RANGES:
+    value = getattr(algorithm, field)
+    if not least <= value <= most:
+      raise ConfigError(f'algorithm.{field}={value} must be between {least} '
+                        f'and {most}')
   return algorithm

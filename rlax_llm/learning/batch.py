@@ -1,7 +1,7 @@
 """From samples to packed microbatches. Host side, numpy, deterministic."""
 
 import dataclasses
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -48,8 +48,12 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
   return rows
 
 
-def make_batch(sequences: Sequence[Sample], *, reduction: str, constant: int,
-               row_length: int, microbatch_rows: int,
+def make_batch(sequences: Sequence[Sample],
+               *,
+               reduction: str,
+               constant: int,
+               row_length: int,
+               microbatch_rows: int,
                keep: np.ndarray | None = None) -> Batch:
   """Packs sequences into microbatches of fixed shape.
 
@@ -74,9 +78,7 @@ def make_batch(sequences: Sequence[Sample], *, reduction: str, constant: int,
       [len(s.completion) for s in sequences]),
                                   reduction=reduction,
                                   constant=constant)
-  kept = [
-      i for i in range(len(sequences)) if keep is None or keep[i]
-  ]
+  kept = [i for i in range(len(sequences)) if keep is None or keep[i]]
   lengths = [
       len(sequences[i].prompt) + len(sequences[i].completion) for i in kept
   ]
@@ -86,17 +88,17 @@ def make_batch(sequences: Sequence[Sample], *, reduction: str, constant: int,
   rows = pack(lengths, row_length)
   count = max(1, -(-len(rows) // microbatch_rows))
   microbatches = 1 << (count - 1).bit_length()
-  shape = (microbatches * microbatch_rows, row_length)
+  flat = (microbatches * microbatch_rows, row_length)
   ints = {
-      name: np.zeros(shape, np.int32)
+      name: np.zeros(flat, np.int32)
       for name in ('tokens', 'positions', 'segments')
   }
   floats = {
-      name: np.zeros(shape, np.float32)
+      name: np.zeros(flat, np.float32)
       for name in ('weights', 'advantages', 'old_logprobs',
                    'behaviour_logprobs', 'reference_logprobs')
   }
-  targets = np.zeros(shape, bool)
+  targets = np.zeros(flat, bool)
   # Rows are dealt to microbatches in turn, so that all are equally full.
   for place, members in enumerate(rows):
     row = (place % count) * microbatch_rows + place // count
@@ -116,10 +118,11 @@ def make_batch(sequences: Sequence[Sample], *, reduction: str, constant: int,
       if s.behaviour_logprobs is not None:
         floats['behaviour_logprobs'][row, middle:end] = s.behaviour_logprobs
       start = end
-  fold = lambda x: x.reshape(microbatches, microbatch_rows, row_length)
-  return Batch(count=np.int32(count),
-               targets=fold(targets),
-               **{k: fold(v) for k, v in (ints | floats).items()})
+  shape = (microbatches, microbatch_rows, row_length)
+  host: dict[str, Any] = {**ints, **floats, 'targets': targets}
+  host = {name: array.reshape(shape) for name, array in host.items()}
+  host['count'] = np.int32(count)
+  return Batch(**host)
 
 
 def padding_fraction(batch: Batch) -> float:

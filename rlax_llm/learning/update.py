@@ -32,10 +32,11 @@ class UpdateConfig:
   # One update per batch: old = stop_gradient(current), exactly. Otherwise
   # `Batch.old_logprobs` is read.
   old_is_current: bool
+  # `Batch.old_logprobs` holds the sampler's: no yardstick for the sampler.
+  old_is_behaviour: bool = False
 
 
-@flax.struct.dataclass
-class _Totals:
+class _Totals(flax.struct.PyTreeNode):
   """Sums over target tokens, and maxima; divided once, at the end."""
   loss: Array
   tokens: Array
@@ -118,6 +119,7 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
     old = jax.lax.stop_gradient(logprobs)
   else:
     old = select_masked(mask, batch.old_logprobs)
+  recomputed = logprobs if config.old_is_behaviour else old
   token = LOSSES[algorithm.loss](algorithm, logprobs, old, advantages)
   per_token = token.loss
   divergence = jnp.zeros_like(logprobs)
@@ -135,14 +137,15 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
                    divergence=total(divergence),
                    approximate_kl=total(old - logprobs),
                    ratio_max=jnp.max(select_masked(mask, token.ratio)),
-                   gap_max=jnp.max(jnp.abs(behaviour - old)))
+                   gap_max=jnp.max(jnp.abs(behaviour - recomputed)))
   return loss, jax.lax.stop_gradient(totals)
 
 
 def _merge(a: _Totals, b: _Totals) -> _Totals:
-  return jax.tree.map(jnp.add, a, b).replace(
-      ratio_max=jnp.maximum(a.ratio_max, b.ratio_max),
-      gap_max=jnp.maximum(a.gap_max, b.gap_max))
+  return jax.tree.map(jnp.add, a,
+                      b).replace(ratio_max=jnp.maximum(a.ratio_max,
+                                                       b.ratio_max),
+                                 gap_max=jnp.maximum(a.gap_max, b.gap_max))
 
 
 def update(state: TrainState, batch: Batch, *, model: LanguageModel,
@@ -176,8 +179,9 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   def accumulate(i: Array, carry: tuple) -> tuple:
     gradients, totals = carry
     part = Batch(count=batch.count, **{k: v[i] for k, v in arrays.items()})
-    (_, more), gradient = jax.value_and_grad(_loss, has_aux=True)(
-        state.params, part, model, config)
+    (_, more), gradient = jax.value_and_grad(_loss,
+                                             has_aux=True)(state.params, part,
+                                                           model, config)
     gradients = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients,
                              gradient)
     return gradients, _merge(totals, more)

@@ -11,6 +11,8 @@ weights x values). On CPU the score product is 2x faster so, which outweighs
 the strided write of one token.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -18,19 +20,18 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 from rlax_llm.types import Path
 
+_SCATTER: dict[str, Any] = dict(mode='drop',
+                                unique_indices=True,
+                                indices_are_sorted=True)
 
-_SCATTER = dict(mode='drop', unique_indices=True, indices_are_sorted=True)
 
-
-@flax.struct.dataclass
-class KVNodes:
+class KVNodes(flax.struct.PyTreeNode):
   """Keys and values of the W nodes of one forward, by layer."""
   keys: tuple[Array, ...]  # each [N, KH, W, HD], rotated
   values: tuple[Array, ...]  # each [N, KH, W, HD]
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
   """Keys and values of the committed tokens, by layer."""
   keys: tuple[Array, ...]  # each [N, KH, HD, S], rotated
   values: tuple[Array, ...]  # each [N, KH, S, HD]
@@ -44,8 +45,9 @@ class KVCache:
 def empty(rows: int, capacity: int, *, layers: int, kv_heads: int,
           head_dim: int, dtype: jnp.dtype) -> KVCache:
   """Returns a cache of zeros that holds nothing."""
-  keys, values = (tuple(jnp.zeros((rows, kv_heads, *axes), dtype)
-                        for _ in range(layers))
+  keys, values = (tuple(
+      jnp.zeros((rows, kv_heads, *axes), dtype)
+      for _ in range(layers))
                   for axes in ((head_dim, capacity), (capacity, head_dim)))
   return KVCache(keys, values, jnp.zeros(rows, jnp.int32))
 
@@ -97,6 +99,7 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
   """Returns the cache with a larger capacity; the new slots hold nothing."""
   more, none = (0, capacity - cache.capacity), (0, 0)
   pad = lambda *widths: lambda x: jnp.pad(x, widths)
-  return cache.replace(
-      keys=jax.tree.map(pad(none, none, none, more), cache.keys),
-      values=jax.tree.map(pad(none, none, more, none), cache.values))
+  return cache.replace(keys=jax.tree.map(pad(none, none, none, more),
+                                         cache.keys),
+                       values=jax.tree.map(pad(none, none, more, none),
+                                           cache.values))

@@ -6,6 +6,7 @@ queries, keys and values (Qwen2), optional RMSNorm on queries and keys
 """
 
 import functools
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -92,8 +93,7 @@ class Layer(nn.Module):
     self.up = dense(c.mlp_width, False, kernel_init=init)
     self.down = dense(c.width, False, kernel_init=init_out)
 
-  def project(self, x: Array,
-              positions: Array) -> tuple[Array, Array, Array]:
+  def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
     """Returns queries [.., L, H, HD] and keys and values [.., KH, L, HD]."""
     c = self.config
     x = self.attention_norm(x)
@@ -104,8 +104,8 @@ class Layer(nn.Module):
     if c.qk_norm:
       queries, keys = self.query_norm(queries), self.key_norm(keys)
     return (rotate(queries, positions, c.rope_theta),
-            rotate(keys, positions, c.rope_theta).swapaxes(1, 2),
-            values.swapaxes(1, 2))
+            rotate(keys, positions,
+                   c.rope_theta).swapaxes(1, 2), values.swapaxes(1, 2))
 
   def finish(self, x: Array, attended: Array) -> Array:
     """Adds the attention's and the MLP's output to the stream."""
@@ -115,8 +115,8 @@ class Layer(nn.Module):
 
   def packed(self, x: Array, positions: Array, mask: Array) -> Array:
     queries, keys, values = self.project(x, positions)
-    return self.finish(
-        x, attention.packed_attention(queries, keys, values, mask))
+    return self.finish(x, attention.packed_attention(queries, keys, values,
+                                                     mask))
 
   def cached(self, x: Array, positions: Array, node_mask: Array,
              cached_keys: Array, cached_values: Array,
@@ -144,12 +144,12 @@ class Transformer(nn.Module):
     self.layers = [
         layer(c, self.precision, name=f'layer_{i}') for i in range(c.layers)
     ]
-    self.final_norm = RMSNorm(c.norm_epsilon,
-                              jnp.dtype(self.precision.compute), param_dtype)
+    self.final_norm = RMSNorm(c.norm_epsilon, jnp.dtype(self.precision.compute),
+                              param_dtype)
     if not c.tied_head:
       self.head = self.param(
-          'head', nn.initializers.variance_scaling(c.init_scale, 'fan_in',
-                                                   'normal'),
+          'head',
+          nn.initializers.variance_scaling(c.init_scale, 'fan_in', 'normal'),
           (c.width, c.vocabulary), param_dtype)
 
   def embed(self, tokens: Array) -> Array:
@@ -157,8 +157,8 @@ class Transformer(nn.Module):
 
   def hidden(self, tokens: Array, positions: Array, segments: Array) -> Array:
     order = jnp.arange(tokens.shape[1])
-    mask = (segments[:, :, None] == segments[:, None]) & (
-        order[:, None] >= order[None])
+    mask = (segments[:, :, None] == segments[:, None]) & (order[:, None]
+                                                          >= order[None])
     x = self.embed(tokens)
     for layer in self.layers:
       x = layer.packed(x, positions, mask)
@@ -213,7 +213,7 @@ def make_transformer(config: ModelConfig,
                           dtype=jnp.dtype(precision.compute))
 
   def hidden(params: Params, tokens: Array, positions: Array,
-             segments: Array) -> Array:
+             segments: Array) -> Any:
     return module.apply({'params': params},
                         tokens,
                         positions,
@@ -221,7 +221,7 @@ def make_transformer(config: ModelConfig,
                         method='hidden')
 
   def extend(params: Params, tokens: Array, positions: Array, node_mask: Array,
-             cache: KVCache) -> tuple[Array, KVNodes]:
+             cache: KVCache) -> Any:
     return module.apply({'params': params},
                         tokens,
                         positions,
@@ -229,7 +229,7 @@ def make_transformer(config: ModelConfig,
                         cache,
                         method='extend')
 
-  def logits(params: Params, hidden: Array) -> Array:
+  def logits(params: Params, hidden: Array) -> Any:
     return module.apply({'params': params}, hidden, method='logits')
 
   return LanguageModel(init=init,

@@ -45,19 +45,19 @@ def _token_mean(lengths: np.ndarray, constant: int) -> np.ndarray:
 
 def _sequence_mean(lengths: np.ndarray, constant: int) -> np.ndarray:
   del constant
-  sequences = max(np.count_nonzero(lengths), 1)
+  sequences = max(int(np.count_nonzero(lengths)), 1)
   return 1.0 / (sequences * np.maximum(lengths, 1))
 
 
 def _sequence_mean_token_sum(lengths: np.ndarray, constant: int) -> np.ndarray:
   del constant
-  sequences = max(np.count_nonzero(lengths), 1)
+  sequences = max(int(np.count_nonzero(lengths)), 1)
   return np.full(lengths.shape, 1.0 / sequences)
 
 
 def _sequence_sum_token_mean_constant(lengths: np.ndarray,
                                       constant: int) -> np.ndarray:
-  sequences = max(np.count_nonzero(lengths), 1)
+  sequences = max(int(np.count_nonzero(lengths)), 1)
   return np.full(lengths.shape, 1.0 / (sequences * constant))
 
 

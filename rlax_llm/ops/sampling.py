@@ -49,8 +49,9 @@ def log_law(logits: Array, sampling: Sampling) -> Array:
   """
   chex.assert_type(logits, float)
   if sampling.temperature == 0:
-    best = jnp.argmax(logits, axis=-1)[..., None]
-    hit = jnp.arange(logits.shape[-1]) == best
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    hit = token == best
     return jnp.where(hit, 0.0, _NEGATIVE_INFINITY)
   if sampling.temperature != 1:
     logits = logits / sampling.temperature

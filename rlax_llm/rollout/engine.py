@@ -101,7 +101,8 @@ def list_capacities(config: RolloutConfig, width: int) -> list[int]:
   total = round_up(config.prompt_length + config.max_new_tokens + width)
   capacity = round_up(max(config.min_capacity, config.prompt_length + width))
   capacities = []
-  while capacity < total:
+  # A capacity just below the last would cost an executable and save little.
+  while capacity * 5 / 4 < total:
     capacities.append(capacity)
     capacity *= 2
   return capacities + [total]
@@ -190,9 +191,8 @@ class RolloutEngine:
             for rows in self._row_counts
             for capacity in self._capacities]
 
-  def generate(
-      self, params: Params, requests: Sequence[Request],
-      state: RolloutState) -> tuple[list[Rollout], RolloutState]:
+  def generate(self, params: Params, requests: Sequence[Request],
+               state: RolloutState) -> tuple[list[Rollout], RolloutState]:
     """Samples every request `request.samples` times.
 
     Args:
@@ -214,14 +214,13 @@ class RolloutEngine:
     queue: collections.deque[_Sample] = collections.deque()
     for request in requests:
       for index in range(request.samples):
-        queue.append(
-            _Sample(len(queue), request, index, len(request.prompt)))
+        queue.append(_Sample(len(queue), request, index, len(request.prompt)))
     results: list[Rollout | None] = [None] * len(queue)
     table = _Table(
         self._executor.empty(self._rollout.slots, self._capacities[0]),
         [None] * self._rollout.slots)
-    prompts = _PromptBlocks(self._executor, params, requests,
-                            self._block_rows, self._rollout.prompt_length)
+    prompts = _PromptBlocks(self._executor, params, requests, self._block_rows,
+                            self._rollout.prompt_length)
     while True:
       self._admit(table, queue, prompts)
       if not table.busy():
@@ -336,7 +335,13 @@ class _PromptBlocks:
     self._capacity = capacity
     self._first = 0
     self._rows: dict[int, int] = {}
-    self.block: PromptBlock | None = None
+    self._block: PromptBlock | None = None
+
+  @property
+  def block(self) -> PromptBlock:
+    """The block that the last `advance_to` made current."""
+    assert self._block is not None
+    return self._block
 
   def __contains__(self, request: Request) -> bool:
     return id(request) in self._rows
@@ -348,7 +353,7 @@ class _PromptBlocks:
     """Makes the block that holds the request the current one."""
     while request not in self:
       members = self._requests[self._first:self._first + self._size]
-      self.block = self._executor.prefill(self._params,
+      self._block = self._executor.prefill(self._params,
                                           [r.prompt for r in members],
                                           self._size, self._capacity)
       self._rows = {id(r): row for row, r in enumerate(members)}

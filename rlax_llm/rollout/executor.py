@@ -51,8 +51,8 @@ class Executor:
                      params, tokens, length)
 
   def admit(self, slots: Slots, block: slot_ops.PromptBlock,
-            taken: Mapping[int, tuple[int, Request, int]],
-            max_new_tokens: int) -> Slots:
+            taken: Mapping[int, tuple[int, Request,
+                                      int]], max_new_tokens: int) -> Slots:
     """Puts samples into slots.
 
     Args:
@@ -62,8 +62,8 @@ class Executor:
       max_new_tokens: T.
     """
     rows, capacity = slots.text.shape
-    fields = np.zeros((6, rows), np.int32)
-    take = np.zeros(rows, bool)
+    fields: Any = np.zeros((6, rows), np.int32)
+    take: Any = np.zeros(rows, bool)
     for slot, (source, request, index) in taken.items():
       take[slot] = True
       fields[:, slot] = (source, max_new_tokens, request.domain, request.step,
@@ -113,8 +113,8 @@ class Executor:
       return slots, counters
 
     limits = segments.Limits(
-        *jax.device_put((np.int32(forwards), np.int32(done_rows)),
-                        self._replicated))
+        *jax.device_put((np.int32(forwards),
+                         np.int32(done_rows)), self._replicated))
     return self.pool(('segment', rows, capacity, drafter, self._config),
                      run,
                      params,

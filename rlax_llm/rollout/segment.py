@@ -23,8 +23,7 @@ from rlax_llm.types import Path
 from rlax_llm.types import Slots
 
 
-@flax.struct.dataclass
-class Limits:
+class Limits(flax.struct.PyTreeNode):
   """When a segment ends, besides all rows being done or S being reached.
 
   Arrays, not static: other limits do not compile another executable.
@@ -33,8 +32,7 @@ class Limits:
   done_rows: Array  # int32: this many rows are done
 
 
-@flax.struct.dataclass
-class Counters:
+class Counters(flax.struct.PyTreeNode):
   """Speed values of one segment."""
   forwards: Array  # int32
   row_forwards: Array  # int32: sum over forwards of the rows that decoded
@@ -65,7 +63,7 @@ def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
   """
   width = tree.tokens.shape[1]
   # A chain's parents have no row axis: its mask is then a constant.
-  axis = 0 if tree.parents.ndim == 2 else None
+  axis: Any = 0 if tree.parents.ndim == 2 else None
   lines = verification.ancestors
   lines = jax.vmap(lines) if axis == 0 else lines
   node_mask = lines(tree.parents)
@@ -79,8 +77,8 @@ def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
   place = (slots.length - slots.prompt_length)[:, None] + depth
   race = jax.vmap(jax.vmap(sampling_ops.race, (None, 0, 0)))
   target = race(slots.key, place, law)
-  path = jax.vmap(verification.follow,
-                  (DraftTree(0, axis), 0))(tree, target)
+  axes: Any = DraftTree(**{'tokens': 0, 'parents': axis})
+  path = jax.vmap(verification.follow, (axes, 0))(tree, target)
 
   rows = jnp.arange(target.shape[0])[:, None]
   order = jnp.arange(width)[None]
@@ -99,20 +97,20 @@ def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
       new, mode='drop', unique_indices=True, indices_are_sorted=True)
   logprobs = law[rows, path.nodes, path.tokens]
   length = slots.length + kept
-  slots = slots.replace(
-      text=write(slots.text, path.tokens),
-      logprobs=write(slots.logprobs, logprobs),
-      drafted=write(slots.drafted, order < path.length[:, None] - 1),
-      length=length,
-      forwards=slots.forwards + ~slots.done,
-      finished=slots.finished | hit,
-      done=slots.done | hit | (length >= slots.limit),
-      cache=kv_cache.commit(slots.cache, nodes, committed))
+  slots = slots.replace(text=write(slots.text, path.tokens),
+                        logprobs=write(slots.logprobs, logprobs),
+                        drafted=write(slots.drafted, order
+                                      < path.length[:, None] - 1),
+                        length=length,
+                        forwards=slots.forwards + ~slots.done,
+                        finished=slots.finished | hit,
+                        done=slots.done | hit | (length >= slots.limit),
+                        cache=kv_cache.commit(slots.cache, nodes, committed))
   return slots, committed, hidden
 
 
-def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits,
-            *, model: LanguageModel, drafter: Drafter,
+def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
+            model: LanguageModel, drafter: Drafter,
             config: SegmentConfig) -> tuple[Slots, Any, Counters]:
   """Decodes until the limits are reached: one `while_loop`, no host.
 
@@ -149,13 +147,13 @@ def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits,
                                     model=model,
                                     config=config)
     state = drafter.observe(params, state, path, hidden)
-    counters = Counters(
-        forwards=counters.forwards + 1,
-        row_forwards=counters.row_forwards +
-        jnp.sum(~slots.done, dtype=jnp.int32),
-        tokens=counters.tokens + jnp.sum(path.length, dtype=jnp.int32))
+    counters = Counters(forwards=counters.forwards + 1,
+                        row_forwards=counters.row_forwards +
+                        jnp.sum(~slots.done, dtype=jnp.int32),
+                        tokens=counters.tokens +
+                        jnp.sum(path.length, dtype=jnp.int32))
     return after, state, counters
 
   zero = jnp.zeros((), jnp.int32)
-  return jax.lax.while_loop(
-      proceed, body, (slots, drafter_state, Counters(zero, zero, zero)))
+  return jax.lax.while_loop(proceed, body,
+                            (slots, drafter_state, Counters(zero, zero, zero)))

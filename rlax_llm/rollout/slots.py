@@ -1,7 +1,5 @@
 """Slots at segment boundaries: make, admit, grow, gather. Pure functions."""
 
-
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,16 +13,14 @@ from rlax_llm.types import Params
 from rlax_llm.types import Slots
 
 
-@flax.struct.dataclass
-class PromptBlock:
+class PromptBlock(flax.struct.PyTreeNode):
   """Prefilled prompts, shared by all samples of their groups."""
   tokens: Array  # int32[K, P]
   length: Array  # int32[K]
   nodes: KVNodes  # [K, KH, P, HD] by layer
 
 
-@flax.struct.dataclass
-class Admission:
+class Admission(flax.struct.PyTreeNode):
   """What each slot is given at a boundary; rows with ~take keep theirs."""
   take: Array  # bool[N]
   source: Array  # int32[N], row of the PromptBlock
@@ -123,5 +119,3 @@ def grow(slots: Slots, capacity: int) -> Slots:
 def gather(slots: Slots, rows: Array) -> Slots:
   """Returns the named rows, in that order."""
   return jax.tree.map(lambda x: x[rows], slots)
-
-

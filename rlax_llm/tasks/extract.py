@@ -1,6 +1,6 @@
 """Where the answer stands in a completion."""
 
-FORMATS = ('tag', 'last_line', 'after_equals', 'all')
+FORMATS = ('tag', 'scratchpad', 'last_line', 'after_equals', 'all')
 
 _OPEN = '<answer>'
 _CLOSE = '</answer>'
@@ -11,7 +11,8 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
 
   Args:
     completion: the text the model wrote, without the prompt.
-    answer_format: tag (the last <answer>...</answer>), last_line (the last
+    answer_format: tag (the last <answer>...</answer>), scratchpad (what
+      follows the last ')'; all of it where there is none), last_line (the last
       line that is not blank), after_equals (behind the last '='; all of it
       where there is none, since the prompt's own '=' stands before it), all.
 
@@ -25,6 +26,8 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
     end = completion.rfind(_CLOSE)
     begin = completion.rfind(_OPEN, 0, end) if end >= 0 else -1
     answer = completion[begin + len(_OPEN):end] if begin >= 0 else ''
+  elif answer_format == 'scratchpad':
+    answer = completion.rpartition(')')[2]
   elif answer_format == 'last_line':
     answer = completion.rstrip().rpartition('\n')[2]
   elif answer_format == 'after_equals':
@@ -41,12 +44,15 @@ def wrap_answer(steps: str, answer: str, answer_format: str) -> str:
   """Returns a completion whose extracted answer is `answer`.
 
   Args:
-    steps: worked steps that end in '=' and the answer, or in the answer.
+    steps: worked steps that end in '=' and the answer, or in the answer; ''
+      for the answer alone.
     answer: the final answer.
     answer_format: as for `extract_answer`.
   """
   if answer_format == 'tag':
     return f'{steps}{_OPEN}{answer}{_CLOSE}'
-  if answer_format == 'last_line':
+  if answer_format == 'scratchpad' and steps:
+    return f'({steps}){answer}'
+  if answer_format == 'last_line' and steps:
     return f'{steps}\n{answer}'
-  return answer if answer_format == 'all' else steps
+  return steps if answer_format == 'after_equals' and steps else answer

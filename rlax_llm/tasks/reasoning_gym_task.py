@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import random
 from typing import Any, Mapping
 import warnings
 
@@ -137,7 +138,7 @@ class ReasoningGymTask:
         continue
       if self._is_flawed(item):
         continue
-      return self._make_problem(item, expression)
+      return self._make_problem(item, expression, digest)
     reason = f' ({type(failure).__name__}: {failure})' if failure else ''
     raise ValueError(
         f'{name!r} with task.options={self._options} has no {split} problem in '
@@ -153,15 +154,19 @@ class ReasoningGymTask:
     return (name in traces.ARITHMETIC and
             traces.trace(name, item, 'all') != answer)
 
-  def _make_problem(self, item: dict[str, Any],
-                    expression: str | None) -> task_lib.Problem:
+  def _make_problem(self, item: dict[str, Any], expression: str | None,
+                    digest: bytes) -> task_lib.Problem:
     config = self._config
     prompt = item['question']
     if config.prompt_format == 'short':
       prompt = f'{expression}='
     return task_lib.make_problem(
         config.name, task_lib.with_instruction(prompt, config), item['answer'],
-        traces.trace(config.name, item, config.answer_format),
+        traces.trace(config.name,
+                     item,
+                     config.answer_format,
+                     direct=random.Random(digest).random() <
+                     config.trace_direct),
         codec.encode(item))
 
   def score(self, entry: Mapping[str, Any], completion: str) -> float:

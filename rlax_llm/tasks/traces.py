@@ -1,6 +1,7 @@
 """Short prompts and written-step completions of the arithmetic tasks."""
 
 import math
+import re
 from typing import Any, Mapping
 
 from rlax_llm.tasks import arithmetic
@@ -60,16 +61,32 @@ def _expression_steps(text: str) -> list[str]:
   return lines[1:] or lines
 
 
-def trace(name: str, item: Mapping[str, Any], answer_format: str) -> str | None:
+def _tally(text: str) -> str:
+  """Returns the running value after each term: '+3=7-2=5' for 4+3-2."""
+  first, *terms = re.findall(r'([+-]?)(-?[0-9]+)', text)
+  value, steps = int(''.join(first)), ''
+  for sign, number in terms:
+    value += -int(number) if sign == '-' else int(number)
+    steps += f'{sign}{number}={value}'
+  return steps or ''.join(first)
+
+
+def trace(name: str,
+          item: Mapping[str, Any],
+          answer_format: str,
+          *,
+          direct: bool = False) -> str | None:
   """Returns a completion that works the problem out step by step, or None.
 
-  Each step carries out the first operation and restates the rest: for
-  4 + 3 - 2 + 6 it is '7-2+6=5+6=11'.
+  A sum keeps a tally: for 4 + 3 - 2 + 6 it is '+3=7-2=5+6=11'. Other tasks
+  carry out the first operation and restate the rest: for 4 * (3 - 2) + 6 it
+  is '4*1+6=4+6=10'.
 
   Args:
     name: the reasoning-gym task.
     item: its item, with question, answer and metadata.
     answer_format: a name of `extract.FORMATS`.
+    direct: give the answer alone, without steps.
 
   Returns:
     The completion, final answer included; None for a task without traces.
@@ -89,4 +106,7 @@ def trace(name: str, item: Mapping[str, Any], answer_format: str) -> str | None:
   # The scorer's answer is the law; steps that miss it would teach an error.
   if lines[-1] != item['answer']:
     return None
-  return extract.wrap_answer('='.join(lines), lines[-1], answer_format)
+  steps = _tally(text) if name == 'chain_sum' else '='.join(lines)
+  if direct:
+    steps = ''
+  return extract.wrap_answer(steps, lines[-1], answer_format)

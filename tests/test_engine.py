@@ -1,0 +1,485 @@
+"""The engine: the law, the equality of tokens, and the host's duties."""
+
+import functools
+
+import jax
+from jax._src import array as jax_array
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rollout_helpers as helpers
+from rollout_helpers import strict_precision  # noqa: F401
+from rollout_helpers import World
+from scipy import stats
+
+from rlax_llm import executables
+from rlax_llm.config import ConfigError
+from rlax_llm.drafting import drafter as drafting
+from rlax_llm.models.language_model import score
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.rollout import executor
+from rlax_llm.types import EVALUATE
+from rlax_llm.types import Request
+from rlax_llm.types import TRAIN
+
+LONGEST = 24  # T of helpers.World.engine
+
+
+@functools.cache
+def _world(**options):
+  return World(**options)
+
+
+@functools.cache
+def _plain():
+  """Rollouts of plain sampling: 37 samples in 16 slots."""
+  return _world().generate(helpers.make_requests())[0]
+
+
+def _drafter(name):
+  vocabulary = 7
+  return {
+      'chain': lambda: drafting.prompt_lookup(4),
+      'hostile': lambda: helpers.hostile_chain(4, vocabulary),
+      'tree': lambda: helpers.random_tree(6, vocabulary),
+      'oracle': lambda: _oracle(False),
+      'oracle tree': lambda: _oracle(True),
+  }[name]()
+
+
+@functools.cache
+def _oracle(tree):
+  return helpers.oracle(7 if tree else 4,
+                        _plain(),
+                        _world().seed,
+                        LONGEST,
+                        tree=tree)
+
+
+# --- The law.
+
+LAW_CASES = [
+    pytest.param(drafter,
+                 width,
+                 temperature,
+                 top_p,
+                 marks=() if fast else pytest.mark.slow)
+    for drafter, widths in (('none', (1,)), ('lookup', (5, 9)),
+                            ('hostile', (5, 9)), ('tree', (5, 9)))
+    for width in widths
+    for temperature in (0.7, 1.0, 1.5)
+    for top_p in (1.0, 0.9)
+    for fast in [(drafter, width, temperature,
+                  top_p) in (('none', 1, 1.0, 1.0), ('lookup', 5, 0.7, 1.0),
+                             ('tree', 9, 1.5, 1.0), ('tree', 5, 1.0, 0.9))]
+]
+
+
+@pytest.mark.parametrize('drafter,width,temperature,top_p', LAW_CASES)
+def test_law(drafter, width, temperature, top_p):
+  """Whole completions are distributed as the product of the policy's laws.
+
+  12288 samples against the enumeration of all 40 completions (vocabulary 4,
+  EOS 3, up to 3 tokens). Mutants: a rejected draft's token is masked out of
+  the next draw; the token of the draft is committed in place of the target's;
+  noise of position t used at t + 1 of the same forward.
+  """
+  world = _world(vocabulary=4,
+                 eos=3,
+                 sampling=Sampling(temperature, top_p=top_p))
+  draft = {
+      'none': drafting.no_drafter,
+      'lookup': lambda: drafting.prompt_lookup(width),
+      'hostile': lambda: helpers.hostile_chain(width, 4),
+      'tree': lambda: helpers.random_tree(width, 4),
+  }[drafter]()
+  prompt = np.asarray([1, 2, 1, 0, 1])
+  requests = [Request(prompt, 1024, TRAIN, width, i) for i in range(12)]
+  rollouts, engine = world.generate(requests,
+                                    drafter=draft,
+                                    slots=1024,
+                                    samples_per_prompt=1024,
+                                    max_new_tokens=3,
+                                    control=dict(refill_threshold=0.5,
+                                                 compact=False))
+  law = helpers.enumerate_sequences(world, prompt, 3)
+  counts = dict.fromkeys(law, 0)
+  for rollout in rollouts:
+    counts[tuple(rollout.tokens.tolist())] += 1
+  observed = np.asarray(list(counts.values()))
+  expected = np.asarray(list(law.values())) * len(rollouts)
+  assert (observed[expected == 0] == 0).all()
+  rare = expected < 8
+  observed = np.append(observed[~rare], observed[rare].sum())
+  expected = np.append(expected[~rare], expected[rare].sum())
+  observed, expected = observed[expected > 0], expected[expected > 0]
+  expected *= observed.sum() / expected.sum()
+  assert len(observed) > 5
+  assert stats.chisquare(observed, expected).pvalue > 1e-4
+  if width > 1:  # drafts were accepted: the test is about them
+    assert engine.stats.tokens > 1.02 * engine.stats.row_forwards
+
+
+# --- Equality of tokens.
+
+
+def test_plain_rollouts_are_varied():
+  """The reference of the equality tests holds every case they are about.
+
+  EOS and truncation, one-token completions and long ones. Mutant: EOS is
+  never recognised.
+  """
+  rollouts = _plain()
+  assert {r.finished for r in rollouts} == {True, False}
+  assert len({tuple(r.tokens) for r in rollouts}) > 20
+  for r in rollouts:
+    assert r.length == len(r.tokens) <= LONGEST
+    assert (r.tokens[:-1] != 6).all() and (r.tokens[-1] == 6) == r.finished
+    assert r.finished or r.length == LONGEST
+    assert r.forwards == r.length and not r.drafted.any()
+    assert (r.token_version == 0).all()
+  assert [(r.request.request, r.index) for r in rollouts] == [
+      (q.request, i) for q in helpers.make_requests() for i in range(q.samples)
+  ]
+
+
+def test_plain_rollouts_equal_an_uncached_loop():
+  """Plain sampling by the engine is the race over uncached logits.
+
+  No engine, cache or segment on the other side: this anchors the tests
+  below. Mutants: place starts at 1; the prompt's last token is skipped; rows
+  of a block are mixed up.
+  """
+  world = _world()
+  for rollout in _plain()[::3]:
+    for place in range(min(rollout.length, 8)):
+      law = world.law_after(np.r_[rollout.request.prompt,
+                                  rollout.tokens[:place]])
+      token = helpers.sampling_ops.race(
+          jnp.asarray(helpers.key_of(rollout, world.seed)), jnp.int32(place),
+          law)
+      assert (token == rollout.tokens[place] or
+              world.margin(rollout, place) < helpers.NEAR_TIE)
+
+
+@pytest.mark.parametrize('name',
+                         ['chain', 'hostile', 'tree', 'oracle', 'oracle tree'])
+def test_drafters_change_no_token(name):
+  """Tokens, ends and log-probabilities are those of plain sampling.
+
+  Mutants: verification takes the draft's token; EOS inside an accepted draft
+  is passed over; tokens beyond the limit are kept; the bonus token's noise is
+  that of the last accepted one.
+  """
+  world, want = _world(), _plain()
+  got, engine = world.generate(helpers.make_requests(), drafter=_drafter(name))
+  helpers.assert_same_tokens(world, want, got)
+  for a, b in zip(want, got):
+    if np.array_equal(a.tokens, b.tokens):
+      np.testing.assert_allclose(a.behaviour_logprobs,
+                                 b.behaviour_logprobs,
+                                 atol=1e-5)
+    # One token of every forward is the target's own; the last forward's may
+    # lie behind EOS or the limit.
+    assert b.length - b.drafted.sum() in (b.forwards, b.forwards - 1)
+  assert engine.stats.tokens == sum(r.length for r in got)
+  assert engine.stats.row_forwards == sum(r.forwards for r in got)
+  accept = engine.stats.tokens / engine.stats.row_forwards
+  if name == 'hostile':
+    assert 1 <= accept < 1.6
+  if name in ('oracle', 'oracle tree'):
+    for r in got:  # accept length W up to the end
+      assert r.forwards == -(-r.length // 4)
+
+
+VARIATIONS = {
+    'N = 4': dict(slots=4, control=dict(min_slots=2)),
+    'N = 64': dict(slots=64),
+    'segments of 1': dict(segment_forwards=1),
+    'segments of 64': dict(segment_forwards=64),
+    'refill at once': dict(control=dict(refill_threshold=0.01)),
+    'refill late': dict(control=dict(refill_threshold=1.0)),
+    'no compaction': dict(control=dict(compact=False)),
+    'compaction to 1': dict(control=dict(min_slots=1)),
+    'one capacity': dict(min_capacity=64),
+    'drafts for few rows': dict(control=dict(draft_max_rows=8)),
+    'other blocks': dict(samples_per_prompt=16),
+}
+
+
+@pytest.mark.parametrize('name', VARIATIONS)
+def test_speed_values_change_no_token(name):
+  """Slots, segment length, refill, compaction and growth change no token.
+
+  With prompt lookup (W = 4), against plain sampling. Mutants: compaction
+  leaves out a field of Slots; growth shifts the cache; a slot's stale `drafted`
+  or `forwards` survives admission; a block's rows are taken from the last.
+  """
+  world = _world()
+  got, _ = world.generate(helpers.make_requests(),
+                          drafter=drafting.prompt_lookup(4),
+                          **VARIATIONS[name])
+  helpers.assert_same_tokens(world, _plain(), got)
+  for r in got:
+    assert r.length - r.drafted.sum() in (r.forwards, r.forwards - 1)
+
+
+@pytest.mark.parametrize('drafter', ['chain', 'tree'])
+def test_order_and_company_change_no_token(drafter):
+  """Shuffled, reversed, repeated and lonely requests give the same tokens.
+
+  Mutant: the key is that of the slot or of the place in the queue.
+  """
+  world, requests = _world(), helpers.make_requests()
+  drafter = _drafter(drafter)
+  rng = np.random.default_rng(0)
+  for order in ([4, 3, 2, 1, 0], list(rng.permutation(5))):
+    got, _ = world.generate([requests[i] for i in order], drafter=drafter)
+    helpers.assert_same_tokens(world, _plain(), got)
+  alone, _ = world.generate(requests[3:4], drafter=drafter)
+  of_three = [r for r in _plain() if r.request.request == 3]
+  helpers.assert_same_tokens(world, of_three, alone)
+  twice, _ = world.generate([requests[0], requests[2], requests[0]],
+                            drafter=drafter,
+                            slots=4,
+                            samples_per_prompt=4)
+  assert len(twice) == 7
+  for a, b in zip(twice[:3], twice[4:]):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+@pytest.mark.parametrize('drafter', [None, 'chain', 'tree'])
+def test_devices_change_no_token(drafter):
+  """Rows over eight devices give the tokens of one device.
+
+  Mutant: admission indexes rows by their place within a shard.
+  """
+  world = _world(ways=8)
+  got, engine = world.generate(helpers.make_requests(),
+                               drafter=drafter and _drafter(drafter))
+  helpers.assert_same_tokens(_world(), _plain(), got)
+  assert min(n for n, _, _ in engine.reachable_keys()) == 8
+
+
+def test_a_random_clock_changes_no_token():
+  """The clock is read for statistics only.
+
+  Mutant: a segment's budget follows the measured time.
+  """
+  world, rng = _world(), np.random.default_rng(0)
+  got, _ = world.generate(helpers.make_requests(),
+                          drafter=drafting.prompt_lookup(4),
+                          clock=lambda: float(rng.normal() * 1e3))
+  helpers.assert_same_tokens(world, _plain(), got)
+
+
+def test_noise_follows_the_request():
+  """Another domain, step, request or seed gives other tokens.
+
+  And two requests of one prompt in one step are other samples. Mutants: the
+  step or the domain is left out of the key; the index restarts by block.
+  """
+  world = _world()
+  prompt = np.asarray([1, 2, 3])
+  text = lambda rollouts: [tuple(r.tokens) for r in rollouts]
+  make = lambda domain, step, request: [
+      Request(prompt, 8, domain, step, request)
+  ]
+  base = text(world.generate(make(TRAIN, 0, 0))[0])
+  assert base == text(world.generate(make(TRAIN, 0, 0))[0])
+  others = [(EVALUATE, 0, 0), (TRAIN, 1, 0), (TRAIN, 0, 1), (TRAIN, 1, 1)]
+  for where in others:
+    assert base != text(world.generate(make(*where))[0]), where
+  assert len(set(base)) > 4
+
+
+# --- Log-probabilities.
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+@pytest.mark.parametrize('drafter', ['none', 'chain', 'tree'])
+def test_behaviour_logprobs_equal_a_fresh_score(drafter, temperature):
+  """What the sampler recorded is what `score` says, on every token, to 1e-5.
+
+  EOS included. Mutants: log-probabilities of the untempered law; those of the
+  node before; those of the draft's token.
+  """
+  world = _world(sampling=Sampling(temperature))
+  draft = None if drafter == 'none' else _drafter(drafter)
+  rollouts, _ = world.generate(helpers.make_requests(), drafter=draft)
+  tokens = np.zeros((len(rollouts), 32), np.int32)
+  segments = np.zeros_like(tokens)
+  recorded = np.zeros(tokens.shape, np.float32)
+  completion = np.zeros(tokens.shape, bool)
+  for row, r in enumerate(rollouts):
+    first, last = len(r.request.prompt), len(r.request.prompt) + r.length
+    tokens[row, :last] = np.r_[r.request.prompt, r.tokens]
+    segments[row, :last] = 1
+    recorded[row, first:last] = r.behaviour_logprobs
+    completion[row, first:last] = True
+  positions = np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape)
+  fresh = score(world.params,
+                jnp.asarray(tokens),
+                jnp.asarray(positions),
+                jnp.asarray(segments),
+                model=world.model,
+                sampling=world.sampling,
+                chunk=200)
+  assert any(r.finished for r in rollouts)
+  gap = np.abs(np.asarray(fresh) - recorded)[completion]
+  assert gap.max() < 1e-5
+  assert (recorded[completion] < 0).mean() > 0.9
+
+
+# --- The host's duties.
+
+
+def test_one_read_for_each_segment(monkeypatch):
+  """A segment costs one device-to-host read and no implicit transfer.
+
+  Every way by which a jax array turns into host values is counted, because
+  the CPU's transfer guard misses float() and np.asarray. Mutants: a bool() of
+  `done` between segments; two device_get calls; a numpy array passed to a
+  compiled function.
+  """
+  world, requests = _world(), helpers.make_requests()
+  chain = drafting.prompt_lookup(4)
+  world.generate(requests, drafter=chain)  # compiles
+  counts = {'explicit': 0, 'implicit': 0}
+  inside = []
+  device_get = jax.device_get
+
+  def counted_get(x):
+    counts['explicit'] += 1
+    inside.append(True)
+    try:
+      return device_get(x)
+    finally:
+      inside.pop()
+
+  monkeypatch.setattr(jax, 'device_get', counted_get)
+
+  def watch(name):
+    method = getattr(jax_array.ArrayImpl, name)
+
+    def watched(self, *args, **kwargs):
+      counts['implicit'] += not inside
+      return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(jax_array.ArrayImpl, name, watched)
+
+  for name in ('__array__', '__float__', '__int__', '__index__', '__bool__',
+               'item', 'tolist'):
+    watch(name)
+  with jax.transfer_guard_host_to_device('disallow'):
+    _, engine = world.generate(requests, drafter=chain)
+  assert engine.reads == engine.stats.segments == counts['explicit'] > 5
+  assert counts['implicit'] == 0
+  assert bool(jnp.ones(())) and counts['implicit'] == 1  # the watch works
+
+
+def test_a_key_seen_once_never_compiles_again():
+  """Other prompts, lengths, counts and limits reuse every executable.
+
+  XLA's own count of compilations, eager operations included. Mutants: limits
+  are static; a shape follows the number of requests; an eager operation per
+  new shape at the boundary.
+  """
+  world = _world()
+  engine = world.engine(drafter=drafting.prompt_lookup(4))
+  state = helpers.RolloutState()
+  engine.generate(world.params, helpers.make_requests(), state)
+  before, keys = executables.compile_totals()[0], set(world.pool.keys())
+  for seed in range(6):
+    rng = np.random.default_rng(seed)
+    samples = rng.integers(1, 19, rng.integers(1, 7))
+    requests = helpers.make_requests(samples, seed=seed, step=seed)
+    engine.generate(world.params, requests, state)
+  new = set(world.pool.keys()) - keys
+  # What a first run did not reach (a rare N or S) is compiled once.
+  assert executables.compile_totals()[0] - before == len(new)
+  assert len(new) <= 4
+  for seed in range(6):  # the same again: nothing at all
+    rng = np.random.default_rng(seed)
+    samples = rng.integers(1, 19, rng.integers(1, 7))
+    requests = helpers.make_requests(samples, seed=seed + 50, step=seed)
+    engine.generate(world.params, requests, state)
+  assert executables.compile_totals()[0] - before - len(new) <= len(
+      set(world.pool.keys()) - keys - new)
+
+
+def test_compiled_keys_are_reachable_keys():
+  """Every segment compiled in randomised runs was listed at the start.
+
+  Mutants: reachable_keys leaves out the last capacity, the compacted N, or
+  the W = 1 of a busy batch.
+  """
+  world = _world()
+  rng = np.random.default_rng(1)
+  for control in (dict(), dict(draft_max_rows=8), dict(compact=False)):
+    pool = executables.ExecutablePool(lambda: 0.0)
+    engine = world.engine(drafter=drafting.prompt_lookup(4),
+                          control=control,
+                          pool=pool)
+    for step in range(3):
+      samples = rng.integers(1, 25, rng.integers(1, 5))
+      requests = helpers.make_requests(samples, step=step)
+      engine.generate(world.params, requests, helpers.RolloutState())
+    compiled = [(key[1], key[2], key[3].width)
+                for key in pool.keys()
+                if key[0] == 'segment']
+    assert len(compiled) > 1
+    assert set(compiled) <= set(engine.reachable_keys())
+    assert len(compiled) == len(set(compiled))
+
+
+@pytest.mark.parametrize('slots', [4, 16])
+def test_prompts_are_prefilled_once(slots, monkeypatch):
+  """Each prompt is prefilled once for its whole group, in order.
+
+  Mutants: a block is prefilled again when the queue returns to it; a prefill
+  for every sample.
+  """
+  seen, prefill = [], executor.Executor.prefill
+
+  def counted(self, params, prompts, *args):
+    seen.append(list(prompts))
+    return prefill(self, params, prompts, *args)
+
+  monkeypatch.setattr(executor.Executor, 'prefill', counted)
+  requests = helpers.make_requests((3, 20, 1, 0, 8, 5))
+  got, _ = _world().generate(requests, slots=slots)
+  flat = [prompt for block in seen for prompt in block]
+  assert [id(p) for p in flat] == [id(q.prompt) for q in requests]
+  assert len(seen) == -(-len(requests) // (slots // 4))
+  assert len(got) == 37
+
+
+def test_more_samples_than_slots_and_nothing_at_all():
+  """One request fills the slots many times over; no requests give nothing.
+
+  Mutant: a block is left as soon as it was admitted from.
+  """
+  world = _world()
+  request = helpers.make_requests((50,))
+  few, _ = world.generate(request, slots=4)
+  many, _ = world.generate(request, slots=64)
+  helpers.assert_same_tokens(world, few, many)
+  assert [r.index for r in few] == list(range(50))
+  assert world.generate([])[0] == []
+
+
+def test_mistakes_are_refused():
+  """Prompts that do not fit and slots that do not divide name the numbers.
+
+  Mutants: no lower bound on the prompt; the check leaves out W.
+  """
+  world = _world()
+  for length in (0, 7):
+    request = Request(np.zeros(length, np.int32), 1, TRAIN, 4, 9)
+    with pytest.raises(ConfigError, match=f'request 9 of step 4.*{length}'):
+      world.generate([request])
+  with pytest.raises(ConfigError, match='12.*8 devices'):
+    _world(ways=8).engine(slots=12)
+  with pytest.raises(ConfigError, match='257.*256'):
+    world.engine(max_new_tokens=247, drafter=drafting.prompt_lookup(4))

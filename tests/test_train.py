@@ -1,0 +1,464 @@
+"""Whole runs: files, bits, speculation, stop and resume, learning."""
+
+import io
+import json
+import pathlib
+import random
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from rlax_llm import evaluate
+from rlax_llm import executables
+from rlax_llm import testing
+from rlax_llm import train
+from rlax_llm.config import ConfigError
+from rlax_llm.progress import Progress
+
+VALUES = ('tokens_sampled', 'tokens_sha256', 'parameters_sha256',
+          'reward_first', 'reward_last', 'accuracy_before', 'accuracy_after')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _models_broadcast():
+  with jax.numpy_rank_promotion('allow'):
+    yield
+
+
+def _config(**changes):
+  """The tiny config on one device, with dotted changes ('a__b' is a.b)."""
+  config = testing.tiny_config()
+  config.mesh.data = 1
+  for path, value in changes.items():
+    *sections, name = path.split('__')
+    section = config
+    for part in sections:
+      section = getattr(section, part)
+    setattr(section, name, value)
+  return config
+
+
+def _train(folder, clock=None, **changes):
+  """Returns (summary, what was shown)."""
+  shown = io.StringIO()
+  clocks = {'clock': clock} if clock else {}
+  summary = train.train(_config(**changes),
+                        str(folder),
+                        display=Progress(shown),
+                        **clocks)
+  return summary, shown.getvalue()
+
+
+def _rows(folder, name):
+  text = (pathlib.Path(folder) / name).read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _assert_same_run(folder, summary, base):
+  """Asserts that two runs have the same values, bit for bit."""
+  base_folder, base_summary, _ = base
+  for name in VALUES:
+    assert summary[name] == base_summary[name], name
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert ((pathlib.Path(folder) / name).read_text() ==
+            (base_folder / name).read_text()), name
+
+
+@pytest.fixture(name='base', scope='module')
+def _base(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('base')
+  return folder, *_train(folder)
+
+
+def test_files(base):
+  """Law: a run leaves the files and the fields of its documentation.
+
+  Mutants: the last evaluation not written; a step written twice.
+  """
+  folder, summary, shown = base
+  assert {p.name for p in folder.iterdir()} >= {
+      'metrics.jsonl', 'timing.jsonl', 'samples.jsonl', 'summary.json',
+      'manifest.json', 'report.html', 'checkpoints', 'tensorboard'
+  }
+  written = json.loads((folder / 'summary.json').read_text())
+  assert written == summary
+  assert set(VALUES) | {'steps', 'wall_seconds'} <= set(summary)
+  assert summary['steps'] == 4 and summary['wall_seconds'] > 0
+  rows = _rows(folder, 'metrics.jsonl')
+  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
+  assert rows[0]['evaluate/accuracy'] == summary['accuracy_before']
+  assert rows[-1]['evaluate/accuracy'] == summary['accuracy_after']
+  assert rows[1]['reward/mean'] == summary['reward_first']
+  assert rows[-1]['reward/mean'] == summary['reward_last']
+  assert sum(row.get('rollout/tokens', 0) for row in rows) == (
+      summary['tokens_sampled'])
+  for row in rows[1:]:
+    assert {
+        'reward/std', 'rollout/truncated_fraction', 'rollout/length_p95',
+        'policy/entropy', 'policy/clip_fraction', 'policy/ratio_max',
+        'policy/staleness_mean'
+    } <= set(row)
+    assert row['policy/ratio_max'] == 1 and row['policy/staleness_mean'] == 0
+  timing = _rows(folder, 'timing.jsonl')
+  steps = [row for row in timing if 'time/step' in row]
+  assert [row['step'] for row in steps] == [1, 2, 3, 4]
+  for row in steps:
+    assert {
+        'rollout/tokens_per_second', 'rollout/accept_length',
+        'rollout/forwards', 'rollout/occupancy', 'time/rollout', 'time/reward',
+        'time/update', 'compile/count', 'compile/seconds'
+    } <= set(row)
+    assert row['policy/behaviour_gap_max'] < 1e-4
+    assert row['rollout/accept_length'] >= 1
+  samples = _rows(folder, 'samples.jsonl')
+  assert {row['step'] for row in samples} == {1, 2, 3, 4}
+  assert set(samples[0]) >= {'prompt', 'completion', 'reward', 'advantage'}
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  assert manifest['config']['num_steps'] == 4 and len(manifest['runs']) == 1
+  assert 'reinforcement learning 4/4' in shown
+
+
+def test_a_run_repeats_bit_for_bit(base, tmp_path):
+  """Law: the same config gives the same tokens, parameters and metrics.
+
+  Mutant: noise keys that take in the run id or the time.
+  """
+  summary, _ = _train(tmp_path)
+  _assert_same_run(tmp_path, summary, base)
+  other, _ = _train(tmp_path / 'other', seed=1)
+  assert other['tokens_sha256'] != summary['tokens_sha256']
+
+
+@pytest.mark.parametrize('changes', [
+    dict(rollout__width=1),
+    dict(rollout__width=5,
+         rollout__slots=4,
+         rollout__segment_forwards=2,
+         rollout__min_capacity=16,
+         control__min_slots=1,
+         control__refill_threshold=1.0,
+         clock=random.Random(0).random),
+    dict(rollout__slots=16,
+         control__draft_max_rows=8,
+         control__compact=False,
+         task__verifier_processes=2),
+],
+                         ids=['off', 'small', 'large'])
+def test_speculation_and_speed_change_nothing(base, tmp_path, changes):
+  """Law: width, slots, segments, compaction, clocks and workers are speed
+  values: tokens, parameters and metrics are bit-equal.
+
+  Mutants: noise by forward instead of by position; rewards in the order in
+  which workers answer; rollouts collected in the order they finish.
+  """
+  summary, _ = _train(tmp_path, **changes)
+  _assert_same_run(tmp_path, summary, base)
+
+
+def test_a_run_in_two_parts_is_the_whole_run(base, tmp_path):
+  """Law: two steps, then the rest, equals the uninterrupted run.
+
+  Mutants: the token digest not in the checkpoint; problems drawn by a
+  counter; accuracy_before measured again.
+  """
+  part, _ = _train(tmp_path, num_steps=2)
+  assert part['steps'] == 2
+  # The evaluation after step 2 belongs to the run that ended there.
+  summary, shown = _train(tmp_path, evaluate__every=0)
+  assert 'continuing' in shown and 'after step 2' in shown
+  rows = _rows(tmp_path, 'metrics.jsonl')
+  rows[2].pop('evaluate/accuracy')
+  assert rows == _rows(base[0], 'metrics.jsonl')
+  for name in VALUES:
+    assert summary[name] == base[1][name], name
+  assert summary['wall_seconds'] > part['wall_seconds']
+
+
+def test_a_killed_run_continues(base, tmp_path, monkeypatch):
+  """Law: stopped in step 4 with a checkpoint after step 2, then run again:
+  step 3 is taken again and everything is as if nothing had happened.
+
+  Mutant: metrics of the lost step kept, so that it is written twice.
+  """
+  real = train.train_step
+
+  def dies(run, step, *args):
+    if step == 3:
+      raise RuntimeError('killed')
+    return real(run, step, *args)
+
+  monkeypatch.setattr(train, 'train_step', dies)
+  with pytest.raises(RuntimeError, match='killed'):
+    _train(tmp_path)
+  assert [row['step'] for row in _rows(tmp_path, 'metrics.jsonl')] == [
+      0, 1, 2, 3
+  ]
+  assert not (tmp_path / 'summary.json').exists()
+  monkeypatch.undo()
+  summary, shown = _train(tmp_path)
+  assert 'after step 2' in shown
+  _assert_same_run(tmp_path, summary, base)
+  runs = json.loads((tmp_path / 'manifest.json').read_text())['runs']
+  assert [run['resumed_step'] for run in runs] == [None, 2]
+
+
+def test_a_finished_run_stays_as_it_is(base, tmp_path):
+  """Law: the same command again trains nothing and changes no value.
+
+  Mutant: a loop that starts at 0 after a restore.
+  """
+  folder = tmp_path / 'copy'
+  shutil.copytree(base[0], folder)
+  summary, _ = _train(folder)
+  _assert_same_run(folder, summary, base)
+
+
+def test_a_corrupt_checkpoint_is_passed_over(base, tmp_path):
+  """Law: the newest checkpoint is damaged: the one before is used, a warning
+  names both, and the run ends with the same bits.
+
+  Mutant: the digest of the arrays not compared.
+  """
+  folder = tmp_path / 'copy'
+  shutil.copytree(base[0], folder)
+  for path in (folder / 'checkpoints' / '4' / 'state').rglob('*'):
+    if path.is_file() and path.parent.name == 'd':
+      data = bytearray(path.read_bytes())
+      data[len(data) // 2] ^= 0xff
+      path.write_bytes(bytes(data))
+  summary, shown = _train(folder)
+  warned = [line for line in shown.splitlines() if 'unreadable' in line]
+  assert len(warned) == 1
+  assert 'checkpoints/4' in warned[0] and 'checkpoints/2' in warned[0]
+  _assert_same_run(folder, summary, base)
+
+
+def test_another_configs_run_is_refused(base):
+  """Law: a ConfigError names the field and both values; nothing is compiled
+  and nothing is written.
+
+  Mutant: a check that compares only the model.
+  """
+  before = executables.compile_totals()
+  metrics = (base[0] / 'metrics.jsonl').read_bytes()
+  with pytest.raises(ConfigError,
+                     match=r'learning.learning_rate \(0.003 there, 0.5 now\)'):
+    _train(base[0], learning__learning_rate=0.5)
+  assert executables.compile_totals() == before
+  assert (base[0] / 'metrics.jsonl').read_bytes() == metrics
+
+
+def _check_kl_resume(tmp_path, divergence):
+  changes = dict(algorithm__kl_coefficient=0.5, algorithm__divergence=divergence)
+  whole, _ = _train(tmp_path / 'whole', **changes)
+  rows = _rows(tmp_path / 'whole', 'metrics.jsonl')
+  assert abs(rows[1]['policy/kl_reference']) < 1e-6
+  assert abs(rows[-1]['policy/kl_reference']) > 1e-6
+  _train(tmp_path / 'parts', num_steps=2, **changes)
+  parts, _ = _train(tmp_path / 'parts', **changes)
+  for name in VALUES:
+    assert parts[name] == whole[name], name
+  shutil.rmtree(tmp_path / 'parts' / 'reference')
+  with pytest.raises(ConfigError, match='reference is missing'):
+    _train(tmp_path / 'parts', num_steps=5, **changes)
+
+
+def test_the_reference_is_that_of_the_start(tmp_path):
+  """Law: with a KL term a continued run has the reference of step 0.
+
+  Mutant: the restored policy taken as the reference.
+  """
+  _check_kl_resume(tmp_path, 'k3')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('divergence', ['k1', 'k2'])
+def test_the_reference_is_that_of_the_start_slow(tmp_path, divergence):
+  """Law: as above for the other estimators. Mutant: as above."""
+  _check_kl_resume(tmp_path, divergence)
+
+
+def test_impossible_tasks_are_refused_before_any_work(tmp_path):
+  """Law: too few distinct problems, a prompt too long: one ConfigError
+  before anything is compiled, not a traceback after the warm start.
+
+  Mutant: prompts checked when they are first sampled.
+  """
+  before = executables.compile_totals()
+  arithmetic = dict(task__name='chain_sum',
+                    task__prompt_format='short',
+                    task__answer_format='after_equals',
+                    model__tokenizer='0123456789+-*/=() ')
+  with pytest.raises(ConfigError, match='task.epoch_prompts'):
+    _train(tmp_path,
+           task__epoch_prompts=300,
+           task__options=dict(min_terms=2,
+                              max_terms=2,
+                              min_digits=1,
+                              max_digits=1),
+           rollout__prompt_length=16,
+           **arithmetic)
+  with pytest.raises(ConfigError, match='rollout.prompt_length=4: raise it'):
+    _train(tmp_path, **arithmetic)
+  with pytest.raises(ConfigError, match='no written-step traces'):
+    _train(tmp_path, sft__steps=5)
+  with pytest.raises(ConfigError, match='evaluate.problems=3'):
+    _train(tmp_path, evaluate__problems=3)
+  assert executables.compile_totals() == before
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_warm_start_learns(tmp_path):
+  """Law: steps of the warm start count up to -1 in metrics.jsonl, its loss
+  falls, and RL starts from its parameters.
+
+  Mutant: RL started from fresh parameters: accuracy_before would be 0.
+  """
+  config = dict(task__name='chain_sum',
+                task__prompt_format='short',
+                task__answer_format='after_equals',
+                task__options=dict(min_terms=2,
+                                   max_terms=2,
+                                   min_digits=1,
+                                   max_digits=1),
+                model__tokenizer='0123456789+-*/=() ',
+                model__width=32,
+                sft__steps=80,
+                sft__sequences_per_step=64,
+                sft__learning_rate=1e-2,
+                evaluate__problems=32,
+                rollout__prompt_length=8,
+                num_steps=0)
+  summary, shown = _train(tmp_path, **config)
+  rows = _rows(tmp_path, 'metrics.jsonl')
+  assert [row['step'] for row in rows] == [*range(-71, 0, 10), 0]
+  losses = [row['sft/loss'] for row in rows[:-1]]
+  assert losses[-1] < 0.7 * losses[0]
+  assert summary['accuracy_before'] > 0
+  assert 'warm start 80/80' in shown
+
+
+# ---- evaluate ---------------------------------------------------------------
+def _evaluate(monkeypatch, capsys, folder, **changes):
+  flag = lambda value: types.SimpleNamespace(value=value)
+  monkeypatch.setattr(evaluate,
+                      '_CONFIG',
+                      flag(_config(**changes)),
+                      raising=False)
+  monkeypatch.setattr(evaluate, '_WORKDIR', flag(str(folder)), raising=False)
+  evaluate.main([])
+  return json.loads(capsys.readouterr().out)
+
+
+def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
+  """Law: the newest checkpoint's accuracy, equal to the run's own; the same
+  twice; pass@k for the powers of two.
+
+  Mutant: noise of the step instead of the problem.
+  """
+  values = _evaluate(monkeypatch, capsys, base[0])
+  assert values == {
+      'step': 4,
+      'evaluate/accuracy': base[1]['accuracy_after']
+  }
+  many = [
+      _evaluate(monkeypatch, capsys, base[0], evaluate__samples=4)
+      for _ in range(2)
+  ]
+  assert many[0] == many[1]
+  assert set(many[0]) == {
+      'step', 'evaluate/accuracy', 'evaluate/pass_at_2', 'evaluate/pass_at_4'
+  }
+  with pytest.raises(ConfigError, match='holds no checkpoint'):
+    _evaluate(monkeypatch, capsys, tmp_path / 'nowhere')
+  with pytest.raises(ConfigError, match='model.width'):
+    _evaluate(monkeypatch, capsys, base[0], model__width=32)
+
+
+def test_summarize_by_hand():
+  """Law: 2 of 4 and 0 of 4 right: accuracy 1/4; pass@2 = (5/6 + 0) / 2.
+
+  Mutant: pass@2 as 1 - (1 - p)^2 = 3/4 for the first.
+  """
+  values = evaluate.summarize(
+      np.array([[True, True, False, False], [False] * 4]))
+  assert values == {
+      'evaluate/accuracy': 0.25,
+      'evaluate/pass_at_2': pytest.approx(5 / 12),
+      'evaluate/pass_at_4': 0.5
+  }
+
+
+def test_main_prints_one_line(base, monkeypatch, capsys):
+  """Law: train's last words are the accuracy and where to look.
+
+  Mutant: before and after exchanged.
+  """
+  flag = lambda value: types.SimpleNamespace(value=value)
+  monkeypatch.setattr(train, '_CONFIG', flag(_config()), raising=False)
+  monkeypatch.setattr(train, '_WORKDIR', flag(str(base[0])), raising=False)
+  train.main([])
+  out = capsys.readouterr().out
+  assert out.startswith(f'held-out accuracy {base[1]["accuracy_before"]:.3f} '
+                        f'-> {base[1]["accuracy_after"]:.3f}')
+  assert f'{base[0]}/report.html' in out
+
+
+# ---- Learning ---------------------------------------------------------------
+def _rewards(folder, **changes):
+  _train(folder,
+         num_steps=30,
+         checkpoint__every=0,
+         learning__learning_rate=1e-2,
+         task__prompts_per_step=8,
+         rollout__slots=32,
+         **changes)
+  return [
+      row['reward/mean']
+      for row in _rows(folder, 'metrics.jsonl')
+      if 'reward/mean' in row
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['grpo', 'dr_grpo', 'rloo'])
+def test_every_preset_learns(tmp_path, name):
+  """Law: from 0.25 to above 0.85 in 30 steps (measured: 0.96 to 1.0).
+
+  Mutant: the sign of the advantage.
+  """
+  rewards = _rewards(tmp_path, algorithm__name=name)
+  assert rewards[0] < 0.4
+  assert np.mean(rewards[-5:]) > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['grpo', 'dr_grpo', 'rloo'])
+def test_permuted_rewards_teach_nothing(tmp_path, name):
+  """Law: with rewards shuffled among the samples of a step, the reward stays
+  at or below its start (measured: 0.01 to 0.05; noise drives the policy to
+  whatever comes first).
+
+  Mutant: `permute_rewards` ignored.
+  """
+  rewards = _rewards(tmp_path, algorithm__name=name, task__permute_rewards=True)
+  assert np.mean(rewards[-5:]) < rewards[0] + 0.15
+
+
+@pytest.mark.slow
+def test_minibatches_and_the_samplers_logprobs_learn(tmp_path):
+  """Law: several optimizer steps per batch, from either source of old
+  log-probabilities, learn too, and speculation changes no token of them.
+
+  Mutant: the second minibatch's samples never used.
+  """
+  for source in ('recompute', 'sampler'):
+    rewards = _rewards(tmp_path / source,
+                       learning__minibatches=2,
+                       learning__old_logprobs=source)
+    assert np.mean(rewards[-5:]) > 0.85
+    rows = _rows(tmp_path / source, 'metrics.jsonl')
+    assert max(row.get('policy/ratio_max', 0) for row in rows) > 1
