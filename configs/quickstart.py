@@ -9,21 +9,21 @@ from rlax_llm.config import Config
 def get_config() -> Config:
   """Returns the quickstart's config."""
   config = Config()
-  config.num_steps = 150
+  config.num_steps = 200
   config.task.name = 'chain_sum'
-  config.task.options = dict(min_terms=4,
-                             max_terms=8,
+  config.task.options = dict(min_terms=5,
+                             max_terms=9,
                              min_digits=1,
                              max_digits=1)
   config.task.prompt_format = 'short'
   config.task.answer_format = 'scratchpad'
-  config.task.trace_direct = 0.7
+  config.task.trace_direct = 0.6
   config.task.prompts_per_step = 32
   config.model.tokenizer = '0123456789+-*/=()'
   config.model.layers = 4
   config.model.width = 128
   config.model.mlp_width = 384
-  config.sft.steps = 700
+  config.sft.steps = 350
   config.sft.learning_rate = 3e-3
   config.sft.sequences_per_step = 128
   config.rollout.prompt_length = 20

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import time
 from typing import Callable, Sequence
 
@@ -209,6 +210,18 @@ class Run:
     ]
 
 
+# Reproducible bits on GPU: no atomics, no choice of kernels by timing.
+_DETERMINISTIC = ('--xla_gpu_deterministic_ops=true',
+                  '--xla_gpu_autotune_level=0')
+
+
+def _make_deterministic() -> None:
+  """Sets XLA's flags; takes effect if no device was used before."""
+  given = os.environ.get('XLA_FLAGS', '')
+  missing = [f for f in _DETERMINISTIC if f.split('=')[0] not in given]
+  os.environ['XLA_FLAGS'] = ' '.join([given, *missing]).strip()
+
+
 def make_run(config: Config,
              *,
              clock: Callable[[], float] = time.perf_counter) -> Run:
@@ -222,6 +235,8 @@ def make_run(config: Config,
     ConfigError: whatever can be wrong before a device works.
   """
   config = validate(config)
+  if config.deterministic:
+    _make_deterministic()
   algorithm = algorithms.resolve(config.algorithm)
   try:
     tokenizer = tokenizers.make_tokenizer(config.model.tokenizer)

@@ -37,7 +37,6 @@ from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.engine import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
-from rlax_llm.tasks import task as tasks
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout

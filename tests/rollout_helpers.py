@@ -124,11 +124,12 @@ def key_of(rollout, seed):
 class World:
   """A model with parameters, and engines that share executables."""
 
-  def __init__(self, *, ways=1, seed=3, sampling=Sampling(), eos=6, **model):
-    self.model = testing.tiny_model(**model)
+  def __init__(self, *, ways=1, seed=3, sampling=Sampling(), eos=5, **model):
+    self.model = testing.tiny_model(**(dict(layers=1) | model))
     self.mesh = sharding.make_mesh(MeshConfig(data=ways))
-    self.params = jax.device_put(self.model.init(jax.random.key(0)),
-                                 sharding.replicated(self.mesh))
+    self.params = jax.device_put(
+        jax.jit(self.model.init)(jax.random.key(0)),
+        sharding.replicated(self.mesh))
     self.seed = seed
     self.sampling = sampling
     self.eos_ids = (eos,)
@@ -139,7 +140,7 @@ class World:
     fields = dict(slots=16,
                   width=1,
                   prompt_length=6,
-                  max_new_tokens=24,
+                  max_new_tokens=18,
                   min_capacity=16,
                   segment_forwards=7,
                   samples_per_prompt=4)
@@ -147,7 +148,7 @@ class World:
     return RolloutEngine(
         self.model,
         rollout=freeze(RolloutConfig(**(fields | rollout))),
-        control=freeze(ControlConfig(**(dict(min_slots=4) | (control or {})))),
+        control=freeze(ControlConfig(**(dict(min_slots=8) | (control or {})))),
         sampling=self.sampling,
         eos_ids=self.eos_ids,
         seed=self.seed,

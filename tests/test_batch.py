@@ -99,8 +99,9 @@ def test_batch_holds_each_sample_at_its_place():
     for name in ('weights', 'advantages', 'behaviour_logprobs'):
       assert np.all(part[name][:first] == 0)
     assert np.all(part['advantages'][first:] == sample.advantage)
-  per_microbatch = [(batch.segments[m].max(axis=1) > 0).sum()
-                    for m in range(int(batch.count))]
+  per_microbatch = [
+      (batch.segments[m].max(axis=1) > 0).sum() for m in range(int(batch.count))
+  ]
   assert max(per_microbatch) - min(per_microbatch) <= 1
 
 

@@ -22,60 +22,161 @@ CONFIGS = sorted((ROOT / 'configs').glob('[!_]*.py'))
 
 # (changes, what the message names: the value, and the limit or the way out)
 BAD = [
-    ({'rollout.drafter': 'promt_lookup'},
-     ["'promt_lookup'", "did you mean 'prompt_lookup'"]),
-    ({'learning.schedule': 'cosin'}, ["'cosin'", 'cosine']),
-    ({'learning.old_logprobs': 'both'}, ["'both'", 'recompute, sampler']),
-    ({'learning.precision.compute': 'float16'}, ["'float16'", 'bfloat16']),
-    ({'task.prompt_format': 'long'}, ["'long'", 'question, short']),
-    ({'task.answer_format': 'tags'}, ["'tags'", "did you mean 'tag'"]),
-    ({'task.match': 'fuzzy'}, ["'fuzzy'", 'numeric, exact']),
-    ({'seed': -1}, ['seed=-1', 'at least 0']),
-    ({'num_steps': -1}, ['num_steps=-1', 'at least 0']),
-    ({'rollout.width': 0}, ['rollout.width=0', 'at least 1']),
-    ({'learning.microbatch_rows': 0}, ['microbatch_rows=0', 'at least 1']),
-    ({'checkpoint.keep': 0}, ['checkpoint.keep=0', 'at least 1']),
-    ({'evaluate.temperature': -1.0}, ['evaluate.temperature=-1', 'at least 0']),
-    ({'learning.learning_rate': 0.0}, ['learning_rate=0', 'above 0']),
-    ({'learning.learning_rate': float('nan')}, ['learning_rate=nan', 'above']),
-    ({'learning.max_grad_norm': float('inf')}, ['max_grad_norm=inf', 'above']),
-    ({'learning.b2': 1.0}, ['learning.b2=1.0', '[0, 1)']),
-    ({'control.refill_threshold': 1.5}, ['refill_threshold=1.5', 'at most 1']),
-    ({'evaluate.top_p': 0.0}, ['evaluate.top_p=0', '(0, 1]']),
-    ({'learning.minibatches': 3}, ['prompts_per_step=4', 'minibatches=3']),
-    ({'learning.row_length': 10}, ['row_length=10', 'at least 12']),
-    ({'model.kv_heads': 3}, ['model.heads=4', 'model.kv_heads=3']),
-    ({'model.width': 18}, ['model.width=18', 'model.heads=4', 'head_dim']),
-    ({'model.head_dim': 3}, ['head dimension is 3', 'even']),
-    ({'model.max_positions': 14}, ['= 15', 'max_positions=14', 'shorten']),
-    ({'rollout.temperature': 0.0}, ['temperature=0', 'evaluate.temperature']),
-    ({'rollout.top_p': 0.9}, ['rollout.top_p=0.9', 'use evaluate.top_p']),
-    ({'rollout.top_k': 5}, ['top_k=5', 'training needs 1, 0, 0']),
-    ({'rollout.min_p': 0.1}, ['min_p=0.1', 'training needs 1, 0, 0']),
-    ({'num_steps': '5'}, ["num_steps='5'", 'give it as int']),
-    ({'num_steps': True}, ['num_steps=True', 'give it as int']),
-    ({'learning.learning_rate': '1e-3'}, ["'1e-3'", 'give it as float']),
-    ({'task': None}, ['task=None', 'TaskConfig']),
-    ({'task.options': [1]}, ['task.options=[1]', 'Mapping']),
+    ({
+        'rollout.drafter': 'promt_lookup'
+    }, ["'promt_lookup'", "did you mean 'prompt_lookup'"]),
+    ({
+        'learning.schedule': 'cosin'
+    }, ["'cosin'", 'cosine']),
+    ({
+        'learning.old_logprobs': 'both'
+    }, ["'both'", 'recompute, sampler']),
+    ({
+        'learning.precision.compute': 'float16'
+    }, ["'float16'", 'bfloat16']),
+    ({
+        'task.prompt_format': 'long'
+    }, ["'long'", 'question, short']),
+    ({
+        'task.answer_format': 'tags'
+    }, ["'tags'", "did you mean 'tag'"]),
+    ({
+        'task.match': 'fuzzy'
+    }, ["'fuzzy'", 'numeric, exact']),
+    ({
+        'seed': -1
+    }, ['seed=-1', 'at least 0']),
+    ({
+        'num_steps': -1
+    }, ['num_steps=-1', 'at least 0']),
+    ({
+        'rollout.width': 0
+    }, ['rollout.width=0', 'at least 1']),
+    ({
+        'learning.microbatch_rows': 0
+    }, ['microbatch_rows=0', 'at least 1']),
+    ({
+        'checkpoint.keep': 0
+    }, ['checkpoint.keep=0', 'at least 1']),
+    ({
+        'evaluate.temperature': -1.0
+    }, ['evaluate.temperature=-1', 'at least 0']),
+    ({
+        'learning.learning_rate': 0.0
+    }, ['learning_rate=0', 'above 0']),
+    ({
+        'learning.learning_rate': float('nan')
+    }, ['learning_rate=nan', 'above']),
+    ({
+        'learning.max_grad_norm': float('inf')
+    }, ['max_grad_norm=inf', 'above']),
+    ({
+        'learning.b2': 1.0
+    }, ['learning.b2=1.0', '[0, 1)']),
+    ({
+        'control.refill_threshold': 1.5
+    }, ['refill_threshold=1.5', 'at most 1']),
+    ({
+        'evaluate.top_p': 0.0
+    }, ['evaluate.top_p=0', '(0, 1]']),
+    ({
+        'learning.minibatches': 3
+    }, ['prompts_per_step=4', 'minibatches=3']),
+    ({
+        'learning.row_length': 10
+    }, ['row_length=10', 'at least 12']),
+    ({
+        'model.kv_heads': 3
+    }, ['model.heads=4', 'model.kv_heads=3']),
+    ({
+        'model.width': 18
+    }, ['model.width=18', 'model.heads=4', 'head_dim']),
+    ({
+        'model.head_dim': 3
+    }, ['head dimension is 3', 'even']),
+    ({
+        'model.max_positions': 14
+    }, ['= 15', 'max_positions=14', 'shorten']),
+    ({
+        'rollout.temperature': 0.0
+    }, ['temperature=0', 'evaluate.temperature']),
+    ({
+        'rollout.top_p': 0.9
+    }, ['rollout.top_p=0.9', 'use evaluate.top_p']),
+    ({
+        'rollout.top_k': 5
+    }, ['top_k=5', 'training needs 1, 0, 0']),
+    ({
+        'rollout.min_p': 0.1
+    }, ['min_p=0.1', 'training needs 1, 0, 0']),
+    ({
+        'num_steps': '5'
+    }, ["num_steps='5'", 'give it as int']),
+    ({
+        'num_steps': True
+    }, ['num_steps=True', 'give it as int']),
+    ({
+        'learning.learning_rate': '1e-3'
+    }, ["'1e-3'", 'give it as float']),
+    ({
+        'task': None
+    }, ['task=None', 'TaskConfig']),
+    ({
+        'task.options': [1]
+    }, ['task.options=[1]', 'Mapping']),
     # What needs the tokenizer, the task, the algorithms or the devices.
-    ({'mesh.data': 16}, ['mesh.data=16', '8 devices', 'mesh.data=0']),
-    ({'rollout.slots': 12}, ['rollout.slots=12', '8 devices', 'multiple']),
-    ({'learning.microbatch_rows': 6}, ['microbatch_rows=6', '8 devices']),
-    ({'model.vocabulary': 3}, ['model.vocabulary=3', '7 ids', 'raise it']),
-    ({'model.tokenizer': 'abca'}, ["'a' twice", "'bytes'"]),
-    ({'model.tokenizer': ''}, ['model.tokenizer is empty', "'bytes'"]),
-    ({'algorithm.name': 'grop'}, ["'grop'", "did you mean 'grpo'"]),
-    ({'algorithm.loss': 'ppo'}, ["'ppo'", 'clipped']),
-    ({'algorithm.reduction': 'mean'}, ["'mean'", 'token_mean']),
-    ({'algorithm.name': 'rloo', 'algorithm.clip_low': 0.1},
-     ['clip_low', 'remove it']),
-    ({'algorithm.divergence': 'k1'}, ['kl_coefficient is 0', 'both']),
-    ({'algorithm.clip_low': -0.5}, ['clip_low=-0.5', 'between 0 and 1']),
-    ({'algorithm.kl_coefficient': float('nan')}, ['kl_coefficient=nan', '0']),
-    ({'task.name': 'chain_sun'}, ["'chain_sun'", 'chain_sum']),
-    ({'task.name': 'no_such_module:Task'}, ['no_such_module', 'PYTHONPATH']),
-    ({'task.name': 'rlax_llm.testing:tiny_config'}, ['lacks', 'problem']),
-    ({'task.epoch_prompts': 9}, ['epoch_prompts=9', '2', 'lower']),
+    ({
+        'mesh.data': 16
+    }, ['mesh.data=16', '8 devices', 'mesh.data=0']),
+    ({
+        'rollout.slots': 12
+    }, ['rollout.slots=12', '8 devices', 'multiple']),
+    ({
+        'learning.microbatch_rows': 6
+    }, ['microbatch_rows=6', '8 devices']),
+    ({
+        'model.vocabulary': 3
+    }, ['model.vocabulary=3', '7 ids', 'raise it']),
+    ({
+        'model.tokenizer': 'abca'
+    }, ["'a' twice", "'bytes'"]),
+    ({
+        'model.tokenizer': ''
+    }, ['model.tokenizer is empty', "'bytes'"]),
+    ({
+        'algorithm.name': 'grop'
+    }, ["'grop'", "did you mean 'grpo'"]),
+    ({
+        'algorithm.loss': 'ppo'
+    }, ["'ppo'", 'clipped']),
+    ({
+        'algorithm.reduction': 'mean'
+    }, ["'mean'", 'token_mean']),
+    ({
+        'algorithm.name': 'rloo',
+        'algorithm.clip_low': 0.1
+    }, ['clip_low', 'remove it']),
+    ({
+        'algorithm.divergence': 'k1'
+    }, ['kl_coefficient is 0', 'both']),
+    ({
+        'algorithm.clip_low': -0.5
+    }, ['clip_low=-0.5', 'between 0 and 1']),
+    ({
+        'algorithm.kl_coefficient': float('nan')
+    }, ['kl_coefficient=nan', '0']),
+    ({
+        'task.name': 'chain_sun'
+    }, ["'chain_sun'", 'chain_sum']),
+    ({
+        'task.name': 'no_such_module:Task'
+    }, ['no_such_module', 'PYTHONPATH']),
+    ({
+        'task.name': 'rlax_llm.testing:tiny_config'
+    }, ['lacks', 'problem']),
+    ({
+        'task.epoch_prompts': 9
+    }, ['epoch_prompts=9', '2', 'lower']),
 ]
 
 
@@ -187,8 +288,8 @@ def test_choices_name_what_is_implemented():
   assert tuple(engine.DRAFTERS) == config_lib.DRAFTERS
   assert Config().algorithm.name in algorithms.PRESETS
   fields = {f.name for f in dataclasses.fields(config_lib.AlgorithmConfig)}
-  assert fields == {f.name for f in dataclasses.fields(algorithms.Algorithm)
-                   } | {'name'}
+  static = {f.name for f in dataclasses.fields(algorithms.Algorithm)}
+  assert fields == static | {'name'}
   for preset in algorithms.PRESETS:
     config = config_lib.AlgorithmConfig(name=preset)
     assert algorithms.resolve(config) == algorithms.PRESETS[preset]
@@ -204,11 +305,12 @@ def test_train_refuses_in_one_line(tmp_path, arguments, words):
 
   Mutant: `flags.run` that lets ConfigError through as a traceback.
   """
-  done = subprocess.run([
+  command = [
       sys.executable, '-m', 'rlax_llm.train',
       f'--config={ROOT / "configs" / "quickstart.py"}',
       f'--workdir={tmp_path / "run"}', *arguments
-  ],
+  ]
+  done = subprocess.run(command,
                         cwd=ROOT,
                         capture_output=True,
                         text=True,

@@ -7,9 +7,9 @@ from jax._src import array as jax_array
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rollout_helpers as helpers
 from rollout_helpers import strict_precision  # noqa: F401
 from rollout_helpers import World
+import rollout_helpers as helpers
 from scipy import stats
 
 from rlax_llm import executables
@@ -22,7 +22,7 @@ from rlax_llm.types import EVALUATE
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 
-LONGEST = 24  # T of helpers.World.engine
+LONGEST = 18  # T of helpers.World.engine
 
 
 @functools.cache
@@ -134,7 +134,7 @@ def test_plain_rollouts_are_varied():
   assert len({tuple(r.tokens) for r in rollouts}) > 20
   for r in rollouts:
     assert r.length == len(r.tokens) <= LONGEST
-    assert (r.tokens[:-1] != 6).all() and (r.tokens[-1] == 6) == r.finished
+    assert (r.tokens[:-1] != 5).all() and (r.tokens[-1] == 5) == r.finished
     assert r.finished or r.length == LONGEST
     assert r.forwards == r.length and not r.drafted.any()
     assert (r.token_version == 0).all()
@@ -172,7 +172,12 @@ def test_drafters_change_no_token(name):
   that of the last accepted one.
   """
   world, want = _world(), _plain()
-  got, engine = world.generate(helpers.make_requests(), drafter=_drafter(name))
+  # Growth and compaction with trees, one executable for each other drafter.
+  few = {} if name == 'tree' else dict(min_capacity=32,
+                                       control=dict(compact=False))
+  got, engine = world.generate(helpers.make_requests(),
+                               drafter=_drafter(name),
+                               **few)
   helpers.assert_same_tokens(world, want, got)
   for a, b in zip(want, got):
     if np.array_equal(a.tokens, b.tokens):
@@ -206,8 +211,13 @@ VARIATIONS = {
     'other blocks': dict(samples_per_prompt=16),
 }
 
+SLOW = ('N = 64', 'compaction to 1')
 
-@pytest.mark.parametrize('name', VARIATIONS)
+
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in VARIATIONS
+])
 def test_speed_values_change_no_token(name):
   """Slots, segment length, refill, compaction and growth change no token.
 
@@ -248,7 +258,10 @@ def test_order_and_company_change_no_token(drafter):
     np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
-@pytest.mark.parametrize('drafter', [None, 'chain', 'tree'])
+@pytest.mark.parametrize('drafter', [
+    pytest.param(None, marks=pytest.mark.slow),
+    pytest.param('chain', marks=pytest.mark.slow), 'tree'
+])
 def test_devices_change_no_token(drafter):
   """Rows over eight devices give the tokens of one device.
 
@@ -296,17 +309,26 @@ def test_noise_follows_the_request():
 # --- Log-probabilities.
 
 
-@pytest.mark.parametrize('temperature', [1.0, 0.7])
-@pytest.mark.parametrize('drafter', ['none', 'chain', 'tree'])
+@pytest.mark.parametrize('drafter,temperature', [
+    ('none', 1.0),
+    ('chain', 1.0),
+    ('tree', 1.0),
+    ('chain', 0.7),
+    pytest.param('none', 0.7, marks=pytest.mark.slow),
+    pytest.param('tree', 0.7, marks=pytest.mark.slow),
+])
 def test_behaviour_logprobs_equal_a_fresh_score(drafter, temperature):
   """What the sampler recorded is what `score` says, on every token, to 1e-5.
 
   EOS included. Mutants: log-probabilities of the untempered law; those of the
   node before; those of the draft's token.
   """
-  world = _world(sampling=Sampling(temperature))
+  world = _world() if temperature == 1 else _world(
+      sampling=Sampling(temperature))
   draft = None if drafter == 'none' else _drafter(drafter)
-  rollouts, _ = world.generate(helpers.make_requests(), drafter=draft)
+  few = {} if temperature == 1 else dict(min_capacity=32,
+                                         control=dict(compact=False))
+  rollouts, _ = world.generate(helpers.make_requests(), drafter=draft, **few)
   tokens = np.zeros((len(rollouts), 32), np.int32)
   segments = np.zeros_like(tokens)
   recorded = np.zeros(tokens.shape, np.float32)
@@ -408,29 +430,42 @@ def test_a_key_seen_once_never_compiles_again():
       set(world.pool.keys()) - keys - new)
 
 
-def test_compiled_keys_are_reachable_keys():
-  """Every segment compiled in randomised runs was listed at the start.
+def test_used_keys_are_reachable_keys():
+  """Every segment asked for in randomised runs was listed at the start.
 
   Mutants: reachable_keys leaves out the last capacity, the compacted N, or
   the W = 1 of a busy batch.
   """
-  world = _world()
-  rng = np.random.default_rng(1)
+  world, rng = _world(), np.random.default_rng(1)
   for control in (dict(), dict(draft_max_rows=8), dict(compact=False)):
-    pool = executables.ExecutablePool(lambda: 0.0)
+    pool = _Recorder(world.pool)
     engine = world.engine(drafter=drafting.prompt_lookup(4),
                           control=control,
                           pool=pool)
-    for step in range(3):
+    for step in range(4):
       samples = rng.integers(1, 25, rng.integers(1, 5))
       requests = helpers.make_requests(samples, step=step)
       engine.generate(world.params, requests, helpers.RolloutState())
-    compiled = [(key[1], key[2], key[3].width)
-                for key in pool.keys()
-                if key[0] == 'segment']
-    assert len(compiled) > 1
-    assert set(compiled) <= set(engine.reachable_keys())
-    assert len(compiled) == len(set(compiled))
+    used = {(key[1], key[2], key[3].width)
+            for key in pool.used
+            if key[0] == 'segment'}
+    assert len(used) > 1
+    assert used <= set(engine.reachable_keys())
+
+
+class _Recorder:
+  """A pool that notes which keys are asked for."""
+
+  def __init__(self, pool):
+    self._pool = pool
+    self.used = set()
+
+  def __getattr__(self, name):
+    return getattr(self._pool, name)
+
+  def __call__(self, key, *args, **options):
+    self.used.add(key)
+    return self._pool(key, *args, **options)
 
 
 @pytest.mark.parametrize('slots', [4, 16])

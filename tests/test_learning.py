@@ -124,8 +124,8 @@ def test_divergences_in_expectation(name):
   estimate = divergences.DIVERGENCES[name]
 
   def expectation(logits):
-    return jnp.sum(probabilities * estimate(jax.nn.log_softmax(logits),
-                                            reference))
+    return jnp.sum(probabilities *
+                   estimate(jax.nn.log_softmax(logits), reference))
 
   value, gradient = jax.value_and_grad(expectation)(jnp.log(probabilities))
   np.testing.assert_allclose(value, oracle['expected'][f'E_{name}'],
@@ -181,7 +181,8 @@ def test_clipped_surrogate_matches_the_oracle(case):
 def test_clipped_surrogate_gradient_matches_the_oracle(case, reduction):
   """Law: the reduced loss and its gradient, 0 outside the mask.
 
-  Mutant: a gradient that passes through the clip.
+  Mutants: a gradient that passes through the clip; `select_masked`
+  that returns its values. (XLA turns `mask * values` into a select.)
   """
   oracle = _oracle('ppo_loss')['cases'][case]
   expected = oracle[PPO_REDUCTIONS[reduction]]
@@ -241,9 +242,9 @@ def test_losses_by_hand():
       x, old, advantages, clip_low=0.2, clip_high=0.5)
   np.testing.assert_allclose(clipped(logprobs).loss, [-1.5, 2.0], rtol=1e-6)
   assert clipped(logprobs).clipped.tolist() == [True, False]
-  np.testing.assert_allclose(jax.grad(lambda x: clipped(x).loss.sum())(logprobs),
-                             [0.0, 2.0],
-                             rtol=1e-6)
+  np.testing.assert_allclose(
+      jax.grad(lambda x: clipped(x).loss.sum())(logprobs), [0.0, 2.0],
+      rtol=1e-6)
   reinforce = lambda x: losses.reinforce(x, old, advantages).loss.sum()
   np.testing.assert_allclose(jax.grad(reinforce)(logprobs), [-2.0, 2.0],
                              rtol=1e-6)
@@ -256,9 +257,8 @@ def test_ratio_does_not_overflow():
 
   Mutant: exp without the clip is inf, and inf - inf NaN.
   """
-  value, gradient = jax.value_and_grad(
-      lambda x: losses.clipped_surrogate(
-          x, -x, jnp.ones(()), clip_low=0.2, clip_high=0.2).loss)(_floats(500.))
+  value, gradient = jax.value_and_grad(lambda x: losses.clipped_surrogate(
+      x, -x, jnp.ones(()), clip_low=0.2, clip_high=0.2).loss)(_floats(500.))
   assert np.isfinite(value) and np.isfinite(gradient)
   assert float(losses.importance_ratio(_floats(500.), _floats(-500.))) < 5e8
   assert np.isfinite(divergences.k3(_floats(-500.), _floats(500.)))
@@ -378,8 +378,10 @@ def test_lengths_match_the_eos_oracle(eos_ids, key):
   request = Request(np.array([5], np.int32), 1, TRAIN, 0, 0)
   for i, script in enumerate(oracle['inputs']['tokens']):
     padded = jnp.asarray(script + [9] * 40, jnp.int32)
-    (rollout,), _ = engine.generate({'base': base, 'script': padded}, [request],
-                                    RolloutState())
+    (rollout,), _ = engine.generate({
+        'base': base,
+        'script': padded
+    }, [request], RolloutState())
     mask = masking.length_mask(rollout.length, 5)
     assert mask.astype(int).tolist() == oracle['expected'][key][i]
     assert rollout.tokens.tolist() == script[:rollout.length]
@@ -443,7 +445,11 @@ def _state(run, optimizer=CAPTURE):
                   lambda p: updates.init_state(p, optimizer), _params(run))
 
 
-def _gradient(run, samples, *, skip=False, change=lambda batch: batch,
+def _gradient(run,
+              samples,
+              *,
+              skip=False,
+              change=lambda batch: batch,
               algorithm=None):
   """Returns (flat gradient, metrics) of one update."""
   learner = _learner(run, algorithm)
@@ -551,7 +557,7 @@ def _poison(batch):
 def test_nan_outside_the_mask_reaches_nothing():
   """Law: values where no token is trained on are not read.
 
-  Mutant: `mask * values` in `select_masked`: 0 * NaN is NaN.
+  Mutants: advantages, weights, or old log-probabilities read unmasked.
   """
   run = _run(minibatches=2)
   assert not _learner(run).old_is_current
@@ -568,8 +574,7 @@ def test_gradient_is_zero_without_targets():
 
   Mutant: the mask taken from `segments` instead of `targets`.
   """
-  untarget = lambda batch: batch.replace(
-      targets=np.zeros_like(batch.targets))
+  untarget = lambda batch: batch.replace(targets=np.zeros_like(batch.targets))
   gradient, _ = _gradient(_run(minibatches=2),
                           _samples(),
                           algorithm=FULL,
@@ -790,8 +795,9 @@ def test_schedules_by_hand():
   """
   config = _run(learning_rate=1.0, warmup_steps=2).config.learning
   rate = lambda name: [
-      float(updates.make_schedule(
-          dataclasses.replace(config, schedule=name), 6)(i)) for i in range(7)
+      float(
+          updates.make_schedule(dataclasses.replace(config, schedule=name), 6)
+          (i)) for i in range(7)
   ]
   np.testing.assert_allclose(rate('constant'), [.5, 1, 1, 1, 1, 1, 1])
   np.testing.assert_allclose(rate('linear'), [.5, 1, 1, .75, .5, .25, 0],

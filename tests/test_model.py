@@ -32,14 +32,18 @@ SETTINGS = {
 }
 
 
+def _jitted(model):
+  return model._replace(hidden=jax.jit(model.hidden),
+                        extend=jax.jit(model.extend),
+                        logits=jax.jit(model.logits))
+
+
 @functools.cache
 def _world(name):
   """Returns (model, params); norms and biases moved off 1 and 0."""
-  model = testing.tiny_model(VOCABULARY, init_scale=1.0, **SETTINGS[name])
-  model = model._replace(hidden=jax.jit(model.hidden),
-                         extend=jax.jit(model.extend),
-                         logits=jax.jit(model.logits))
-  params = model.init(jax.random.key(1))
+  model = _jitted(
+      testing.tiny_model(VOCABULARY, init_scale=1.0, **SETTINGS[name]))
+  params = jax.jit(model.init)(jax.random.key(1))
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(2), len(leaves))
   return model, tree.unflatten([
@@ -103,8 +107,8 @@ def test_cached_equals_uncached(name):
   model, params = _world(name)
   tokens = _tokens(3, 16)
   want = _uncached(model, params, tokens)
-  start = np.asarray([0, 3, 7], np.int32)
-  cache = _prefilled(model, params, jnp.asarray(tokens[:, :8]), start, 16)
+  start = np.asarray([0, 3, 4], np.int32)
+  cache = _prefilled(model, params, jnp.asarray(tokens[:, :4]), start, 16)
   at = start.copy()
   for width in (1, 4, 1, 1):
     place = at[:, None] + np.arange(width)
@@ -293,18 +297,18 @@ def test_score_is_the_log_softmax(chunk, temperature):
                                              segments))
   law = np.asarray(jax.nn.log_softmax(logits / temperature))
   for r in range(2):
-    for l in range(12):
-      s = segments[r]
-      if l and s[l] == s[l - 1] and s[l]:
-        np.testing.assert_allclose(got.logprobs[r, l],
-                                   law[r, l - 1, tokens[r, l]],
+    for i in range(12):
+      s = np.asarray(segments[r])
+      if i and s[i] == s[i - 1] and s[i]:
+        np.testing.assert_allclose(got.logprobs[r, i],
+                                   law[r, i - 1, tokens[r, i]],
                                    atol=1e-5)
-        p = law[r, l - 1].astype(np.float64)
-        np.testing.assert_allclose(got.entropy[r, l],
+        p = law[r, i - 1].astype(np.float64)
+        np.testing.assert_allclose(got.entropy[r, i],
                                    -(np.exp(p) * p).sum(),
                                    atol=1e-5)
       else:
-        assert got.logprobs[r, l] == 0 and got.entropy[r, l] == 0
+        assert got.logprobs[r, i] == 0 and got.entropy[r, i] == 0
 
 
 def test_score_gradient_does_not_depend_on_the_chunk():
@@ -384,11 +388,10 @@ def test_bfloat16_is_close():
                        kv_heads=2,
                        mlp_width=64,
                        max_positions=512)
-  exact = make_transformer(freeze(fields), freeze(PrecisionConfig()))
-  model = make_transformer(
-      freeze(fields), freeze(PrecisionConfig('bfloat16', 'bfloat16',
-                                             'float32')))
-  params = exact.init(jax.random.key(0))
+  exact = _jitted(make_transformer(freeze(fields), freeze(PrecisionConfig())))
+  low = freeze(PrecisionConfig('bfloat16', 'bfloat16', 'float32'))
+  model = _jitted(make_transformer(freeze(fields), low))
+  params = jax.jit(exact.init)(jax.random.key(0))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   tokens = jnp.asarray(_tokens(1, 320))
   law = lambda model, params: sampling_ops.log_law(
@@ -410,7 +413,8 @@ def test_rotary_angles_are_float32():
 
   Mutant: angles computed in x's dtype, for which 256 and 257 are one.
   """
-  from rlax_llm.models import transformer  # pylint: disable=import-outside-toplevel
+  from rlax_llm.models import \
+      transformer  # pylint: disable=import-outside-toplevel
   x = jax.random.normal(jax.random.key(0), (3, 2, 8))
   positions = jnp.asarray([257, 1001, 4095], jnp.int32)
   want = transformer.rotate(x, positions, 1e4)
@@ -434,7 +438,7 @@ def test_remat_changes_nothing():
   results = []
   for remat in (False, True):
     model = make_transformer(config, freeze(PrecisionConfig()), remat=remat)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     loss = lambda params: jnp.sum(  # noqa: E731
         score(params, *arrays, model=model, sampling=Sampling(), chunk=8))
     results.append(jax.jit(jax.value_and_grad(loss))(params))

@@ -52,8 +52,8 @@ def test_notebooks_run(path, monkeypatch):
   # The kernel is the interpreter of the tests, whatever is registered.
   monkeypatch.setenv(
       'PATH',
-      os.pathsep.join([str(pathlib.Path(sys.executable).parent),
-                       os.environ['PATH']]))
+      os.pathsep.join(
+          [str(pathlib.Path(sys.executable).parent), os.environ['PATH']]))
   notebook = _read(path)
   started = time.monotonic()
   nbclient.NotebookClient(notebook,

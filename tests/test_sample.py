@@ -180,7 +180,8 @@ def test_drafting_changes_no_token(trained):
   both = sample.sample_texts(run, params, ['a', 'b'], samples=2)
   alone = sample.sample_texts(run, params, ['a'], samples=2)
   assert [c.completion for c in alone] == [c.completion for c in both[:2]]
-  greedy = sample.sample_texts(run, params, ['a', 'a'],
+  greedy = sample.sample_texts(run,
+                               params, ['a', 'a'],
                                sampling=Sampling(temperature=0))
   assert greedy[0].completion == greedy[1].completion
 

@@ -1,12 +1,14 @@
 """One segment of the decode loop: its program, its limits, its commits."""
 
+import functools
+
 import jax
 from jax import export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rollout_helpers as helpers
 from rollout_helpers import strict_precision  # noqa: F401
+import rollout_helpers as helpers
 
 from rlax_llm import testing
 from rlax_llm.drafting import drafter as drafting
@@ -19,7 +21,7 @@ DRAFTERS = {
     'chain': drafting.prompt_lookup(4),
     'tree': helpers.random_tree(5, 6),
 }
-MODEL = testing.tiny_model()
+MODEL = testing.tiny_model(layers=1)
 CONFIG = segments.SegmentConfig(Sampling(), (6,))
 
 
@@ -37,6 +39,11 @@ def _function(drafter):
                             config=CONFIG)
 
   return run
+
+
+@functools.cache
+def _compiled(name):
+  return jax.jit(_function(DRAFTERS[name]))
 
 
 def _limits(forwards, done_rows):
@@ -57,17 +64,16 @@ def _slots(prompts, capacity, limit):
   for row, prompt in enumerate(prompts):
     tokens[row, :len(prompt)] = prompt
     length[row] = len(prompt)
-  params = MODEL.init(jax.random.key(0))
-  block = slot_ops.prefill(params,
-                           jnp.asarray(tokens),
-                           jnp.asarray(length),
-                           model=MODEL)
+  params = jax.jit(MODEL.init)(jax.random.key(0))
+  prefill = functools.partial(slot_ops.prefill, model=MODEL)
+  block = jax.jit(prefill)(params, jnp.asarray(tokens), jnp.asarray(length))
   order = jnp.arange(rows, dtype=jnp.int32)
   admission = slot_ops.Admission(order < len(prompts), order,
                                  jnp.full(rows, limit, jnp.int32), order * 0,
                                  order * 0, order, order * 0)
   empty = slot_ops.empty_slots(MODEL, rows, capacity)
-  return params, slot_ops.admit(empty, block, admission, seed=0)
+  admit = jax.jit(functools.partial(slot_ops.admit, seed=0))
+  return params, admit(empty, block, admission)
 
 
 @pytest.mark.parametrize('name', DRAFTERS)
@@ -124,7 +130,7 @@ def test_a_segment_ends_where_it_is_told():
   Mutants: `<=` in any of the limits; free rows decode; the row forwards of
   done rows are counted.
   """
-  run = jax.jit(_function(drafting.no_drafter()))
+  run = _compiled('none')
   params, slots = _slots([[1, 2], [3], [0, 1, 2, 3, 4]], 16, 11)
   assert slots.done.tolist() == [False, False, False, True]
   start = np.asarray(slots.length)
@@ -157,8 +163,8 @@ def test_capacity_ends_a_segment():
   Mutant: `length + W < capacity` or `length <= capacity`.
   """
   for name, drafter in DRAFTERS.items():
-    params, slots = _slots([[1, 2], [3]], 16, 60)
-    after, _, _ = jax.jit(_function(drafter))(params, slots, _limits(99, 3))
+    params, slots = _slots([[1, 2], [3], [4, 4]], 16, 60)
+    after, _, _ = _compiled(name)(params, slots, _limits(99, 4))
     length = np.asarray(after.length)[~np.asarray(after.done)]
     if name == 'none':
       assert length.size == 0 or length.max() == 16
@@ -174,11 +180,11 @@ def test_segments_are_transparent(name):
   And what follows does not read what lies beyond `length`. Mutants: the
   drafter's noise enters the race; place counts from the segment's start.
   """
-  run = jax.jit(_function(DRAFTERS[name]))
-  params, slots = _slots([[1, 2], [3], [4, 4, 4]], 32, 12)
+  run = _compiled(name)
+  params, slots = _slots([[1, 2], [3], [4, 4, 4]], 16, 8)
   whole, _, _ = run(params, slots, _limits(99, 4))
   while not bool(slots.done.all()):
-    beyond = jnp.arange(32)[None] >= slots.length[:, None]
+    beyond = jnp.arange(16)[None] >= slots.length[:, None]
     slots, _, _ = run(params,
                       slots.replace(text=jnp.where(beyond, 5, slots.text)),
                       _limits(1, 4))

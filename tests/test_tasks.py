@@ -4,6 +4,7 @@ import collections
 import fractions
 import json
 import random
+import re
 import time
 
 import pytest
@@ -269,27 +270,48 @@ def test_traces_verify(name, options, answer_format):
 
 
 def test_each_step_of_a_trace_equals_the_next():
-  for name in ('chain_sum', 'products'):
-    task = make(name,
-                prompt_format='short',
-                answer_format='after_equals',
-                options={
-                    'max_terms': 5,
-                    'allow_negation': True
-                })
-    for i in range(50):
-      problem = task.problem('train', i)
-      lines = (problem.prompt + problem.trace).split('=')
-      assert len({arithmetic.value(line) for line in lines}) == 1
-      operators = [len(arithmetic.tokenize(line)) // 2 for line in lines]
-      assert operators == list(range(len(lines) - 1, -1, -1)) or (operators
-                                                                  == [0, 0])
+  """Mutant: a step that restates the rest and drops its last term."""
+  task = make('products',
+              prompt_format='short',
+              answer_format='after_equals',
+              options={
+                  'max_terms': 5,
+                  'allow_negation': True
+              })
+  for i in range(50):
+    problem = task.problem('train', i)
+    lines = (problem.prompt + problem.trace).split('=')
+    assert len({arithmetic.value(line) for line in lines}) == 1
+    operators = [len(arithmetic.tokenize(line)) // 2 for line in lines]
+    assert operators == list(range(len(lines) - 1, -1, -1)) or (operators
+                                                                == [0, 0])
+
+
+def test_a_tally_adds_every_term_in_turn():
+  """Mutant: the sign of a negated operand is lost."""
+  task = make('chain_sum',
+              prompt_format='short',
+              answer_format='after_equals',
+              options={
+                  'max_terms': 6,
+                  'allow_negation': True
+              })
+  leading = lambda line: re.match(r'-?[0-9]+', line).group()
+  for i in range(50):
+    problem = task.problem('train', i)
+    first = leading(problem.prompt)
+    lines = problem.trace.split('=')
+    lines[0] = first + lines[0]
+    for line, following in zip(lines, lines[1:]):
+      assert arithmetic.value(line) == int(leading(following))
+    terms = [line.removeprefix(leading(line)) for line in lines]
+    assert first + ''.join(terms) + '=' == problem.prompt
 
 
 @pytest.mark.parametrize('expression, answer, trace', [
-    ('4 + 3 - 2 + 6', '11', '7-2+6=5+6=11'),
-    ('2 - 5 + 4', '1', '-3+4=1'),
-    ('3 - -5', '8', '8'),
+    ('4 + 3 - 2 + 6', '11', '+3=7-2=5+6=11'),
+    ('2 - 5 + 4', '1', '-5=-3+4=1'),
+    ('3 - -5', '8', '--5=8'),
     ('-7', '-7', '-7'),
 ])
 def test_chain_sum_traces_by_hand(expression, answer, trace):
@@ -297,6 +319,8 @@ def test_chain_sum_traces_by_hand(expression, answer, trace):
   assert traces.trace('chain_sum', item, 'after_equals') == trace
   assert traces.trace('chain_sum', item,
                       'tag') == f'{trace}<answer>{answer}</answer>'
+  assert traces.trace('chain_sum', item, 'scratchpad') == f'({trace}){answer}'
+  assert traces.trace('chain_sum', item, 'scratchpad', direct=True) == answer
 
 
 def test_basic_arithmetic_trace_by_hand():

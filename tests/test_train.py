@@ -17,6 +17,8 @@ from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm.config import ConfigError
 from rlax_llm.progress import Progress
+from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.types import EVALUATE
 
 VALUES = ('tokens_sampled', 'tokens_sha256', 'parameters_sha256',
           'reward_first', 'reward_last', 'accuracy_before', 'accuracy_after')
@@ -63,8 +65,8 @@ def _assert_same_run(folder, summary, base):
   for name in VALUES:
     assert summary[name] == base_summary[name], name
   for name in ('metrics.jsonl', 'samples.jsonl'):
-    assert ((pathlib.Path(folder) / name).read_text() ==
-            (base_folder / name).read_text()), name
+    assert ((pathlib.Path(folder) /
+             name).read_text() == (base_folder / name).read_text()), name
 
 
 @pytest.fixture(name='base', scope='module')
@@ -193,9 +195,8 @@ def test_a_killed_run_continues(base, tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'train_step', dies)
   with pytest.raises(RuntimeError, match='killed'):
     _train(tmp_path)
-  assert [row['step'] for row in _rows(tmp_path, 'metrics.jsonl')] == [
-      0, 1, 2, 3
-  ]
+  steps = [row['step'] for row in _rows(tmp_path, 'metrics.jsonl')]
+  assert steps == [0, 1, 2, 3]
   assert not (tmp_path / 'summary.json').exists()
   monkeypatch.undo()
   summary, shown = _train(tmp_path)
@@ -220,7 +221,7 @@ def test_a_corrupt_checkpoint_is_passed_over(base, tmp_path):
   """Law: the newest checkpoint is damaged: the one before is used, a warning
   names both, and the run ends with the same bits.
 
-  Mutant: the digest of the arrays not compared.
+  Mutant: `restore` that gives up at the first unreadable step.
   """
   folder = tmp_path / 'copy'
   shutil.copytree(base[0], folder)
@@ -252,7 +253,8 @@ def test_another_configs_run_is_refused(base):
 
 
 def _check_kl_resume(tmp_path, divergence):
-  changes = dict(algorithm__kl_coefficient=0.5, algorithm__divergence=divergence)
+  changes = dict(algorithm__kl_coefficient=0.5,
+                 algorithm__divergence=divergence)
   whole, _ = _train(tmp_path / 'whole', **changes)
   rows = _rows(tmp_path / 'whole', 'metrics.jsonl')
   assert abs(rows[1]['policy/kl_reference']) < 1e-6
@@ -303,8 +305,8 @@ def test_impossible_tasks_are_refused_before_any_work(tmp_path):
            **arithmetic)
   with pytest.raises(ConfigError, match='rollout.prompt_length=4: raise it'):
     _train(tmp_path, **arithmetic)
-  with pytest.raises(ConfigError, match='no written-step traces'):
-    _train(tmp_path, sft__steps=5)
+  with pytest.raises(ConfigError, match='a prompt of 2 and a trace of 4'):
+    _train(tmp_path, sft__steps=5, rollout__max_new_tokens=1)
   with pytest.raises(ConfigError, match='evaluate.problems=3'):
     _train(tmp_path, evaluate__problems=3)
   assert executables.compile_totals() == before
@@ -355,20 +357,27 @@ def _evaluate(monkeypatch, capsys, folder, **changes):
 
 def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
   """Law: the newest checkpoint's accuracy, equal to the run's own; the same
-  twice; pass@k for the powers of two.
+  completions twice; pass@k for the powers of two.
 
-  Mutant: noise of the step instead of the problem.
+  Mutant: noise of the call instead of the problem.
   """
+  sampled = []
+  real = RolloutEngine.generate
+
+  def spy(self, *args):
+    rollouts, state = real(self, *args)
+    sampled.append([r.tokens.tolist() for r in rollouts])
+    assert {r.request.domain for r in rollouts} == {EVALUATE}
+    return rollouts, state
+
+  monkeypatch.setattr(RolloutEngine, 'generate', spy)
   values = _evaluate(monkeypatch, capsys, base[0])
-  assert values == {
-      'step': 4,
-      'evaluate/accuracy': base[1]['accuracy_after']
-  }
+  assert values == {'step': 4, 'evaluate/accuracy': base[1]['accuracy_after']}
   many = [
       _evaluate(monkeypatch, capsys, base[0], evaluate__samples=4)
       for _ in range(2)
   ]
-  assert many[0] == many[1]
+  assert many[0] == many[1] and sampled[1] == sampled[2]
   assert set(many[0]) == {
       'step', 'evaluate/accuracy', 'evaluate/pass_at_2', 'evaluate/pass_at_4'
   }

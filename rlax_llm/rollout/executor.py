@@ -69,7 +69,8 @@ class Executor:
       fields[:, slot] = (source, max_new_tokens, request.domain, request.step,
                          request.request, index)
     admission = jax.device_put(slot_ops.Admission(take, *fields), self._rows)
-    return self.pool(('admit', rows, capacity),
+    key = ('admit', rows, capacity, *block.tokens.shape, self._seed)
+    return self.pool(key,
                      functools.partial(slot_ops.admit, seed=self._seed),
                      slots,
                      block,

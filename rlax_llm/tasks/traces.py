@@ -61,14 +61,16 @@ def _expression_steps(text: str) -> list[str]:
   return lines[1:] or lines
 
 
-def _tally(text: str) -> str:
-  """Returns the running value after each term: '+3=7-2=5' for 4+3-2."""
+def _tally(text: str) -> list[str]:
+  """Returns the running value after each term: +3, 7-2, 5 for 4+3-2."""
   first, *terms = re.findall(r'([+-]?)(-?[0-9]+)', text)
-  value, steps = int(''.join(first)), ''
+  value = int(''.join(first))
+  lines = [''] if terms else []
   for sign, number in terms:
+    lines[-1] += sign + number
     value += -int(number) if sign == '-' else int(number)
-    steps += f'{sign}{number}={value}'
-  return steps or ''.join(first)
+    lines.append(str(value))
+  return lines or [str(value)]
 
 
 def trace(name: str,
@@ -95,7 +97,9 @@ def trace(name: str,
   if text is None:
     return None
   try:
-    if name == 'gcd':
+    if name == 'chain_sum':
+      lines = _tally(text)
+    elif name == 'gcd':
       lines = _gcd_steps(item['metadata']['numbers'])
     elif name == 'lcm':
       lines = _lcm_steps(item['metadata']['numbers'])
@@ -106,7 +110,5 @@ def trace(name: str,
   # The scorer's answer is the law; steps that miss it would teach an error.
   if lines[-1] != item['answer']:
     return None
-  steps = _tally(text) if name == 'chain_sum' else '='.join(lines)
-  if direct:
-    steps = ''
+  steps = '' if direct else '='.join(lines)
   return extract.wrap_answer(steps, lines[-1], answer_format)
