@@ -9,25 +9,25 @@ from rlax_llm.config import Config
 def get_config() -> Config:
   """Returns the quickstart's config."""
   config = Config()
-  config.num_steps = 200
+  config.num_steps = 150
   config.task.name = 'chain_sum'
-  config.task.options = dict(min_terms=5,
-                             max_terms=9,
+  config.task.options = dict(min_terms=4,
+                             max_terms=7,
                              min_digits=1,
                              max_digits=1)
   config.task.prompt_format = 'short'
   config.task.answer_format = 'scratchpad'
-  config.task.trace_direct = 0.6
+  config.task.trace_unfinished = 0.5
   config.task.prompts_per_step = 32
   config.model.tokenizer = '0123456789+-*/=()'
   config.model.layers = 4
   config.model.width = 128
   config.model.mlp_width = 384
-  config.sft.steps = 350
+  config.sft.steps = 500
   config.sft.learning_rate = 3e-3
   config.sft.sequences_per_step = 128
-  config.rollout.prompt_length = 20
-  config.rollout.max_new_tokens = 56
+  config.rollout.prompt_length = 16
+  config.rollout.max_new_tokens = 44
   config.rollout.slots = 256
   config.control.draft_max_rows = 32
   config.learning.learning_rate = 1e-4

@@ -115,8 +115,9 @@ class TaskConfig(Section):
   path: str = ''
   held_out_path: str = ''
   match: str = 'numeric'  # jsonl: numeric | exact
-  # The share of the warm start's traces that give the answer without steps.
-  trace_direct: float = 0.0
+  # The share of the warm start's traces that leave off before the last term
+  # and answer with what they reached: an impatient teacher (chain_sum).
+  trace_unfinished: float = 0.0
   verifier_processes: int = 1
   verifier_seconds: float = 4.0  # CPU seconds for one sample
   # Control experiment: shuffle rewards among the samples of a step.
@@ -277,7 +278,7 @@ _AT_LEAST: dict[str, float] = {
     'num_steps': 0,
     'task.prompts_per_step': 1,
     'task.epoch_prompts': 0,
-    'task.trace_direct': 0,
+    'task.trace_unfinished': 0,
     'task.verifier_processes': 1,
     'model.layers': 1,
     'model.width': 1,
@@ -364,8 +365,8 @@ def validate(config: Config) -> Config:
     raise ConfigError(
         f'control.refill_threshold={config.control.refill_threshold} is a '
         'share of the slots; it must be at most 1')
-  if config.task.trace_direct > 1:
-    raise ConfigError(f'task.trace_direct={config.task.trace_direct} is a '
+  if config.task.trace_unfinished > 1:
+    raise ConfigError(f'task.trace_unfinished={config.task.trace_unfinished} is a '
                       'probability; it must be at most 1')
   if config.task.prompts_per_step % config.learning.minibatches:
     raise ConfigError(

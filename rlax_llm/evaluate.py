@@ -28,14 +28,16 @@ from rlax_llm.types import Params
 
 
 def held_out_problems(run: Run) -> list[tasks.Problem]:
-  """Returns the held-out problems of the config, the same at every call."""
-  count = run.config.evaluate.problems
-  available = run.task.num_problems('held_out')
-  if available is not None and available < count:
-    raise ConfigError(
-        f'evaluate.problems={count}, but the task has {available} '
-        'held-out problems; lower it')
-  return [run.task.problem('held_out', i) for i in range(count)]
+  """Returns different held-out problems, the same at every call.
+
+  Raises:
+    ConfigError: if the task has fewer than `evaluate.problems`.
+  """
+  try:
+    return tasks.distinct_problems(run.task, 'held_out',
+                                   run.config.evaluate.problems)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
 
 
 def evaluation_sampling(run: Run) -> Sampling:

@@ -55,9 +55,9 @@ METRICS: dict[str, Metric] = {
     'policy/kl_reference':
         Metric('nats', _T, 'KL from the reference policy, per token'),
     'policy/entropy':
-        Metric('nats', _T, 'entropy of the policy, per token'),
+        Metric('nats', _T, 'entropy of the policy, per trained token'),
     'policy/clip_fraction':
-        Metric('fraction', _T, 'tokens whose ratio was clipped'),
+        Metric('fraction', _T, 'trained tokens whose ratio was clipped'),
     'policy/ratio_max':
         Metric('1', _T, 'largest probability ratio, new to old policy'),
     'policy/behaviour_gap_max':

@@ -37,12 +37,6 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 ORACLES = pathlib.Path(__file__).parent / 'oracles'
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _models_broadcast():
-  with jax.numpy_rank_promotion('allow'):
-    yield
-
-
 def _oracle(name):
   return json.loads((ORACLES / f'{name}.json').read_text())
 

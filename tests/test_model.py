@@ -12,7 +12,9 @@ from rlax_llm import testing
 from rlax_llm.config import freeze
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import PrecisionConfig
+from rlax_llm.models import attention
 from rlax_llm.models import kv_cache
+from rlax_llm.models import transformer
 from rlax_llm.models.language_model import score
 from rlax_llm.models.language_model import score_tokens
 from rlax_llm.models.transformer import make_transformer
@@ -406,6 +408,49 @@ def test_bfloat16_is_close():
                            jnp.tril(jnp.ones((3, 3), bool)), cache)
   cached = sampling_ops.log_law(model.logits(rounded, hidden), Sampling())
   assert np.abs(cached - want[:, 300:303]).max() < 0.1
+
+
+def test_attention_equals_its_definition():
+  """Query head h reads KV head h // (H / KH), as in the Hugging Face models.
+
+  A loop over heads and positions in float64; the cache holds the first three
+  positions. Mutants: heads read KV head h % KH, which no comparison of the
+  cached with the uncached pass can see; no 1 / sqrt(head_dim).
+  """
+  rng = np.random.default_rng(0)
+  queries = rng.normal(size=(1, 5, 6, 4))
+  keys, values = rng.normal(size=(2, 1, 2, 5, 4))
+  want = np.zeros((5, 6, 4))
+  for i in range(5):
+    for h in range(6):
+      k, v = keys[0, h // 3, :i + 1], values[0, h // 3, :i + 1]
+      weights = np.exp(k @ queries[0, i, h] / 2)
+      want[i, h] = weights @ v / weights.sum()
+  want = want.reshape(5, 24)
+  q, k, v = (jnp.asarray(x, jnp.float32) for x in (queries, keys, values))
+  mask = jnp.tril(jnp.ones((1, 5, 5), bool))
+  got = attention.packed_attention(q, k, v, mask)[0]
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  got = attention.cached_attention(q[:, 3:], k[:, :, 3:], v[:, :, 3:],
+                                   k.swapaxes(2, 3), v, jnp.asarray([3]),
+                                   mask[0, 3:, 3:])[0]
+  np.testing.assert_allclose(got, want[3:], atol=1e-5)
+
+
+def test_rotation_equals_its_definition():
+  """Pair (i, i + half) is turned by position * theta^(-i / half).
+
+  As complex numbers in float64. Mutants: adjacent pairs; the sine's sign.
+  """
+  x = np.random.default_rng(1).normal(size=(3, 2, 8))
+  positions = np.asarray([0, 7, 1000])
+  angle = positions[:, None] * 100.0**(-np.arange(4) / 4)
+  z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, None]
+  got = transformer.rotate(jnp.asarray(x, jnp.float32),
+                           jnp.asarray(positions, jnp.int32), 100.0)
+  np.testing.assert_allclose(got,
+                             np.concatenate([z.real, z.imag], -1),
+                             atol=1e-3)
 
 
 def test_rotary_angles_are_float32():

@@ -20,12 +20,6 @@ from rlax_llm.progress import Progress
 from rlax_llm.run import make_run
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _models_broadcast():
-  with jax.numpy_rank_promotion('allow'):
-    yield
-
-
 @pytest.fixture(name='workdir', scope='module')
 def _workdir(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp('sample'))

@@ -320,7 +320,7 @@ def test_chain_sum_traces_by_hand(expression, answer, trace):
   assert traces.trace('chain_sum', item,
                       'tag') == f'{trace}<answer>{answer}</answer>'
   assert traces.trace('chain_sum', item, 'scratchpad') == f'({trace}){answer}'
-  assert traces.trace('chain_sum', item, 'scratchpad', direct=True) == answer
+
 
 
 def test_basic_arithmetic_trace_by_hand():
@@ -701,3 +701,32 @@ def test_every_task_is_deterministic_and_varied(name):
     if problem.answer is not None:
       answer = f'<answer>{problem.answer}</answer>'
       assert second.score(problem.entry, answer) == 1.0
+
+
+def test_a_trace_that_leaves_off_answers_with_what_it_reached():
+  """Mutant: the last value is that of all terms."""
+  item = {'metadata': {'expression': '4 + 3 - 2 + 6'}, 'answer': '11'}
+  trace = lambda n: traces.trace(
+      'chain_sum', item, 'scratchpad', terms_done=n)
+  assert [trace(n) for n in (2, 3, 4)
+         ] == ['(+3=7)7', '(+3=7-2=5)5', '(+3=7-2=5+6=11)11']
+
+
+def test_unfinished_traces_are_the_configured_share():
+  """Mutant: every problem shares one random number."""
+  task = make('chain_sum',
+              prompt_format='short',
+              answer_format='scratchpad',
+              options={
+                  'min_terms': 4,
+                  'max_terms': 6
+              },
+              trace_unfinished=0.3)
+  problems = [task.problem('train', i) for i in range(400)]
+  finished = [p.trace.endswith(f'={p.answer}){p.answer}') for p in problems]
+  assert 0.62 < sum(finished) / len(finished) < 0.78
+
+
+def test_only_sums_can_be_left_off():
+  with pytest.raises(ValueError, match='trace_unfinished=0.5.*set it to 0'):
+    make('gcd', trace_unfinished=0.5)

@@ -24,12 +24,6 @@ VALUES = ('tokens_sampled', 'tokens_sha256', 'parameters_sha256',
           'reward_first', 'reward_last', 'accuracy_before', 'accuracy_after')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _models_broadcast():
-  with jax.numpy_rank_promotion('allow'):
-    yield
-
-
 def _config(**changes):
   """The tiny config on one device, with dotted changes ('a__b' is a.b)."""
   config = testing.tiny_config()

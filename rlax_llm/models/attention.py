@@ -94,7 +94,7 @@ def cached_attention(queries: Array, keys: Array, values: Array,
   if capacity == 0:  # A prefill: there is nothing but the nodes.
     return packed_attention(queries, keys, values, node_mask)
   queries_by_head = _group(queries, keys.shape[1])
-  seen = (jnp.arange(capacity) < length[:, None])[:, None]
+  seen = (jnp.arange(capacity)[None] < length[:, None])[:, None]
   past = _scores(queries_by_head, cached_keys, seen)
   own = _scores(queries_by_head, keys.swapaxes(2, 3), node_mask)
   peak = jnp.maximum(jnp.max(own, -1, keepdims=True),

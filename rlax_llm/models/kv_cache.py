@@ -68,9 +68,9 @@ def commit(cache: KVCache, nodes: KVNodes, path: Path) -> KVCache:
   _, kv_heads, head_dim, capacity = cache.keys[0].shape
   # Index arrays for [N, KH, HD, W]; values leave the HD axis whole.
   row = jnp.arange(count)[:, None, None, None]
-  head = jnp.arange(kv_heads)[:, None, None]
-  dim = jnp.arange(head_dim)[:, None]
-  order = jnp.arange(width)
+  head = jnp.arange(kv_heads)[None, :, None, None]
+  dim = jnp.arange(head_dim)[None, None, :, None]
+  order = jnp.arange(width)[None]
   # What is not accepted goes beyond the capacity, where writes are dropped.
   # This also makes every write depend on the outcome of the forward, so that
   # XLA knows that attention has read the cache and updates it in place.

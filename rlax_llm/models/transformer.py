@@ -39,7 +39,7 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
   """
   half = x.shape[-1] // 2
   frequencies = theta**(-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None].astype(jnp.float32) * frequencies
+  angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
   cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate(
@@ -60,7 +60,8 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(
         jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-    return (x * scale.astype(jnp.float32)).astype(self.dtype)
+    scale = jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+    return (x * scale).astype(self.dtype)
 
 
 class Layer(nn.Module):
@@ -157,8 +158,8 @@ class Transformer(nn.Module):
 
   def hidden(self, tokens: Array, positions: Array, segments: Array) -> Array:
     order = jnp.arange(tokens.shape[1])
-    mask = (segments[:, :, None] == segments[:, None]) & (order[:, None]
-                                                          >= order[None])
+    causal = (order[:, None] >= order[None])[None]
+    mask = causal & (segments[:, :, None] == segments[:, None])
     x = self.embed(tokens)
     for layer in self.layers:
       x = layer.packed(x, positions, mask)

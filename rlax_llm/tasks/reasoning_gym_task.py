@@ -64,6 +64,10 @@ class ReasoningGymTask:
       raise ValueError(
           f"task.prompt_format='short' does not fit {config.name!r}; it is "
           f'for {", ".join(traces.ARITHMETIC)}: use \'question\'')
+    if config.trace_unfinished and not traces.can_leave_off(config.name):
+      raise ValueError(
+          f'task.trace_unfinished={config.trace_unfinished} does not fit '
+          f'{config.name!r}; it is for chain_sum: set it to 0')
     extract.extract_answer('', config.answer_format)
     self._config = config
     self._seed = seed
@@ -165,9 +169,16 @@ class ReasoningGymTask:
         traces.trace(config.name,
                      item,
                      config.answer_format,
-                     direct=random.Random(digest).random() <
-                     config.trace_direct),
+                     terms_done=self._terms_done(item, digest)),
         codec.encode(item))
+
+  def _terms_done(self, item: dict[str, Any], digest: bytes) -> int | None:
+    """Returns after how many terms the trace leaves off; None: at the end."""
+    rng = random.Random(digest)
+    if rng.random() >= self._config.trace_unfinished:
+      return None
+    terms = item['metadata']['num_terms']
+    return rng.randrange(2, terms) if terms > 2 else None
 
   def score(self, entry: Mapping[str, Any], completion: str) -> float:
     """Returns 1.0 where reasoning-gym gives the answer its full score.
