@@ -366,8 +366,9 @@ def validate(config: Config) -> Config:
         f'control.refill_threshold={config.control.refill_threshold} is a '
         'share of the slots; it must be at most 1')
   if config.task.trace_unfinished > 1:
-    raise ConfigError(f'task.trace_unfinished={config.task.trace_unfinished} is a '
-                      'probability; it must be at most 1')
+    raise ConfigError(
+        f'task.trace_unfinished={config.task.trace_unfinished} is a '
+        'probability; it must be at most 1')
   if config.task.prompts_per_step % config.learning.minibatches:
     raise ConfigError(
         f'task.prompts_per_step={config.task.prompts_per_step} is not '

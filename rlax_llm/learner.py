@@ -106,6 +106,60 @@ class Learner:
                           donate_argnums=(0,),
                           out_shardings=sharding.replicated(self._run.mesh))
 
+  def prepare(self, params: Params, samples: Sequence[Sample],
+              reference: Params | None) -> tuple[list[Batch], float]:
+    """Packs and scores the optimizer batches of one batch of rollouts.
+
+    Args:
+      params: the policy's, before the first of the optimizer steps: old
+        log-probabilities are all scored before any step moves them.
+      samples: whole groups, in order; split evenly over
+        `learning.minibatches` optimizer steps.
+      reference: parameters for the KL term, or None.
+
+    Returns:
+      (batches on the mesh, share of the computed positions without a token).
+    """
+    size = len(samples) // self._learning.minibatches
+    packed = [
+        self.pack(samples[i:i + size], skip_without_signal=True)
+        for i in range(0, len(samples), size)
+    ]
+    padding = float(np.mean([batches.padding_fraction(b) for b in packed]))
+    placed = [self.put(b) for b in packed]
+    if self._learning.old_logprobs == 'sampler':
+      placed = [b.replace(old_logprobs=b.behaviour_logprobs) for b in placed]
+    elif not self.old_is_current:
+      placed = [b.replace(old_logprobs=self.score(params, b)) for b in placed]
+    if reference is not None:
+      placed = [
+          b.replace(reference_logprobs=self.score(reference, b)) for b in placed
+      ]
+    return jax.block_until_ready(placed), padding
+
+  def learn(self, state: TrainState,
+            prepared: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
+    """Takes one optimizer step on each batch.
+
+    Args:
+      state: donated.
+      prepared: from `prepare`.
+
+    Returns:
+      (state, training values: maxima where the name says so, else means over
+      the optimizer steps).
+    """
+    steps = []
+    for batch in prepared:
+      state, values = self.update(state, batch)
+      steps.append(values)
+    fetched = jax.device_get(steps)
+    over = lambda name: np.max if name.endswith('_max') else np.mean
+    return state, {
+        name: float(over(name)([values[name] for values in fetched]))
+        for name in fetched[0]
+    }
+
 
 def make_learner(run: Run) -> Learner:
   """Returns the learner of the run's RL objective."""
@@ -115,52 +169,3 @@ def make_learner(run: Run) -> Learner:
                  optimizer=run.optimizer,
                  name='policy',
                  learning=run.config.learning)
-
-
-def learn(
-    learner: Learner, state: TrainState, samples: Sequence[Sample], *,
-    reference: Params | None,
-    learning: LearningConfig) -> tuple[TrainState, dict[str, float], float]:
-  """Takes the optimizer steps of one batch of rollouts.
-
-  Args:
-    learner: of the objective.
-    state: donated.
-    samples: whole groups, in order; split evenly over
-      `learning.minibatches` optimizer steps.
-    reference: parameters for the KL term, or None.
-    learning: frozen section.
-
-  Returns:
-    (state, training values averaged over the optimizer steps, padding).
-  """
-  size = len(samples) // learning.minibatches
-  packed = [
-      learner.pack(samples[i:i + size], skip_without_signal=True)
-      for i in range(0, len(samples), size)
-  ]
-  padding = float(np.mean([batches.padding_fraction(b) for b in packed]))
-  placed = [learner.put(b) for b in packed]
-  # Old log-probabilities are all scored before the first step moves them.
-  if learning.old_logprobs == 'sampler':
-    placed = [b.replace(old_logprobs=b.behaviour_logprobs) for b in placed]
-  elif not learner.old_is_current:
-    placed = [
-        b.replace(old_logprobs=learner.score(state.params, b)) for b in placed
-    ]
-  if reference is not None:
-    placed = [
-        b.replace(reference_logprobs=learner.score(reference, b))
-        for b in placed
-    ]
-  steps = []
-  for b in placed:
-    state, values = learner.update(state, b)
-    steps.append(values)
-  fetched = jax.device_get(steps)
-  means = {
-      name:
-          float((np.max if name.endswith('_max') else np.mean)(
-              [values[name] for values in fetched])) for name in fetched[0]
-  }
-  return state, means, padding

@@ -196,11 +196,9 @@ def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
              behaviour_logprobs=rollout.behaviour_logprobs)
       for rollout, advantage in zip(rollouts, advantages.reshape(-1))
   ]
-  state, values, padding = learners.learn(learner,
-                                          state,
-                                          samples,
-                                          reference=reference,
-                                          learning=config.learning)
+  prepared, padding = learner.prepare(state.params, samples, reference)
+  watch.lap('score')
+  state, values = learner.learn(state, prepared)
   watch.lap('update')
 
   progression.add_tokens(rollouts)

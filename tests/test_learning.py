@@ -631,11 +631,9 @@ SGD = optax.sgd(0.5)
 
 def _learn(run, samples, *, optimizer=SGD, reference=None, algorithm=None):
   learner = _learner(run, algorithm, optimizer)
-  state, values, padding = learners.learn(learner,
-                                          _state(run, optimizer),
-                                          samples,
-                                          reference=reference,
-                                          learning=run.config.learning)
+  state = _state(run, optimizer)
+  prepared, padding = learner.prepare(state.params, samples, reference)
+  state, values = learner.learn(state, prepared)
   assert 0 <= padding < 1
   return state, values
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import types
 
-import jax
 import numpy as np
 import pytest
 

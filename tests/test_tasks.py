@@ -322,7 +322,6 @@ def test_chain_sum_traces_by_hand(expression, answer, trace):
   assert traces.trace('chain_sum', item, 'scratchpad') == f'({trace}){answer}'
 
 
-
 def test_basic_arithmetic_trace_by_hand():
   item = {'metadata': {'expression': '-( 2 + 3 * 4 ) / 7 - -5'}, 'answer': '3'}
   assert (traces.trace('basic_arithmetic', item,
@@ -706,8 +705,7 @@ def test_every_task_is_deterministic_and_varied(name):
 def test_a_trace_that_leaves_off_answers_with_what_it_reached():
   """Mutant: the last value is that of all terms."""
   item = {'metadata': {'expression': '4 + 3 - 2 + 6'}, 'answer': '11'}
-  trace = lambda n: traces.trace(
-      'chain_sum', item, 'scratchpad', terms_done=n)
+  trace = lambda n: traces.trace('chain_sum', item, 'scratchpad', terms_done=n)
   assert [trace(n) for n in (2, 3, 4)
          ] == ['(+3=7)7', '(+3=7-2=5)5', '(+3=7-2=5+6=11)11']
 

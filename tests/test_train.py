@@ -7,7 +7,6 @@ import random
 import shutil
 import types
 
-import jax
 import numpy as np
 import pytest
 

@@ -74,11 +74,8 @@ def main(argv: list[str]) -> None:
         Sample(r.request.prompt, r.tokens, float(a), r.behaviour_logprobs)
         for r, a in zip(rollouts, advantages.reshape(-1))
     ]
-    state, _, _ = learners.learn(learner,
-                                 state,
-                                 samples,
-                                 reference=None,
-                                 learning=run.config.learning)
+    prepared, _ = learner.prepare(state.params, samples, None)
+    state, _ = learner.learn(state, prepared)
     jax.block_until_ready(state)
     end = time.perf_counter()
     if step:

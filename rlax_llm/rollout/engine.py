@@ -354,7 +354,7 @@ class _PromptBlocks:
     while request not in self:
       members = self._requests[self._first:self._first + self._size]
       self._block = self._executor.prefill(self._params,
-                                          [r.prompt for r in members],
-                                          self._size, self._capacity)
+                                           [r.prompt for r in members],
+                                           self._size, self._capacity)
       self._rows = {id(r): row for row, r in enumerate(members)}
       self._first += self._size
