@@ -1,6 +1,14 @@
 """Arithmetic with written steps: the first thing to run.
 
   python -m rlax_llm.train --config=configs/quickstart.py --workdir=DIR
+
+Problems: reasoning-gym's chain_sum, 4 to 7 one-digit terms, in the short form
+'4+3-2+6='. The model, 0.8 M parameters over an alphabet of 17 characters, first
+imitates written tallies, '(+3=7-2=5+6=11)11', by a teacher who is impatient:
+55 % of the demonstrations leave off before the last term and answer with what
+they reached. Imitation therefore stays below half; GRPO, rewarded for right
+answers only, learns that finishing the work pays.
+@@RESULTS@@
 """
 
 from rlax_llm.config import Config
@@ -9,7 +17,7 @@ from rlax_llm.config import Config
 def get_config() -> Config:
   """Returns the quickstart's config."""
   config = Config()
-  config.num_steps = 100
+  config.num_steps = 150
   config.task.name = 'chain_sum'
   config.task.options = dict(min_terms=4,
                              max_terms=7,
@@ -23,16 +31,19 @@ def get_config() -> Config:
   config.model.layers = 4
   config.model.width = 128
   config.model.mlp_width = 384
-  config.sft.steps = 400
+  config.sft.steps = 550
   config.sft.learning_rate = 3e-3
   config.sft.sequences_per_step = 128
   config.rollout.prompt_length = 16
   config.rollout.max_new_tokens = 44
   config.rollout.slots = 256
+  # With more rows than this, verifying a draft costs more than it saves.
   config.control.draft_max_rows = 32
+  # Annealed weights are easily upset: a low rate, reached slowly.
   config.learning.learning_rate = 1e-4
   config.learning.b2 = 0.99
   config.learning.warmup_steps = 10
+  config.learning.microbatch_rows = 4
   config.evaluate.problems = 1024
-  config.evaluate.every = 20
+  config.evaluate.every = 25
   return config

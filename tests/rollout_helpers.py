@@ -30,10 +30,9 @@ NEAR_TIE = 1e-4  # DESIGN section 1: a race won by less is excused, if shown
 
 @pytest.fixture(scope='module', autouse=True)
 def strict_precision():
-  """Matmul precision `highest`; ranks may be promoted, as the models do."""
-  with jax.numpy_rank_promotion('allow'):
-    with jax.default_matmul_precision('highest'):
-      yield
+  """Matmul precision `highest`, under which equality is promised."""
+  with jax.default_matmul_precision('highest'):
+    yield
 
 
 def _noise(slots, salt):

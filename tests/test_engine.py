@@ -222,8 +222,9 @@ def test_speed_values_change_no_token(name):
   """Slots, segment length, refill, compaction and growth change no token.
 
   With prompt lookup (W = 4), against plain sampling. Mutants: compaction
-  leaves out a field of Slots; growth shifts the cache; a slot's stale `drafted`
-  or `forwards` survives admission; a block's rows are taken from the last.
+  leaves the keys behind; owners and rows are compacted in other orders; growth
+  shifts the cache; a slot's stale `forwards` survives admission; a prompt is
+  the next row of its block.
   """
   world = _world()
   got, _ = world.generate(helpers.make_requests(),
@@ -265,7 +266,7 @@ def test_order_and_company_change_no_token(drafter):
 def test_devices_change_no_token(drafter):
   """Rows over eight devices give the tokens of one device.
 
-  Mutant: admission indexes rows by their place within a shard.
+  Mutant: compaction leaves the keys behind.
   """
   world = _world(ways=8)
   got, engine = world.generate(helpers.make_requests(),
@@ -277,7 +278,7 @@ def test_devices_change_no_token(drafter):
 def test_a_random_clock_changes_no_token():
   """The clock is read for statistics only.
 
-  Mutant: a segment's budget follows the measured time.
+  Mutant: a late sample is given one token less.
   """
   world, rng = _world(), np.random.default_rng(0)
   got, _ = world.generate(helpers.make_requests(),
@@ -404,30 +405,33 @@ def test_a_key_seen_once_never_compiles_again():
   """Other prompts, lengths, counts and limits reuse every executable.
 
   XLA's own count of compilations, eager operations included. Mutants: limits
-  are static; a shape follows the number of requests; an eager operation per
-  new shape at the boundary.
+  are static; an eager operation of another shape at the boundary.
   """
-  world = _world()
-  engine = world.engine(drafter=drafting.prompt_lookup(4))
-  state = helpers.RolloutState()
-  engine.generate(world.params, helpers.make_requests(), state)
-  before, keys = executables.compile_totals()[0], set(world.pool.keys())
-  for seed in range(6):
-    rng = np.random.default_rng(seed)
-    samples = rng.integers(1, 19, rng.integers(1, 7))
+  world, state = _world(), helpers.RolloutState()
+  draft = drafting.prompt_lookup(4)
+
+  def generate(seed, **options):
+    samples = np.random.default_rng(seed).integers(1, 19, 2 + seed % 5)
     requests = helpers.make_requests(samples, seed=seed, step=seed)
+    engine = world.engine(drafter=draft, **options)
     engine.generate(world.params, requests, state)
-  new = set(world.pool.keys()) - keys
-  # What a first run did not reach (a rare N or S) is compiled once.
-  assert executables.compile_totals()[0] - before == len(new)
-  assert len(new) <= 4
-  for seed in range(6):  # the same again: nothing at all
-    rng = np.random.default_rng(seed)
-    samples = rng.integers(1, 19, rng.integers(1, 7))
-    requests = helpers.make_requests(samples, seed=seed + 50, step=seed)
-    engine.generate(world.params, requests, state)
-  assert executables.compile_totals()[0] - before - len(new) <= len(
-      set(world.pool.keys()) - keys - new)
+
+  one_shape = dict(min_capacity=32, control=dict(compact=False))
+  generate(0, **one_shape)
+  before = executables.compile_totals()[0]
+  for seed in range(1, 6):
+    generate(seed, **one_shape)
+  generate(7,
+           min_capacity=32,
+           segment_forwards=5,
+           control=dict(compact=False, refill_threshold=0.6))
+  assert executables.compile_totals()[0] == before
+  # With growth and compaction: one compilation for each new key, no more.
+  keys = len(world.pool.keys())
+  for seed in range(6):
+    generate(seed)
+  new = len(world.pool.keys()) - keys
+  assert executables.compile_totals()[0] - before == new
 
 
 def test_used_keys_are_reachable_keys():

@@ -90,7 +90,7 @@ def _prefilled(model, params, tokens, length, capacity):
 
 def _fill_garbage(cache, value):
   """Writes `value` at and beyond the length of every row."""
-  order = jnp.arange(cache.capacity)
+  order = jnp.arange(cache.capacity)[None, None, None]
   free = order >= cache.length[:, None, None, None]
   return cache.replace(
       keys=tuple(jnp.where(free, value, x) for x in cache.keys),
@@ -103,8 +103,7 @@ def test_cached_equals_uncached(name):
   """Chunks of 1 and 4 tokens through the cache give the uncached logits.
 
   Rows are ragged: row n starts from a prefix of its own length. Mutants:
-  positions of nodes off by one; keys cached before the rotation; GQA groups
-  transposed; node_mask not causal; q/k norms swapped.
+  nodes take positions from 0; the cache's mask is `<= length`.
   """
   model, params = _world(name)
   tokens = _tokens(3, 16)
@@ -410,6 +409,62 @@ def test_bfloat16_is_close():
   assert np.abs(cached - want[:, 300:303]).max() < 0.1
 
 
+def _numpy_logits(params, tokens, name):
+  """The decoder by its definition, one row in float64."""
+  setting = dict(kv_heads=2, head_dim=4, rope_theta=1e4) | SETTINGS[name]
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  length, half = len(tokens), setting['head_dim'] // 2
+
+  def norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale['scale']
+
+  def dense(x, weights):
+    return x @ weights['kernel'] + weights.get('bias', 0)
+
+  def turn(x):
+    angle = np.arange(length)[:, None] * setting['rope_theta']**(
+        -np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
+    return np.concatenate([z.real, z.imag], -1)
+
+  x = p['embedding'][tokens]
+  for i in range(2):
+    layer = p[f'layer_{i}']
+    y = norm(x, layer['attention_norm'])
+    q, k, v = (dense(y, layer[n]).reshape(length, -1, setting['head_dim'])
+               for n in ('query', 'key', 'value'))
+    if setting.get('qk_norm'):
+      q, k = norm(q, layer['query_norm']), norm(k, layer['key_norm'])
+    q, k = turn(q), turn(k)
+    k, v = (np.repeat(z, 4 // setting['kv_heads'], axis=1) for z in (k, v))
+    scores = np.einsum('qhd,khd->hqk', q, k) / np.sqrt(setting['head_dim'])
+    scores[:, np.triu(np.ones((length, length), bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.einsum('hqk,khd->qhd', weights, v).reshape(length, -1)
+    x = x + dense(out, layer['output'])
+    y = norm(x, layer['mlp_norm'])
+    gate = dense(y, layer['gate'])
+    x = x + dense(gate /
+                  (1 + np.exp(-gate)) * dense(y, layer['up']), layer['down'])
+  return norm(x, p['final_norm']) @ p.get('head', p['embedding'].T)
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_transformer_equals_its_definition(name):
+  """The uncached logits are those of a decoder written out in numpy.
+
+  What both passes share, their agreement cannot show. Mutants: keys are not
+  rotated; keys are not normalised (qk_norm); gate and up exchanged; the
+  attention norm used twice.
+  """
+  model, params = _world(name)
+  tokens = _tokens(1, 16, seed=5)
+  np.testing.assert_allclose(_uncached(model, params, tokens)[0],
+                             _numpy_logits(params, tokens[0], name),
+                             atol=2e-5)
+
+
 def test_attention_equals_its_definition():
   """Query head h reads KV head h // (H / KH), as in the Hugging Face models.
 
@@ -476,7 +531,7 @@ def test_rotary_angles_are_float32():
 def test_remat_changes_nothing():
   """remat=True has the values and gradients of remat=False.
 
-  Mutant: remat wraps a method with static arguments in the wrong place.
+  Mutant: the last layer is left out under remat.
   """
   config = freeze(ModelConfig(vocabulary=VOCABULARY, layers=2, width=16))
   arrays = _pack()
