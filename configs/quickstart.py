@@ -44,6 +44,7 @@ def get_config() -> Config:
   config.learning.b2 = 0.99
   config.learning.warmup_steps = 10
   config.learning.microbatch_rows = 4
+  config.mesh.data = 1  # too small to divide
   config.evaluate.problems = 1024
   config.evaluate.every = 25
   return config
