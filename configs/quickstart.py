@@ -8,7 +8,10 @@ imitates written tallies, '(+3=7-2=5+6=11)11', by a teacher who is impatient:
 55 % of the demonstrations leave off before the last term and answer with what
 they reached. Imitation therefore stays below half; GRPO, rewarded for right
 answers only, learns that finishing the work pays.
-@@RESULTS@@
+
+Over seeds 0, 1, 2 held-out accuracy (1,024 problems, temperature 1) goes from
+0.44-0.45 after imitation to 0.91-0.96 after 150 steps; 352 and 398 s for seeds
+0 and 2 on 2 cores of an AMD EPYC that other work shared.
 """
 
 from rlax_llm.config import Config
@@ -43,7 +46,9 @@ def get_config() -> Config:
   config.learning.learning_rate = 1e-4
   config.learning.b2 = 0.99
   config.learning.warmup_steps = 10
-  config.learning.microbatch_rows = 4
+  # Late in the run few samples have a signal: small microbatches pad less.
+  config.learning.row_length = 192
+  config.learning.microbatch_rows = 1
   config.mesh.data = 1  # too small to divide
   config.evaluate.problems = 1024
   config.evaluate.every = 25
