@@ -300,7 +300,8 @@ def test_impossible_tasks_are_refused_before_any_work(tmp_path):
     _train(tmp_path, **arithmetic)
   with pytest.raises(ConfigError, match='a prompt of 2 and a trace of 4'):
     _train(tmp_path, sft__steps=5, rollout__max_new_tokens=1)
-  with pytest.raises(ConfigError, match='evaluate.problems=3'):
+  with pytest.raises(ConfigError,
+                     match='2 different held_out problems; 3 are wanted'):
     _train(tmp_path, evaluate__problems=3)
   assert executables.compile_totals() == before
   assert not list(tmp_path.iterdir())
@@ -321,7 +322,7 @@ def test_the_warm_start_learns(tmp_path):
                                    max_digits=1),
                 model__tokenizer='0123456789+-*/=() ',
                 model__width=32,
-                sft__steps=80,
+                sft__steps=200,
                 sft__sequences_per_step=64,
                 sft__learning_rate=1e-2,
                 evaluate__problems=32,
@@ -329,11 +330,11 @@ def test_the_warm_start_learns(tmp_path):
                 num_steps=0)
   summary, shown = _train(tmp_path, **config)
   rows = _rows(tmp_path, 'metrics.jsonl')
-  assert [row['step'] for row in rows] == [*range(-71, 0, 10), 0]
+  assert [row['step'] for row in rows] == [*range(-191, 0, 10), 0]
   losses = [row['sft/loss'] for row in rows[:-1]]
   assert losses[-1] < 0.7 * losses[0]
   assert summary['accuracy_before'] > 0
-  assert 'warm start 80/80' in shown
+  assert 'warm start 200/200' in shown
 
 
 # ---- evaluate ---------------------------------------------------------------
