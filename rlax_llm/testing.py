@@ -37,7 +37,7 @@ class ToyTask:
   """Repeat the prompt's letter: the reward is its share of the completion.
 
   Dense, verifiable and learned from random parameters within some tens of
-  steps; `sum` of the four prompts' best rewards is 1 each.
+  steps; the best reward of every prompt is 1.
   """
 
   def __init__(self, config: TaskConfig, seed: int) -> None:
