@@ -20,7 +20,9 @@ from rlax_llm.config import Config
 def get_config() -> Config:
   """Returns the quickstart's config."""
   config = Config()
-  config.num_steps = 150
+  config.num_steps = 100
+  config.algorithm.divergence = 'k3'
+  config.algorithm.kl_coefficient = 0.2
   config.task.name = 'chain_sum'
   config.task.options = dict(min_terms=4,
                              max_terms=7,
@@ -30,6 +32,8 @@ def get_config() -> Config:
   config.task.answer_format = 'scratchpad'
   config.task.trace_unfinished = 0.55
   config.task.prompts_per_step = 32
+  # Problems recur every 10 steps: what was sampled then is drafted from.
+  config.task.epoch_prompts = 320
   config.model.tokenizer = '0123456789+-*/=()'
   config.model.layers = 4
   config.model.width = 128
@@ -40,10 +44,11 @@ def get_config() -> Config:
   config.rollout.prompt_length = 16
   config.rollout.max_new_tokens = 44
   config.rollout.slots = 256
-  # With more rows than this, verifying a draft costs more than it saves.
-  config.control.draft_max_rows = 32
-  # Annealed weights are easily upset: a low rate, reached slowly.
+  # Annealed weights are easily upset: a low rate, reached slowly; and an
+  # epsilon above the gradient's own size (some 1e-4), so that Adam does not
+  # blow up directions in which there is only noise to full steps.
   config.learning.learning_rate = 1e-4
+  config.learning.epsilon = 1e-3
   config.learning.b2 = 0.99
   config.learning.warmup_steps = 10
   # Late in the run few samples have a signal: small microbatches pad less.

@@ -167,8 +167,16 @@ class RolloutConfig(Section):
 
   # Speed values: none of these changes a token.
   slots: int = 64  # N: rows decoded together
-  drafter: str = 'prompt_lookup'  # none | prompt_lookup
-  width: int = 4  # W: nodes verified in one forward; 1: no speculation
+  drafter: str = 'tree_cache'  # none | prompt_lookup | tree_cache
+  # W: nodes verified in one forward; 1: no speculation; 0: chosen for every
+  # segment from control.widths.
+  width: int = 0
+  # tree_cache: a draft is a chain (1), or a tree with at most so many children
+  # to a node.
+  branching: int = 1
+  draft_least: float = 0.05  # nodes less probable are not counted on
+  history: int = 8  # R: earlier rollouts of a prompt that are drafted from
+  cache_megabytes: int = 256  # host memory for earlier rollouts
   segment_forwards: int = 32  # forwards between two boundaries, at most
   min_capacity: int = 64  # S starts here and doubles
 
@@ -180,9 +188,12 @@ class ControlConfig(Section):
   refill_threshold: float = 0.25
   compact: bool = True  # halve N when half of the rows are done
   min_slots: int = 8  # compaction stops here
-  # Draft only when at most this many rows are decoded together: on a busy
-  # batch the extra nodes cost more than they save. 0: always draft.
-  draft_max_rows: int = 0
+  # The values of W among which rollout.width=0 chooses by measured gain.
+  widths: tuple[int, ...] = (1, 4)
+  # When nothing is pending, slots up to this number that would idle sample
+  # the coming step, as hints to its drafts (tree_cache). 0: off. Pays where a
+  # forward of few rows costs as much as one of many: on accelerators.
+  run_ahead_rows: int = 0
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -260,7 +271,7 @@ class Config(Section):
 
 # What the string fields may hold; the modules that implement them are tested
 # against these.
-DRAFTERS = ('none', 'prompt_lookup')
+DRAFTERS = ('none', 'prompt_lookup', 'tree_cache')
 _CHOICES = {
     'task.prompt_format': ('question', 'short'),
     'task.answer_format':
@@ -294,11 +305,15 @@ _AT_LEAST: dict[str, float] = {
     'rollout.max_new_tokens': 1,
     'rollout.prompt_length': 1,
     'rollout.slots': 1,
-    'rollout.width': 1,
+    'rollout.width': 0,
+    'rollout.branching': 1,
+    'rollout.draft_least': 0,
+    'rollout.history': 0,
+    'rollout.cache_megabytes': 1,
     'rollout.segment_forwards': 1,
     'rollout.min_capacity': 1,
     'control.min_slots': 1,
-    'control.draft_max_rows': 0,
+    'control.run_ahead_rows': 0,
     'learning.warmup_steps': 0,
     'learning.minibatches': 1,
     'learning.row_length': 0,
@@ -353,7 +368,7 @@ def validate(config: Config) -> Config:
     if not 0 < _get(config, path) < float('inf'):
       raise ConfigError(f'{path}={_get(config, path)} must be above 0')
   _validate_model(config.model)
-  _validate_rollout(config.rollout, config.model)
+  _validate_rollout(config.rollout, config.control, config.model)
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
@@ -418,7 +433,9 @@ def _validate_model(model: ModelConfig) -> None:
                       'need an even one')
 
 
-def _validate_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
+def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
+                      model: ModelConfig) -> None:
+  width = _check_widths(rollout, control)
   if not rollout.temperature > 0:
     raise ConfigError(
         f'rollout.temperature={rollout.temperature} cannot train: a greedy '
@@ -430,12 +447,45 @@ def _validate_rollout(rollout: RolloutConfig, model: ModelConfig) -> None:
         f'min_p={rollout.min_p}: training needs 1, 0, 0, because a truncated '
         'law gives tokens outside of it log-probability -inf as soon as the '
         'policy moves; use evaluate.top_p for evaluation')
-  total = rollout.prompt_length + rollout.max_new_tokens + rollout.width
+  total = rollout.prompt_length + rollout.max_new_tokens + width
   if total > model.max_positions:
     raise ConfigError(
         f'rollout.prompt_length {rollout.prompt_length} + max_new_tokens '
-        f'{rollout.max_new_tokens} + width {rollout.width} = {total} exceed '
+        f'{rollout.max_new_tokens} + width {width} = {total} exceed '
         f'model.max_positions={model.max_positions}; shorten one of them')
+
+
+# Nodes verified in one forward: the mask alone takes W^2 per row.
+_WIDEST = 64
+
+
+def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
+  """Returns the largest W; refuses what cannot be drafted or held."""
+  for width in control.widths:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+      raise ConfigError(f'control.widths={tuple(control.widths)}: {width!r} is '
+                        'no width; give whole numbers from 1')
+  if rollout.width == 0 and not control.widths:
+    raise ConfigError('rollout.width=0 leaves the choice to the engine, but '
+                      'control.widths is empty; list some, for instance (1, 4)')
+  name = 'rollout.width' if rollout.width else 'control.widths'
+  width = rollout.width or max(control.widths)
+  if width > _WIDEST:
+    raise ConfigError(f'{name} asks for {width} nodes in one forward; at most '
+                      f'{_WIDEST} are verified')
+  if rollout.drafter == 'tree_cache':
+    capacity = rollout.prompt_length + rollout.max_new_tokens + width
+    texts = rollout.history + 2 * rollout.samples_per_prompt
+    size = 8 * 2 * rollout.slots * texts * capacity / 2**20
+    if size > _LARGEST_CORPUS:
+      raise ConfigError(
+          f'rollout.history={rollout.history} for {rollout.slots} slots of '
+          f'{capacity} tokens takes up to {size:.0f} MiB on the device, above '
+          f'{_LARGEST_CORPUS}; lower rollout.history or rollout.slots')
+  return width
+
+
+_LARGEST_CORPUS = 8192  # MiB
 
 
 def to_dict(config: Any) -> Any:

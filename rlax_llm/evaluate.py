@@ -18,7 +18,7 @@ from rlax_llm.config import to_dict
 from rlax_llm.ops import metrics as metric_ops
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
-from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
 from rlax_llm.tasks import task as tasks

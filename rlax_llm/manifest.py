@@ -33,8 +33,9 @@ MANIFEST_FILE = 'manifest.json'
 EXTENT_FIELDS = ('num_steps', 'checkpoint.*', 'evaluate.*')
 # Speed values: none changes a token.
 SPEED_FIELDS = ('rollout.slots', 'rollout.drafter', 'rollout.width',
-                'rollout.segment_forwards', 'rollout.min_capacity', 'control.*',
-                'task.verifier_processes')
+                'rollout.branching', 'rollout.draft_least', 'rollout.history',
+                'rollout.cache_megabytes', 'rollout.segment_forwards',
+                'rollout.min_capacity', 'control.*', 'task.verifier_processes')
 MAY_DIFFER = EXTENT_FIELDS + SPEED_FIELDS
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')

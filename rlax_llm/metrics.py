@@ -86,6 +86,14 @@ METRICS: dict[str, Metric] = {
         Metric('fraction', _S, 'tokens that were accepted drafts'),
     'rollout/forwards':
         Metric('forwards', _S, 'forwards of the rollout'),
+    'rollout/width_mean':
+        Metric('nodes', _S, 'nodes verified in one forward, mean'),
+    'rollout/ahead_tokens':
+        Metric('tokens', _S, 'sampled for a coming step, as hints to drafts'),
+    'rollout/cache_bytes':
+        Metric('bytes', _S, 'host memory of the earlier rollouts'),
+    'rollout/cached_prompts':
+        Metric('prompts', _S, 'prompts with earlier rollouts'),
     'rollout/segments':
         Metric('segments', _S, 'segments, each with one read of the device'),
     'rollout/occupancy':

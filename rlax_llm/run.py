@@ -18,6 +18,7 @@ from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import validate
+from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import sft
@@ -73,6 +74,15 @@ class Run:
                          mesh=self.mesh,
                          clock=self.clock,
                          pool=self.pool)
+
+  def rollout_store(self) -> RolloutStore:
+    """Returns an empty store of past rollouts."""
+    rollout = self.config.rollout
+    # Nobody drafts from it: keep nothing.
+    kept = rollout.history if rollout.drafter == 'tree_cache' else 0
+    return RolloutStore(history=kept,
+                        megabytes=rollout.cache_megabytes,
+                        tokenizer=self.config.model.tokenizer)
 
   def init_params(self) -> Params:
     """Returns fresh parameters, on the mesh."""
@@ -166,6 +176,12 @@ class Run:
     except ValueError as error:
       raise ConfigError(str(error)) from error
 
+  def demonstration(self, index: int) -> Sample:
+    """Returns a sample of the warm start."""
+    task = tasks.demonstrations(self.task)
+    # The problems of the warm start lie beyond those of any RL step.
+    return self._supervised(task.problem('train', (1 << 44) + index))
+
   def check_prompts(self, problems: Sequence[tasks.Problem]) -> None:
     """Raises ConfigError if a problem's prompt is too long or not encodable."""
     longest = self.config.rollout.prompt_length
@@ -184,7 +200,7 @@ class Run:
     except ValueError as error:
       raise ConfigError(str(error)) from error
 
-  def supervised_sample(self, problem: tasks.Problem) -> Sample:
+  def _supervised(self, problem: tasks.Problem) -> Sample:
     """Returns a problem and its trace as a sample of the warm start."""
     if problem.trace is None:
       raise ConfigError(f'task {problem.source!r} has no written-step traces '

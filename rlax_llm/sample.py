@@ -23,7 +23,7 @@ from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import from_dict
 from rlax_llm.ops.sampling import Sampling
-from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
 from rlax_llm.tokenizer import Tokenizer

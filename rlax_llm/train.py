@@ -7,7 +7,6 @@ Rerunning the same command continues a run that was stopped.
 
 import dataclasses
 import functools
-import hashlib
 import time
 from typing import Any, Callable
 import uuid
@@ -26,6 +25,7 @@ from rlax_llm import report
 from rlax_llm.config import Config
 from rlax_llm.config import freeze
 from rlax_llm.config import to_dict
+from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import sft
 from rlax_llm.learning import update as updates
@@ -33,53 +33,28 @@ from rlax_llm.learning.batch import Sample
 from rlax_llm.ops.advantages import ADVANTAGES
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.progress import Progress
+from rlax_llm.progression import Progression
+from rlax_llm.progression import Stopwatch
 from rlax_llm.rollout.engine import RolloutEngine
-from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import Params
-from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
 from rlax_llm.types import TrainState
 
-# The problems of the warm start lie beyond those of any RL step.
-_FIRST_SFT_PROBLEM = 1 << 44
 
-
-@dataclasses.dataclass
-class Progression:
-  """What a run accumulates besides its parameters; in the checkpoint."""
-  tokens_sampled: int = 0
-  tokens_sha256: str = ''  # of all tokens so far, step by step
-  reward_first: float | None = None
-  reward_last: float | None = None
-  accuracy_before: float | None = None
-  accuracy_after: float | None = None
-  wall_seconds: float = 0.0
-
-  def add_tokens(self, rollouts: list[Rollout]) -> None:
-    digest = hashlib.sha256(self.tokens_sha256.encode())
-    for rollout in rollouts:
-      digest.update(np.int32(rollout.length).tobytes())
-      digest.update(rollout.tokens.astype('<i4').tobytes())
-    self.tokens_sha256 = digest.hexdigest()
-    self.tokens_sampled += sum(r.length for r in rollouts)
-
-
-class Stopwatch:
-  """Seconds by name, for `time/*`."""
-
-  def __init__(self, clock: Callable[[], float]) -> None:
-    self._clock = clock
-    self._last = clock()
-    self.seconds: dict[str, float] = {}
-
-  def lap(self, name: str) -> None:
-    """Books the time since the last lap."""
-    now = self._clock()
-    self.seconds[f'time/{name}'] = now - self._last
-    self._last = now
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """What every step of a run needs."""
+  run: Run
+  engine: RolloutEngine
+  learner: learners.Learner
+  verifier: Verifier
+  reference: Params | None  # for the KL term
+  store: RolloutStore  # past rollouts, to draft from
+  progression: Progression  # updated in place
 
 
 def warm_start(run: Run, params: Params, show: Callable[[int, float],
@@ -111,12 +86,10 @@ def warm_start(run: Run, params: Params, show: Callable[[int, float],
                    params,
                    donate_argnums=(0,))
   for step in range(config.steps):
-    first = _FIRST_SFT_PROBLEM + step * config.sequences_per_step
-    problems = [
-        run.task.problem('train', first + i)
-        for i in range(config.sequences_per_step)
+    first = step * config.sequences_per_step
+    samples = [
+        run.demonstration(first + i) for i in range(config.sequences_per_step)
     ]
-    samples = [run.supervised_sample(problem) for problem in problems]
     state, values = learner.update(state, learner.put(learner.pack(samples)))
     if step % 10 == 9 or step + 1 == config.steps:
       show(step + 1, float(values['learning/loss']))
@@ -147,26 +120,20 @@ def permuted(rewards: np.ndarray, seed: int, step: int) -> np.ndarray:
   return rng.permutation(rewards.reshape(-1)).reshape(rewards.shape)
 
 
-def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
-               learner: learners.Learner, verifier: Verifier,
-               reference: Params | None,
-               progression: Progression) -> tuple[TrainState, dict, list]:
+def train_step(loop: Loop, step: int,
+               state: TrainState) -> tuple[TrainState, dict, list]:
   """Runs one step: rollout -> reward -> batch -> update.
 
   Args:
-    run: the run.
+    loop: the run's parts.
     step: from 0.
     state: donated.
-    engine: samples.
-    learner: learns.
-    verifier: rewards.
-    reference: parameters for the KL term, or None.
-    progression: updated in place.
 
   Returns:
     (state, metrics of the step, sample rows for samples.jsonl).
   """
-  config = run.config
+  run, engine, store = loop.run, loop.engine, loop.store
+  config, progression = run.config, loop.progression
   watch = Stopwatch(run.clock)
   compiled = executables.compile_totals()
   samples_per_prompt = config.rollout.samples_per_prompt
@@ -175,13 +142,20 @@ def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
                           samples=samples_per_prompt,
                           domain=TRAIN,
                           step=step)
-  rollouts, _ = engine.generate(state.params, requests,
-                                RolloutState(version=step))
+  coming = run.requests(run.problems(step + 1),
+                        samples=samples_per_prompt,
+                        domain=TRAIN,
+                        step=step + 1) if config.control.run_ahead_rows else []
+  rollouts, _ = engine.generate(state.params,
+                                requests,
+                                RolloutState(version=step, store=store),
+                                ahead=coming)
+  store.drop_hints(step)
   watch.lap('rollout')
 
   texts = [run.tokenizer.decode(rollout.tokens) for rollout in rollouts]
   repeated = [p for p in problems for _ in range(samples_per_prompt)]
-  scores = verifier.score(repeated, texts)
+  scores = loop.verifier.score(repeated, texts)
   shape = (len(problems), samples_per_prompt)
   rewards = scores.rewards.reshape(shape)
   if config.task.permute_rewards:
@@ -196,9 +170,10 @@ def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
              behaviour_logprobs=rollout.behaviour_logprobs)
       for rollout, advantage in zip(rollouts, advantages.reshape(-1))
   ]
-  prepared, padding = learner.prepare(state.params, samples, reference)
+  prepared, padding = loop.learner.prepare(state.params, samples,
+                                           loop.reference)
   watch.lap('score')
-  state, values = learner.learn(state, prepared)
+  state, values = loop.learner.learn(state, prepared)
   watch.lap('update')
 
   progression.add_tokens(rollouts)
@@ -236,6 +211,10 @@ def train_step(run: Run, step: int, state: TrainState, engine: RolloutEngine,
       'rollout/drafted_fraction':
           np.mean(np.concatenate([r.drafted for r in rollouts])),
       **engine.stats.metrics(),
+      'rollout/cache_bytes':
+          store.bytes,
+      'rollout/cached_prompts':
+          len(store),
       **seconds,
       'time/step':
           sum(seconds.values()),
@@ -281,12 +260,13 @@ def train(config: Config,
   held_out = evaluation.held_out_problems(run)
   run.check_prompts([*held_out, *run.problems(0)])
   if config.sft.steps:
-    run.supervised_sample(run.task.problem('train', _FIRST_SFT_PROBLEM))
+    run.demonstration(0)
   executables.enable_compilation_cache()
   engine = run.engine(run.sampling)
   law = evaluation.evaluation_sampling(run)
   judge = engine if law == run.sampling else run.engine(law)
   learner = learners.make_learner(run)
+  store = run.rollout_store()
   run_id = uuid.uuid4().hex[:8]
 
   with (Verifier(config.task, config.seed) as verifier,
@@ -298,7 +278,9 @@ def train(config: Config,
     found = saved.restore(run.abstract_state()) if saved.steps() else None
     first, restored, host = found or (0, None, {})
     state: Any = restored
-    progression = Progression(**host)
+    progression = Progression(**host.get('progression', {}))
+    if found:
+      store.restore(host['rollouts'])
     warnings += manifest.write_manifest(workdir,
                                         to_dict(config),
                                         run_id=run_id,
@@ -309,7 +291,11 @@ def train(config: Config,
 
     def save(step: int) -> None:
       progression.wall_seconds = earlier + clock() - started
-      saved.save(step, state, dataclasses.asdict(progression))
+      host = {
+          'progression': dataclasses.asdict(progression),
+          'rollouts': store.dump(),
+      }
+      saved.save(step, state, host)
 
     def measure(params: Params) -> dict[str, float]:
       values = evaluation.evaluate(run, judge, params, verifier, held_out)
@@ -340,13 +326,14 @@ def train(config: Config,
         progress.phase('evaluate', 0)
         progress.update(0, values)
         save(0)
-      reference = run.reference(workdir, state.params, first)
+      loop = Loop(run, engine, learner, verifier,
+                  run.reference(workdir, state.params, first), store,
+                  progression)
 
       # ---- Train ------------------------------------------------------------
       progress.phase('reinforcement learning', config.num_steps)
       for step in range(first, config.num_steps):
-        state, values, rows = train_step(run, step, state, engine, learner,
-                                         verifier, reference, progression)
+        state, values, rows = train_step(loop, step, state)
         done, last = step + 1, step + 1 == config.num_steps
         every = config.evaluate.every
         watch = Stopwatch(clock)

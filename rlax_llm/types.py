@@ -56,6 +56,8 @@ class Slots(flax.struct.PyTreeNode):
   length: Array  # int32[N] prompt + completion
   limit: Array  # int32[N] length at which the row is truncated
   key: Array  # uint32[N, 2] noise key of the row's sample
+  prompt: Array  # int32[N] the prompt's place in the drafter's state
+  index: Array  # int32[N] which of the prompt's samples
   done: Array  # bool[N]: nothing to decode (empty, finished or truncated)
   finished: Array  # bool[N]: emitted EOS
   forwards: Array  # int32[N] forwards spent on the sample

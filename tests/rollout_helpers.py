@@ -15,11 +15,12 @@ from rlax_llm.config import freeze
 from rlax_llm.config import MeshConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting import tree_cache as trees
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.ops import sampling as sampling_ops
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
-from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.rollout.state import RolloutState
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
@@ -74,6 +75,15 @@ def random_tree(width, vocabulary):
     return DraftTree(tokens.at[:, 0].set(drafting.last_tokens(slots)), parents)
 
   return drafting.stateless(propose, width)
+
+
+def tree_cache(width, *, branching=1, history=2, group=4, places=20):
+  """The tree cache of a World: prompts of 6 and 18 new tokens."""
+  shape = drafting.CorpusShape(prompts=places,
+                               capacity=40,
+                               history=history,
+                               group=group)
+  return trees.tree_cache(width, trees.TreeCacheConfig(shape, branching))
 
 
 def oracle(width, rollouts, seed, longest, *, tree=False):
@@ -156,10 +166,13 @@ class World:
         drafter=drafter,
         pool=pool or self.pool)
 
-  def generate(self, requests, **options):
+  def generate(self, requests, *, store=None, ahead=(), params=None, **options):
     """Returns (rollouts, engine)."""
     engine = self.engine(**options)
-    rollouts, _ = engine.generate(self.params, requests, RolloutState())
+    rollouts, _ = engine.generate(params or self.params,
+                                  requests,
+                                  RolloutState(store=store),
+                                  ahead=ahead)
     return rollouts, engine
 
   @functools.cached_property

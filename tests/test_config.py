@@ -271,7 +271,7 @@ def test_every_config_loads_and_validates(path):
   run.check_prompts([run.task.problem('train', i) for i in range(8)])
   if config.sft.steps:
     for i in range(32):
-      run.supervised_sample(run.task.problem('train', i))
+      run.demonstration(i)
   assert executables.compile_totals() == before
 
 

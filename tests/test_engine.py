@@ -1,5 +1,6 @@
 """The engine: the law, the equality of tokens, and the host's duties."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,9 +16,12 @@ from scipy import stats
 from rlax_llm import executables
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting.store import RolloutStore
+from rlax_llm.drafting.strategy import WidthPolicy
 from rlax_llm.models.language_model import score
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import executor
+from rlax_llm.rollout.state import RolloutState
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
@@ -42,6 +46,8 @@ def _drafter(name):
       'chain': lambda: drafting.prompt_lookup(4),
       'hostile': lambda: helpers.hostile_chain(4, vocabulary),
       'tree': lambda: helpers.random_tree(6, vocabulary),
+      'cache': lambda: helpers.tree_cache(4),
+      'cache tree': lambda: helpers.tree_cache(6, branching=3),
       'oracle': lambda: _oracle(False),
       'oracle tree': lambda: _oracle(True),
   }[name]()
@@ -58,6 +64,17 @@ def _oracle(tree):
 
 # --- The law.
 
+
+def _stale_rollouts(world, request):
+  """Completions that the law nearly excludes, and likely ones."""
+  tokens = lambda *t: np.asarray(t, np.int32)
+  plain, _ = world.generate([dataclasses.replace(request, samples=1, step=99)],
+                            slots=16,
+                            max_new_tokens=3)
+  wrong = dataclasses.replace(plain[0], tokens=tokens(2, 3, 1), length=3)
+  return [plain[0], wrong]
+
+
 LAW_CASES = [
     pytest.param(drafter,
                  width,
@@ -65,13 +82,15 @@ LAW_CASES = [
                  top_p,
                  marks=() if fast else pytest.mark.slow)
     for drafter, widths in (('none', (1,)), ('lookup', (5, 9)),
-                            ('hostile', (5, 9)), ('tree', (5, 9)))
+                            ('hostile', (5, 9)), ('tree', (5, 9)),
+                            ('cache', (5, 9)), ('cache tree', (5, 9)))
     for width in widths
     for temperature in (0.7, 1.0, 1.5)
     for top_p in (1.0, 0.9)
     for fast in [(drafter, width, temperature,
                   top_p) in (('none', 1, 1.0, 1.0), ('lookup', 5, 0.7, 1.0),
-                             ('tree', 9, 1.5, 1.0), ('tree', 5, 1.0, 0.9))]
+                             ('tree', 9, 1.5, 1.0), ('tree', 5, 1.0, 0.9),
+                             ('cache tree', 5, 1.0, 1.0))]
 ]
 
 
@@ -92,11 +111,18 @@ def test_law(drafter, width, temperature, top_p):
       'lookup': lambda: drafting.prompt_lookup(width),
       'hostile': lambda: helpers.hostile_chain(width, 4),
       'tree': lambda: helpers.random_tree(width, 4),
+      'cache': lambda: helpers.tree_cache(width, places=1040),
+      'cache tree': lambda: helpers.tree_cache(width, branching=2, places=1040),
   }[drafter]()
   prompt = np.asarray([1, 2, 1, 0, 1])
   requests = [Request(prompt, 1024, TRAIN, width, i) for i in range(12)]
+  store = None
+  if 'cache' in drafter:  # warm, of another policy: stale
+    store = RolloutStore(history=2, megabytes=1, tokenizer='')
+    store.add(_stale_rollouts(world, requests[0]))
   rollouts, engine = world.generate(requests,
                                     drafter=draft,
+                                    store=store,
                                     slots=1024,
                                     samples_per_prompt=1024,
                                     max_new_tokens=3,
@@ -162,8 +188,9 @@ def test_plain_rollouts_equal_an_uncached_loop():
               world.margin(rollout, place) < helpers.NEAR_TIE)
 
 
-@pytest.mark.parametrize('name',
-                         ['chain', 'hostile', 'tree', 'oracle', 'oracle tree'])
+@pytest.mark.parametrize('name', [
+    'chain', 'hostile', 'tree', 'oracle', 'oracle tree', 'cache', 'cache tree'
+])
 def test_drafters_change_no_token(name):
   """Tokens, ends and log-probabilities are those of plain sampling.
 
@@ -207,7 +234,6 @@ VARIATIONS = {
     'no compaction': dict(control=dict(compact=False)),
     'compaction to 1': dict(control=dict(min_slots=1)),
     'one capacity': dict(min_capacity=64),
-    'drafts for few rows': dict(control=dict(draft_max_rows=8)),
     'other blocks': dict(samples_per_prompt=16),
 }
 
@@ -235,7 +261,7 @@ def test_speed_values_change_no_token(name):
     assert r.length - r.drafted.sum() in (r.forwards, r.forwards - 1)
 
 
-@pytest.mark.parametrize('drafter', ['chain', 'tree'])
+@pytest.mark.parametrize('drafter', ['chain', 'tree', 'cache'])
 def test_order_and_company_change_no_token(drafter):
   """Shuffled, reversed, repeated and lonely requests give the same tokens.
 
@@ -261,7 +287,7 @@ def test_order_and_company_change_no_token(drafter):
 
 @pytest.mark.parametrize('drafter', [
     pytest.param(None, marks=pytest.mark.slow),
-    pytest.param('chain', marks=pytest.mark.slow), 'tree'
+    pytest.param('chain', marks=pytest.mark.slow), 'tree', 'cache'
 ])
 def test_devices_change_no_token(drafter):
   """Rows over eight devices give the tokens of one device.
@@ -285,6 +311,144 @@ def test_a_random_clock_changes_no_token():
                           drafter=drafting.prompt_lookup(4),
                           clock=lambda: float(rng.normal() * 1e3))
   helpers.assert_same_tokens(world, _plain(), got)
+
+
+# --- Drafts from a cache.
+
+
+def _stale_world():
+  """Another policy of the same shape."""
+  params = jax.jit(_world().model.init)(jax.random.key(9))
+  return jax.tree.map(lambda x: x * 3, params)
+
+
+def _filled(kind, *, history=2):
+  """A store whose rollouts are right, of another policy, or adversarial."""
+  store = RolloutStore(history=history, megabytes=1, tokenizer='')
+  if kind == 'warm':
+    store.add(_plain())
+  elif kind == 'stale':
+    rollouts, _ = _world().generate(helpers.make_requests(step=7),
+                                    params=_stale_world())
+    store.add(rollouts)
+  else:
+    rng = np.random.default_rng(0)
+    for rollout in _plain():
+      # What comes next is always something else; EOS and strangers included.
+      wrong = (rollout.tokens + rng.integers(1, 6, rollout.length)) % 7
+      store.add([dataclasses.replace(rollout, tokens=wrong.astype(np.int32))])
+  return store
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('cache', 'warm'),
+    ('cache', 'stale'),
+    ('cache', 'adversarial'),
+    ('cache tree', 'warm'),
+    ('cache tree', 'adversarial'),
+])
+def test_no_cache_changes_a_token(name, kind):
+  """Right, stale and adversarial rollouts in the cache: the same tokens.
+
+  And a cache that holds these very rollouts is drafted from with success.
+  Mutants: the text of another prompt is loaded; a place is given away before
+  its last sample has ended; done rows write into the next prompt's texts.
+  """
+  world, store = _world(), _filled(kind, history=64)
+  drafter = helpers.tree_cache(4 if name == 'cache' else 6,
+                               branching=1 if name == 'cache' else 3,
+                               history=24)
+  got, engine = world.generate(helpers.make_requests(),
+                               drafter=drafter,
+                               store=store,
+                               slots=4,
+                               control=dict(min_slots=2),
+                               min_capacity=32)
+  helpers.assert_same_tokens(world, _plain(), got)
+  accept = engine.stats.tokens / engine.stats.row_forwards
+  if kind == 'warm':
+    assert accept > 1.4
+  newest = store.history(helpers.make_requests()[1])[-20:]
+  assert [n.tolist() for n in newest
+         ] == [r.tokens.tolist() for r in got if r.request.request == 1]
+
+
+AHEAD = dict(drafter=None, width=4, history=4, segment_forwards=4, slots=8)
+
+
+def _steps(world, run_ahead_rows):
+  """Two steps of one engine; returns (rollouts of both, stats of both)."""
+  store = RolloutStore(history=4, megabytes=1, tokenizer='')
+  control = dict(min_slots=2, run_ahead_rows=run_ahead_rows)
+  engine = world.engine(**AHEAD, control=control)
+  state = RolloutState(store=store)
+  # One long straggler leaves seven slots to run ahead.
+  first = helpers.make_requests((3, 3, 2))
+  second = helpers.make_requests((4, 4, 4), step=1, seed=5)
+  got, stats = [], []
+  for requests, ahead in ((first, second), (second, ())):
+    rollouts, _ = engine.generate(world.params, requests, state, ahead=ahead)
+    got.append(rollouts)
+    stats.append(engine.stats)
+  return got, stats, store
+
+
+def test_running_ahead_changes_no_token():
+  """Run-ahead fills idle slots; what it samples is a hint, nearly always right.
+
+  Tokens of both steps are those without it; with unchanged parameters every
+  hint is the beginning of the very sample it foretells. Mutants: a row that
+  runs ahead counts as a result; the hint is sampled with another key; hints
+  of one sample are drafted for its neighbour; a segment waits for rows that
+  run ahead.
+  """
+  world = _world()
+  plain, plain_stats, _ = _steps(world, 0)
+  got, stats, store = _steps(world, 8)
+  for want, have in zip(plain, got):
+    helpers.assert_same_tokens(world, want, have)
+    assert len(want) == len(have)
+  assert plain_stats[0].ahead_tokens == 0 < stats[0].ahead_tokens
+  assert stats[1].ahead_tokens == 0
+  for a, b in zip(plain_stats, stats):
+    assert a.tokens == b.tokens
+  accept = lambda s: s.tokens / s.row_forwards
+  assert accept(stats[1]) > accept(plain_stats[1]) + 0.1
+  hints = 0
+  for rollout in got[1]:
+    hint = store.hint(rollout.request, rollout.index)
+    if hint is not None and len(hint):
+      hints += 1
+      np.testing.assert_array_equal(hint, rollout.tokens[:len(hint)])
+  assert hints >= 4
+  # Hints are no rollouts: the history holds what was sampled for its step.
+  for request in helpers.make_requests((4, 4, 4), step=1, seed=5):
+    known = [
+        r.tokens.tolist()
+        for r in got[1]
+        if r.request.request == request.request
+    ]
+    assert [h.tolist() for h in store.history(request)] == known
+
+
+def test_any_width_at_any_boundary_changes_no_token(monkeypatch):
+  """A policy that draws widths and lengths of segments at random.
+
+  Mutant: at W = 1 the group's texts are not kept up, so that they differ from
+  the rows afterwards (a hint only: this one must pass too).
+  """
+  rng = np.random.default_rng(0)
+  monkeypatch.setattr(
+      WidthPolicy, 'choose', lambda self, rows, capacity, forwards:
+      (int(rng.choice([1, 3, 4])), int(rng.integers(1, 9))))
+  world = _world()
+  got, engine = world.generate(helpers.make_requests(),
+                               width=0,
+                               store=_filled('stale'),
+                               control=dict(widths=(1, 3, 4)),
+                               clock=lambda: float(rng.normal()))
+  helpers.assert_same_tokens(world, _plain(), got)
+  assert 1 < engine.stats.node_forwards / engine.stats.forwards < 4
 
 
 def test_noise_follows_the_request():
@@ -437,11 +601,10 @@ def test_a_key_seen_once_never_compiles_again():
 def test_used_keys_are_reachable_keys():
   """Every segment asked for in randomised runs was listed at the start.
 
-  Mutants: reachable_keys leaves out the last capacity, the compacted N, or
-  the W = 1 of a busy batch.
+  Mutants: reachable_keys leaves out the last capacity or the compacted N.
   """
   world, rng = _world(), np.random.default_rng(1)
-  for control in (dict(), dict(draft_max_rows=8), dict(compact=False)):
+  for control in (dict(), dict(min_slots=4), dict(compact=False)):
     pool = _Recorder(world.pool)
     engine = world.engine(drafter=drafting.prompt_lookup(4),
                           control=control,

@@ -28,7 +28,7 @@ from rlax_llm.ops import masking
 from rlax_llm.ops import metrics as metric_ops
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
-from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN

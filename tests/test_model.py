@@ -431,8 +431,11 @@ def _numpy_logits(params, tokens, name):
   for i in range(2):
     layer = p[f'layer_{i}']
     y = norm(x, layer['attention_norm'])
-    q, k, v = (dense(y, layer[n]).reshape(length, -1, setting['head_dim'])
-               for n in ('query', 'key', 'value'))
+    # By KV head: its queries, its key, its value.
+    joint = np.tensordot(y, layer['query_key_value']['kernel'], 1)
+    joint = joint + layer['query_key_value'].get('bias', 0)
+    q = joint[..., :-2, :].reshape(length, -1, setting['head_dim'])
+    k, v = joint[..., -2, :], joint[..., -1, :]
     if setting.get('qk_norm'):
       q, k = norm(q, layer['query_norm']), norm(k, layer['key_norm'])
     q, k = turn(q), turn(k)
@@ -444,9 +447,8 @@ def _numpy_logits(params, tokens, name):
     out = np.einsum('hqk,khd->qhd', weights, v).reshape(length, -1)
     x = x + dense(out, layer['output'])
     y = norm(x, layer['mlp_norm'])
-    gate = dense(y, layer['gate'])
-    x = x + dense(gate /
-                  (1 + np.exp(-gate)) * dense(y, layer['up']), layer['down'])
+    gate, up = np.moveaxis(np.tensordot(y, layer['gate_up']['kernel'], 1), 1, 0)
+    x = x + dense(gate / (1 + np.exp(-gate)) * up, layer['down'])
   return norm(x, p['final_norm']) @ p.get('head', p['embedding'].T)
 
 
@@ -501,8 +503,9 @@ def test_rotation_equals_its_definition():
   positions = np.asarray([0, 7, 1000])
   angle = positions[:, None] * 100.0**(-np.arange(4) / 4)
   z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, None]
-  got = transformer.rotate(jnp.asarray(x, jnp.float32),
-                           jnp.asarray(positions, jnp.int32), 100.0)
+  got = transformer.rotate(
+      jnp.asarray(x, jnp.float32),
+      transformer.rotary_table(jnp.asarray(positions, jnp.int32), 8, 100.0))
   np.testing.assert_allclose(got,
                              np.concatenate([z.real, z.imag], -1),
                              atol=1e-3)
@@ -517,14 +520,15 @@ def test_rotary_angles_are_float32():
       transformer  # pylint: disable=import-outside-toplevel
   x = jax.random.normal(jax.random.key(0), (3, 2, 8))
   positions = jnp.asarray([257, 1001, 4095], jnp.int32)
-  want = transformer.rotate(x, positions, 1e4)
-  got = transformer.rotate(x.astype(jnp.bfloat16), positions, 1e4)
+  table = transformer.rotary_table(positions, 8, 1e4)
+  want = transformer.rotate(x, table)
+  got = transformer.rotate(x.astype(jnp.bfloat16), table)
   np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.05)
   # Only differences of positions matter to a product.
   a, b = x[:1], x[1:2]
-  dot = lambda p, q: jnp.sum(
-      transformer.rotate(a, jnp.asarray([p]), 1e4) * transformer.rotate(
-          b, jnp.asarray([q]), 1e4))
+  turn = lambda x, p: transformer.rotate(
+      x, transformer.rotary_table(jnp.asarray([p]), 8, 1e4))
+  dot = lambda p, q: jnp.sum(turn(a, p) * turn(b, q))
   np.testing.assert_allclose(dot(7, 3), dot(1004, 1000), atol=1e-3)
 
 

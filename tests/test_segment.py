@@ -20,6 +20,8 @@ DRAFTERS = {
     'none': drafting.no_drafter(),
     'chain': drafting.prompt_lookup(4),
     'tree': helpers.random_tree(5, 6),
+    'cache': helpers.tree_cache(4),
+    'cache tree': helpers.tree_cache(6, branching=3),
 }
 MODEL = testing.tiny_model(layers=1)
 CONFIG = segments.SegmentConfig(Sampling(), (6,))
@@ -46,8 +48,9 @@ def _compiled(name):
   return jax.jit(_function(DRAFTERS[name]))
 
 
-def _limits(forwards, done_rows):
-  return segments.Limits(jnp.int32(forwards), jnp.int32(done_rows))
+def _limits(forwards, done_rows, rows=4):
+  return segments.Limits(jnp.int32(forwards), jnp.int32(done_rows),
+                         jnp.ones(rows, bool))
 
 
 def _shapes(rows=4, capacity=32):
@@ -70,7 +73,7 @@ def _slots(prompts, capacity, limit):
   order = jnp.arange(rows, dtype=jnp.int32)
   admission = slot_ops.Admission(order < len(prompts), order,
                                  jnp.full(rows, limit, jnp.int32), order * 0,
-                                 order * 0, order, order * 0)
+                                 order * 0, order, order * 0, order)
   empty = slot_ops.empty_slots(MODEL, rows, capacity)
   admit = jax.jit(functools.partial(slot_ops.admit, seed=0))
   return params, admit(empty, block, admission)

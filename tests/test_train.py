@@ -137,7 +137,8 @@ def test_a_run_repeats_bit_for_bit(base, tmp_path):
          control__refill_threshold=1.0,
          clock=random.Random(0).random),
     dict(rollout__slots=16,
-         control__draft_max_rows=8,
+         rollout__drafter='prompt_lookup',
+         rollout__width=4,
          control__compact=False,
          task__verifier_processes=2),
 ],
@@ -180,10 +181,10 @@ def test_a_killed_run_continues(base, tmp_path, monkeypatch):
   """
   real = train.train_step
 
-  def dies(run, step, *args):
+  def dies(loop, step, *args):
     if step == 3:
       raise RuntimeError('killed')
-    return real(run, step, *args)
+    return real(loop, step, *args)
 
   monkeypatch.setattr(train, 'train_step', dies)
   with pytest.raises(RuntimeError, match='killed'):

@@ -23,7 +23,7 @@ from rlax_llm.config import RolloutConfig
 from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
-from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.rollout.state import RolloutState
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 

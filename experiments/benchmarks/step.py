@@ -20,7 +20,7 @@ from rlax_llm import run as runs
 from rlax_llm import train
 from rlax_llm.config import Config
 from rlax_llm.learning.batch import Sample
-from rlax_llm.rollout.engine import RolloutState
+from rlax_llm.rollout.state import RolloutState
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 

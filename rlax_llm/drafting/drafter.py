@@ -9,8 +9,31 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Params
+from rlax_llm.types import Path
 from rlax_llm.types import Slots
 from rlax_llm.types import UNUSED
+
+
+class CorpusShape(NamedTuple):
+  """The earlier texts that a drafter wants, C = texts for each of F prompts.
+
+  Attributes:
+    prompts: F, places for prompts.
+    capacity: S, tokens of a text (the prompt and a completion).
+    history: R, earlier rollouts of a prompt: its first texts.
+    group: G, samples of a prompt that are being sampled: the next texts.
+    hints: how many texts foretell the samples of the group, one each: G with
+      run-ahead, else 0.
+  """
+  prompts: int
+  capacity: int
+  history: int
+  group: int
+  hints: int = 0
+
+  @property
+  def texts(self) -> int:
+    return self.history + self.group + self.hints
 
 
 class Drafter(NamedTuple):
@@ -21,17 +44,24 @@ class Drafter(NamedTuple):
 
   Attributes:
     init: (params, slots) -> state; a pytree of arrays, or ().
+    load: (params, state, places int32[K], texts int32[K, C, S], length
+      int32[K, C]) -> state: the texts of K prompts that begin to be sampled;
+      `Slots.prompt` will name their places. A place at or beyond F is to be
+      left out. Called only if there is a `corpus`.
     propose: (params, state, slots) -> (DraftTree, state). Node 0 of each tree
       is the row's last token; W is the width the drafter was made for.
       `parents` may be int32[W] when all rows share it (every chain).
-    observe: (params, state, path, hidden) -> state, after the commit; hidden
-      is [N, W, D] at the nodes of the tree.
+    observe: (params, state, slots, path, hidden) -> state; the slots are those
+      after the commit of the path, hidden is [N, W, D] at the tree's nodes.
     width: W, nodes of a tree.
+    corpus: which texts it wants loaded; None: none.
   """
   init: Callable[[Params, Slots], Any]
+  load: Callable[[Params, Any, Array, Array, Array], Any]
   propose: Callable[[Params, Any, Slots], tuple[DraftTree, Any]]
-  observe: Callable[[Params, Any, Any, Array], Any]
+  observe: Callable[[Params, Any, Slots, Path, Array], Any]
   width: int
+  corpus: CorpusShape | None = None
 
 
 def chain_parents(width: int) -> Array:
@@ -51,20 +81,28 @@ def last_tokens(slots: Slots) -> Array:
 def stateless(propose: Callable[[Slots], DraftTree], width: int) -> Drafter:
   """Returns a drafter whose trees are a function of the slots alone."""
   return Drafter(init=lambda params, slots: (),
+                 load=lambda params, state, places, texts, length: state,
                  propose=lambda params, state, slots: (propose(slots), state),
-                 observe=lambda params, state, path, hidden: state,
+                 observe=lambda params, state, slots, path, hidden: state,
                  width=width)
+
+
+def _root_alone(slots: Slots) -> DraftTree:
+  return DraftTree(tokens=last_tokens(slots)[:, None], parents=chain_parents(1))
 
 
 @functools.cache  # Equal arguments give the same, hence equal, static value.
 def no_drafter() -> Drafter:
   """Returns the drafter of W = 1: the root alone, which is plain sampling."""
+  return stateless(_root_alone, 1)
 
-  def propose(slots: Slots) -> DraftTree:
-    return DraftTree(tokens=last_tokens(slots)[:, None],
-                     parents=chain_parents(1))
 
-  return stateless(propose, 1)
+@functools.cache
+def resting(drafter: Drafter) -> Drafter:
+  """Returns the W = 1 of a drafter: it drafts nothing and keeps its state."""
+  return drafter._replace(propose=lambda params, state, slots:
+                          (_root_alone(slots), state),
+                          width=1)
 
 
 @functools.cache

@@ -23,28 +23,51 @@ from rlax_llm.types import Array
 from rlax_llm.types import Params
 
 
-def rotate(x: Array, positions: Array, theta: float) -> Array:
+def rotary_table(positions: Array, head_dim: int,
+                 theta: float) -> tuple[Array, Array]:
+  """Returns (cos, signed sin) of the rotary angles, [..., L, 1, head_dim].
+
+  Angles are float32 whatever the model is: bfloat16 cannot tell positions
+  above 256 apart.
+
+  Args:
+    positions: int32[..., L].
+    head_dim: even.
+    theta: base of the wavelengths.
+  """
+  half = head_dim // 2
+  frequencies = theta**(-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
+  cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+  # Behind the barrier the table is computed once; else XLA computes sines
+  # again for every element of every layer's queries and keys.
+  return jax.lax.optimization_barrier(
+      (jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)))
+
+
+def rotate(x: Array, table: tuple[Array, Array]) -> Array:
   """Applies rotary position embedding (https://arxiv.org/abs/2104.09864).
 
-  Halves are rotated against each other (the Hugging Face convention). Angles
-  are float32 whatever x is: bfloat16 cannot tell positions above 256 apart.
+  Halves are rotated against each other (the Hugging Face convention), in
+  float32.
 
   Args:
     x: [..., L, heads, head_dim].
-    positions: int32[..., L].
-    theta: base of the wavelengths.
+    table: from `rotary_table`.
 
   Returns:
     As x.
   """
-  half = x.shape[-1] // 2
-  frequencies = theta**(-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
-  cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)
+  cos, sin = table
+  wide = x.astype(jnp.float32)
+  # Swaps the halves. A product with a permutation is exact and leaves an
+  # elementwise rest, where slices and concatenations would keep XLA's CPU
+  # backend from vectorising.
+  swap = jnp.roll(jnp.eye(x.shape[-1], dtype=jnp.float32),
+                  x.shape[-1] // 2,
+                  axis=0)
+  other = jnp.matmul(wide, swap, precision=jax.lax.Precision.HIGHEST)
+  return (wide * cos + other * sin).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -77,52 +100,56 @@ class Layer(nn.Module):
     norm = functools.partial(RMSNorm, c.norm_epsilon, dtype, param_dtype)
     # Output layers are scaled down by depth, as in GPT-2, so that the
     # residual stream keeps its variance.
-    dense = functools.partial(nn.Dense, dtype=dtype, param_dtype=param_dtype)
+    dense = functools.partial(nn.DenseGeneral,
+                              dtype=dtype,
+                              param_dtype=param_dtype)
     init = nn.initializers.variance_scaling(c.init_scale, 'fan_in', 'normal')
     init_out = nn.initializers.variance_scaling(c.init_scale / (2 * c.layers),
                                                 'fan_in', 'normal')
     self.attention_norm = norm()
-    self.query = dense(c.heads * head_dim, c.qkv_bias, kernel_init=init)
-    self.key = dense(c.kv_heads * head_dim, c.qkv_bias, kernel_init=init)
-    self.value = dense(c.kv_heads * head_dim, c.qkv_bias, kernel_init=init)
-    self.output = dense(c.width, False, kernel_init=init_out)
+    # What reads one input is one matrix: a KV head's queries, its key and its
+    # value; gate and up. Side by side they would compete for the cores.
+    self.query_key_value = dense(
+        (c.kv_heads, c.heads // c.kv_heads + 2, head_dim),
+        use_bias=c.qkv_bias,
+        kernel_init=init)
+    self.output = dense(c.width, use_bias=False, kernel_init=init_out)
     if c.qk_norm:
       self.query_norm = norm()
       self.key_norm = norm()
     self.mlp_norm = norm()
-    self.gate = dense(c.mlp_width, False, kernel_init=init)
-    self.up = dense(c.mlp_width, False, kernel_init=init)
-    self.down = dense(c.width, False, kernel_init=init_out)
+    self.gate_up = dense((2, c.mlp_width), use_bias=False, kernel_init=init)
+    self.down = dense(c.width, use_bias=False, kernel_init=init_out)
 
-  def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+  def project(self, x: Array,
+              table: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     """Returns queries [.., L, H, HD] and keys and values [.., KH, L, HD]."""
-    c = self.config
-    x = self.attention_norm(x)
-    heads = lambda y, n: y.reshape(*y.shape[:-1], n, -1)
-    queries = heads(self.query(x), c.heads)
-    keys = heads(self.key(x), c.kv_heads)
-    values = heads(self.value(x), c.kv_heads)
-    if c.qk_norm:
+    joint = self.query_key_value(self.attention_norm(x))
+    queries, keys, values = joint[..., :-2, :], joint[..., -2, :], joint[...,
+                                                                         -1, :]
+    queries = queries.reshape(*x.shape[:-1], -1, queries.shape[-1])
+    if self.config.qk_norm:
       queries, keys = self.query_norm(queries), self.key_norm(keys)
-    return (rotate(queries, positions, c.rope_theta),
-            rotate(keys, positions,
-                   c.rope_theta).swapaxes(1, 2), values.swapaxes(1, 2))
+    return (rotate(queries,
+                   table), rotate(keys,
+                                  table).swapaxes(1, 2), values.swapaxes(1, 2))
 
   def finish(self, x: Array, attended: Array) -> Array:
     """Adds the attention's and the MLP's output to the stream."""
     x = x + self.output(attended)
     y = self.mlp_norm(x)
-    return x + self.down(nn.silu(self.gate(y)) * self.up(y))
+    gate_up = self.gate_up(y)
+    return x + self.down(nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
 
-  def packed(self, x: Array, positions: Array, mask: Array) -> Array:
-    queries, keys, values = self.project(x, positions)
+  def packed(self, x: Array, table: tuple[Array, Array], mask: Array) -> Array:
+    queries, keys, values = self.project(x, table)
     return self.finish(x, attention.packed_attention(queries, keys, values,
                                                      mask))
 
-  def cached(self, x: Array, positions: Array, node_mask: Array,
+  def cached(self, x: Array, table: tuple[Array, Array], node_mask: Array,
              cached_keys: Array, cached_values: Array,
              length: Array) -> tuple[Array, Array, Array]:
-    queries, keys, values = self.project(x, positions)
+    queries, keys, values = self.project(x, table)
     attended = attention.cached_attention(queries, keys, values, cached_keys,
                                           cached_values, length, node_mask)
     return self.finish(x, attended), keys, values
@@ -156,21 +183,26 @@ class Transformer(nn.Module):
   def embed(self, tokens: Array) -> Array:
     return self.embedding.astype(self.precision.compute)[tokens]
 
+  def table(self, positions: Array) -> tuple[Array, Array]:
+    c = self.config
+    return rotary_table(positions, c.head_dim or c.width // c.heads,
+                        c.rope_theta)
+
   def hidden(self, tokens: Array, positions: Array, segments: Array) -> Array:
     order = jnp.arange(tokens.shape[1])
     causal = (order[:, None] >= order[None])[None]
     mask = causal & (segments[:, :, None] == segments[:, None])
-    x = self.embed(tokens)
+    x, table = self.embed(tokens), self.table(positions)
     for layer in self.layers:
-      x = layer.packed(x, positions, mask)
+      x = layer.packed(x, table, mask)
     return self.final_norm(x)
 
   def extend(self, tokens: Array, positions: Array, node_mask: Array,
              cache: KVCache) -> tuple[Array, KVNodes]:
-    x = self.embed(tokens)
+    x, table = self.embed(tokens), self.table(positions)
     keys, values = [], []
     for i, layer in enumerate(self.layers):
-      x, k, v = layer.cached(x, positions, node_mask, cache.keys[i],
+      x, k, v = layer.cached(x, table, node_mask, cache.keys[i],
                              cache.values[i], cache.length)
       keys.append(k)
       values.append(v)

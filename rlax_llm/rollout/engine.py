@@ -6,9 +6,10 @@ decides nothing that a token depends on.
 
 import collections
 import dataclasses
+import functools
 import math
 import time
-from typing import Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -19,47 +20,25 @@ from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting import store as stores
+from rlax_llm.drafting import tree_cache as trees
+from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
+from rlax_llm.drafting.strategy import WidthPolicy
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout.executor import Executor
+from rlax_llm.rollout.prompts import Places
+from rlax_llm.rollout.prompts import PromptBlocks
 from rlax_llm.rollout.slots import PromptBlock
+from rlax_llm.rollout.state import RolloutState
+from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 from rlax_llm.types import Slots
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutState:
-  """What rollouts of later steps may depend on; host side, checkpointed."""
-  version: int = 0  # policy version: the step whose parameters sample
-
-
-@dataclasses.dataclass
-class RolloutStats:
-  """Speed values of one `generate`."""
-  tokens: int = 0
-  forwards: int = 0
-  row_forwards: int = 0  # sum over forwards of the rows that decoded
-  slot_forwards: int = 0  # sum over forwards of N
-  segments: int = 0
-  seconds: float = 0.0
-  compile_seconds: float = 0.0
-
-  def metrics(self) -> dict[str, float]:
-    """Returns the metrics under their fixed names."""
-    decoding = max(self.seconds - self.compile_seconds, 1e-9)
-    return {
-        'rollout/tokens': self.tokens,
-        'rollout/tokens_per_second': self.tokens / decoding,
-        'rollout/accept_length': self.tokens / max(self.row_forwards, 1),
-        'rollout/forwards': self.forwards,
-        'rollout/occupancy': self.row_forwards / max(self.slot_forwards, 1),
-        'rollout/segments': self.segments,
-    }
 
 
 @dataclasses.dataclass
@@ -67,31 +46,58 @@ class _Sample:
   """One sample, from the queue to its rollout."""
   order: int  # place in the result
   request: Request
+  number: int  # of the request, in its queue
   index: int
   length: int  # prompt and completion, as of the last boundary
+  ahead: bool  # for a coming step: a hint to its drafts, no result
+
+  @property
+  def group(self) -> tuple[bool, int]:
+    """Identifies the samples of one request."""
+    return self.ahead, self.number
+
+
+class _Queue:
+  """Samples that wait, in order, and their prompts."""
+
+  def __init__(self, requests: Sequence[Request], size: int, ahead: bool,
+               prefill: Callable[..., PromptBlock]) -> None:
+    self.blocks = PromptBlocks(requests, size,
+                               functools.partial(prefill, ahead))
+    self.samples: collections.deque[_Sample] = collections.deque()
+    for number, request in enumerate(requests):
+      for index in range(request.samples):
+        self.samples.append(
+            _Sample(len(self.samples), request, number, index,
+                    len(request.prompt), ahead))
 
 
 @dataclasses.dataclass
 class _Table:
   """The slots and who sits in them; None is a free slot."""
   slots: Slots
+  drafts: Any  # the drafter's state
   owners: list[_Sample | None]
 
   def busy(self) -> list[int]:
     return [i for i, owner in enumerate(self.owners) if owner is not None]
 
+  def counted(self) -> np.ndarray:
+    """Returns bool[N]: not a row that runs ahead."""
+    return np.array([o is None or not o.ahead for o in self.owners])
 
-DRAFTERS: dict[str, Callable[[RolloutConfig], Drafter]] = {
-    'none': lambda config: drafting.no_drafter(),
-    'prompt_lookup': lambda config: drafting.prompt_lookup(config.width),
+
+DRAFTERS: dict[str, Callable[[RolloutConfig, int, CorpusShape], Drafter]] = {
+    'none':
+        lambda config, width, shape: drafting.no_drafter(),
+    'prompt_lookup':
+        lambda config, width, shape: drafting.prompt_lookup(width),
+    'tree_cache':
+        lambda config, width, shape: trees.tree_cache(
+            width,
+            trees.TreeCacheConfig(
+                shape, config.branching, min_probability=config.draft_least)),
 }
-
-
-def make_drafter(config: RolloutConfig) -> Drafter:
-  """Returns the drafter that a validated config names."""
-  if config.width == 1:
-    return drafting.no_drafter()
-  return DRAFTERS[config.drafter](config)
 
 
 def list_capacities(config: RolloutConfig, width: int) -> list[int]:
@@ -144,23 +150,25 @@ class RolloutEngine:
     self._rollout = rollout
     self._control = control
     self._clock = clock
-    self._drafter = drafter or make_drafter(rollout)
     self._ways = sharding.ways(mesh)
     if rollout.slots % self._ways:
       raise ConfigError(f'rollout.slots={rollout.slots} is not divisible by '
                         f'{self._ways} devices; make it a multiple')
-    total = (rollout.prompt_length + rollout.max_new_tokens +
-             self._drafter.width)
+    # One block of prompts fills the slots once.
+    self._block_rows = math.ceil(rollout.slots / rollout.samples_per_prompt)
+    self._drafters = (_widths_of(drafter) if drafter else self._make_drafters())
+    width = max(self._drafters)
+    total = rollout.prompt_length + rollout.max_new_tokens + width
     if total > model.max_positions:
       raise ConfigError(
           f'prompt {rollout.prompt_length} + new tokens '
-          f'{rollout.max_new_tokens} + width {self._drafter.width} = {total} '
-          f'exceed model.max_positions={model.max_positions}; shorten one of '
-          'them')
-    self._capacities = list_capacities(rollout, self._drafter.width)
+          f'{rollout.max_new_tokens} + width {width} = {total} exceed '
+          f'model.max_positions={model.max_positions}; shorten one of them')
+    self._capacities = list_capacities(rollout, width)
     self._row_counts = self._list_row_counts()
-    # One block of prompts fills the slots once.
-    self._block_rows = math.ceil(rollout.slots / rollout.samples_per_prompt)
+    # A width that the config fixes is not chosen.
+    self._policy = None if drafter or rollout.width else WidthPolicy(
+        list(self._drafters))
     self._executor = Executor(model,
                               config=segments.SegmentConfig(
                                   sampling, tuple(eos_ids)),
@@ -171,6 +179,30 @@ class RolloutEngine:
     self.stats = RolloutStats()
     self.reads = 0  # device-to-host reads since the start
 
+  def _make_drafters(self) -> dict[int, Drafter]:
+    """Returns the config's drafter by width."""
+    rollout, control = self._rollout, self._control
+    widths = control.widths if rollout.width == 0 else (rollout.width,)
+    widest = max(widths)
+    if widest == 1 or rollout.drafter == 'none':
+      return {1: drafting.no_drafter()}
+    group = rollout.samples_per_prompt
+    ahead = bool(control.run_ahead_rows)
+    shape = CorpusShape(
+        # Every slot may hold the last sample of another prompt while whole
+        # blocks of new prompts come in, of this step and of the next.
+        prompts=rollout.slots + (2 if ahead else 1) * self._block_rows,
+        capacity=list_capacities(rollout, widest)[-1],
+        history=rollout.history,
+        group=group,
+        hints=group if ahead else 0)
+    make = DRAFTERS[rollout.drafter]
+    return {
+        1: drafting.resting(make(rollout, widest, shape))
+    } | {
+        width: make(rollout, width, shape) for width in widths if width > 1
+    }
+
   def _list_row_counts(self) -> list[int]:
     """Returns the values of N that compaction can reach, largest first."""
     counts = [self._rollout.slots]
@@ -180,25 +212,38 @@ class RolloutEngine:
       counts.append(counts[-1] // 2)
     return counts
 
-  def _drafter_for(self, rows: int) -> Drafter:
-    """Returns the drafter of a batch of so many rows."""
-    limit = self._control.draft_max_rows
-    return self._drafter if not 0 < limit < rows else drafting.no_drafter()
+  @property
+  def _widest(self) -> Drafter:
+    return self._drafters[max(self._drafters)]
+
+  def _widths(self) -> list[int]:
+    """Returns the values of W that segments can have."""
+    return sorted(self._drafters) if self._policy else [self._widest.width]
 
   def reachable_keys(self) -> list[tuple[int, int, int]]:
     """Returns every (N, S, W) whose segment this engine can compile."""
-    return [(rows, capacity, self._drafter_for(rows).width)
+    return [(rows, capacity, width)
             for rows in self._row_counts
-            for capacity in self._capacities]
+            for capacity in self._capacities
+            for width in self._widths()]
 
-  def generate(self, params: Params, requests: Sequence[Request],
-               state: RolloutState) -> tuple[list[Rollout], RolloutState]:
+  def generate(
+      self,
+      params: Params,
+      requests: Sequence[Request],
+      state: RolloutState,
+      *,
+      ahead: Sequence[Request] = ()) -> tuple[list[Rollout], RolloutState]:
     """Samples every request `request.samples` times.
 
     Args:
       params: the policy's, on the engine's mesh.
       requests: prompts of at most `rollout.prompt_length` tokens.
-      state: of the run; its version marks the tokens.
+      state: of the run; its version marks the tokens, its store is drafted
+        from and takes up the rollouts.
+      ahead: requests of the coming step. With `control.run_ahead_rows`, slots
+        that would idle sample them; what they come to is kept in the store as
+        hints to the drafts of that step and goes nowhere else.
 
     Returns:
       (rollouts in the order of requests and of their samples, state). Speed
@@ -211,27 +256,51 @@ class RolloutEngine:
     self._check(requests)
     start, compiled = self._clock(), self.pool.seconds
     self.stats = RolloutStats()
-    queue: collections.deque[_Sample] = collections.deque()
-    for request in requests:
-      for index in range(request.samples):
-        queue.append(_Sample(len(queue), request, index, len(request.prompt)))
-    results: list[Rollout | None] = [None] * len(queue)
-    table = _Table(
-        self._executor.empty(self._rollout.slots, self._capacities[0]),
-        [None] * self._rollout.slots)
-    prompts = _PromptBlocks(self._executor, params, requests, self._block_rows,
-                            self._rollout.prompt_length)
+    slots = self._executor.empty(self._rollout.slots, self._capacities[0])
+    table = _Table(slots, self._executor.draft_state(params, slots,
+                                                     self._widest),
+                   [None] * self._rollout.slots)
+    corpus = self._widest.corpus
+    places = Places(corpus.prompts) if corpus else None
+
+    def prefill(ahead: bool, first: int,
+                members: Sequence[Request]) -> PromptBlock:
+      if places and corpus:
+        taken = [
+            places.take((ahead, first + i), request.samples)
+            for i, request in enumerate(members)
+        ]
+        taken += [corpus.prompts] * (self._block_rows - len(members))
+        texts = stores.corpus_texts(state.store, members, self._block_rows,
+                                    corpus)
+        table.drafts = self._executor.load(params, table.drafts, self._widest,
+                                           taken, *texts)
+      return self._executor.prefill(params, [r.prompt for r in members],
+                                    self._block_rows,
+                                    self._rollout.prompt_length)
+
+    queue = _Queue(requests, self._block_rows, False, prefill)
+    coming = _Queue(ahead if self._runs_ahead(state) else (), self._block_rows,
+                    True, prefill)
+    results: list[Rollout | None] = [None] * len(queue.samples)
     while True:
-      self._admit(table, queue, prompts)
-      if not table.busy():
+      self._admit(table, queue, places)
+      if not any(o and not o.ahead for o in table.owners):
         break
-      if not queue:
+      if not queue.samples:
         self._compact(table)
+        self._admit(table, coming, places)
       self._grow(table)
-      self._decode(params, table, bool(queue), state, results)
+      self._decode(params, table, bool(queue.samples), state, results, places)
+    if state.store is not None:
+      state.store.add(results)  # type: ignore[arg-type]
     self.stats.seconds = self._clock() - start
     self.stats.compile_seconds = self.pool.seconds - compiled
     return results, state  # type: ignore[return-value]
+
+  def _runs_ahead(self, state: RolloutState) -> bool:
+    return bool(self._control.run_ahead_rows and self._widest.corpus and
+                state.store is not None)
 
   def _check(self, requests: Sequence[Request]) -> None:
     longest = self._rollout.prompt_length
@@ -242,25 +311,27 @@ class RolloutEngine:
             f'{len(request.prompt)} prompt tokens; rollout.prompt_length '
             f'allows 1 to {longest}: raise it or shorten the prompts')
 
-  def _admit(self, table: _Table, queue: collections.deque[_Sample],
-             prompts: '_PromptBlocks') -> None:
-    """Fills free slots from the queue, in order."""
-    while queue and None in table.owners:
-      prompts.advance_to(queue[0].request)
+  def _admit(self, table: _Table, queue: _Queue, places: Places | None) -> None:
+    """Fills free slots from a queue, in order."""
+    waiting, blocks = queue.samples, queue.blocks
+    while waiting and None in table.owners:
+      blocks.advance_to(waiting[0].number)
       taken = {}
       for slot, owner in enumerate(table.owners):
-        if owner is None and queue and queue[0].request in prompts:
-          sample = queue.popleft()
+        if owner is None and waiting and waiting[0].number in blocks:
+          sample = waiting.popleft()
           table.owners[slot] = sample
-          taken[slot] = (prompts.row(sample.request), sample.request,
-                         sample.index)
-      table.slots = self._executor.admit(table.slots, prompts.block, taken,
+          place = places.of(sample.group) if places else 0
+          taken[slot] = (blocks.row(sample.number), sample.request,
+                         sample.index, place)
+      table.slots = self._executor.admit(table.slots, blocks.block, taken,
                                          self._rollout.max_new_tokens)
 
   def _compact(self, table: _Table) -> None:
     """Shrinks N to the least count that holds the rows still decoding."""
     busy, rows = table.busy(), len(table.owners)
-    target = min(n for n in self._row_counts if len(busy) <= n <= rows)
+    least = max(len(busy), min(self._control.run_ahead_rows, rows))
+    target = min(n for n in self._row_counts if least <= n <= rows)
     if target < rows:
       free = [i for i, owner in enumerate(table.owners) if owner is None]
       kept = (busy + free)[:target]
@@ -269,92 +340,113 @@ class RolloutEngine:
 
   def _grow(self, table: _Table) -> None:
     """Doubles S until every row has room for one more forward."""
-    rows, capacity = table.slots.text.shape
+    capacity = table.slots.text.shape[1]
     longest = max(o.length for o in table.owners if o is not None)
-    needed = longest + self._drafter_for(rows).width
+    needed = longest + self._widest.width
     if needed > capacity:
       target = min(c for c in self._capacities if c >= needed)
       table.slots = self._executor.grow(table.slots, target)
 
-  def _done_rows(self, rows: int, pending: bool) -> int:
-    """Returns how many rows may be done before the host should act."""
+  def _done_rows(self, table: _Table, pending: bool) -> int:
+    """Returns how many counted rows may be done before the host should act."""
+    rows = len(table.owners)
     if pending:
       return max(1, math.ceil(self._control.refill_threshold * rows))
-    fewer = [n for n in self._row_counts if n < rows]
-    return rows - max(fewer) if fewer else rows
+    counted = int(np.sum(table.counted()))
+    fewer = [
+        n for n in self._row_counts if self._control.run_ahead_rows <= n < rows
+    ]
+    # Rows that run ahead leave when the others fit without them.
+    return min(rows - max(fewer), counted) if fewer else counted
+
+  def _choose_width(self, rows: int, capacity: int) -> tuple[int, int]:
+    """Returns (W, forwards) of the next segment."""
+    forwards = self._rollout.segment_forwards
+    if self._policy is None:
+      return self._widest.width, forwards
+    return self._policy.choose(rows, capacity, forwards)
 
   def _decode(self, params: Params, table: _Table, pending: bool,
-              state: RolloutState, results: list[Rollout | None]) -> None:
+              state: RolloutState, results: list[Rollout | None],
+              places: Places | None) -> None:
     """Runs one segment, reads it once, collects the samples that ended."""
-    rows = len(table.owners)
-    table.slots, counters = self._executor.decode(
+    rows, capacity = table.slots.text.shape
+    width, limit = self._choose_width(rows, capacity)
+    if self._policy:  # What was dispatched before is no cost of the segment.
+      jax.block_until_ready((table.slots, table.drafts))
+    start, compiled = self._clock(), self.pool.seconds
+    table.slots, table.drafts, counters = self._executor.decode(
         params,
         table.slots,
-        self._drafter_for(rows),
-        forwards=self._rollout.segment_forwards,
-        done_rows=self._done_rows(rows, pending))
+        table.drafts,
+        self._drafters[width],
+        forwards=limit,
+        done_rows=self._done_rows(table, pending),
+        counted=table.counted())
     s = table.slots
-    text, logprobs, drafted, length, done, finished, forwards, spent = (
-        jax.device_get((s.text, s.logprobs, s.drafted, s.length, s.done,
-                        s.finished, s.forwards, counters)))
+    read = _Read(*jax.device_get((s.text, s.logprobs, s.drafted, s.length,
+                                  s.done, s.finished, s.forwards, counters)))
+    seconds = self._clock() - start - (self.pool.seconds - compiled)
     self.reads += 1
+    spent = read.counters
+    forwards, row_forwards = int(spent.forwards), int(spent.row_forwards)
     self.stats.segments += 1
-    self.stats.forwards += int(spent.forwards)
-    self.stats.row_forwards += int(spent.row_forwards)
-    self.stats.slot_forwards += int(spent.forwards) * rows
+    self.stats.forwards += forwards
+    self.stats.node_forwards += forwards * width
+    self.stats.row_forwards += row_forwards
+    self.stats.slot_forwards += forwards * rows
     self.stats.tokens += int(spent.tokens)
+    self.stats.ahead_tokens += int(spent.ahead_tokens)
+    if self._policy:
+      self._policy.observe(rows,
+                           capacity,
+                           width,
+                           seconds=seconds,
+                           forwards=forwards,
+                           row_forwards=row_forwards,
+                           tokens=int(spent.tokens))
     for slot, owner in enumerate(table.owners):
-      if owner is None:
-        continue
-      owner.length = int(length[slot])
-      if done[slot]:
-        span = slice(len(owner.request.prompt), owner.length)
-        tokens = text[slot, span].copy()
-        results[owner.order] = Rollout(
-            tokens=tokens,
-            length=len(tokens),
-            finished=bool(finished[slot]),
-            token_version=np.full(len(tokens), state.version, np.int32),
-            behaviour_logprobs=logprobs[slot, span].copy(),
-            drafted=drafted[slot, span].copy(),
-            forwards=int(forwards[slot]),
-            request=owner.request,
-            index=owner.index)
-        table.owners[slot] = None
+      if owner is not None:
+        owner.length = int(read.length[slot])
+        self._collect(slot, owner, read, state, results)
+        if read.done[slot]:
+          table.owners[slot] = None
+          if places:
+            places.collect(owner.group)
+
+  def _collect(self, slot: int, owner: _Sample, read: '_Read',
+               state: RolloutState, results: list[Rollout | None]) -> None:
+    """Books what a slot came to: a rollout when done, a hint at any time."""
+    span = slice(len(owner.request.prompt), owner.length)
+    if owner.ahead:
+      assert state.store is not None
+      state.store.add_hint(owner.request, owner.index, read.text[slot,
+                                                                 span].copy())
+    elif read.done[slot]:
+      tokens = read.text[slot, span].copy()
+      results[owner.order] = Rollout(
+          tokens=tokens,
+          length=len(tokens),
+          finished=bool(read.finished[slot]),
+          token_version=np.full(len(tokens), state.version, np.int32),
+          behaviour_logprobs=read.logprobs[slot, span].copy(),
+          drafted=read.drafted[slot, span].copy(),
+          forwards=int(read.forwards[slot]),
+          request=owner.request,
+          index=owner.index)
 
 
-class _PromptBlocks:
-  """Prefills the requests in order, a block at a time, once for each group."""
+class _Read(NamedTuple):
+  """What the host reads of one segment."""
+  text: np.ndarray
+  logprobs: np.ndarray
+  drafted: np.ndarray
+  length: np.ndarray
+  done: np.ndarray
+  finished: np.ndarray
+  forwards: np.ndarray
+  counters: segments.Counters
 
-  def __init__(self, executor: Executor, params: Params,
-               requests: Sequence[Request], size: int, capacity: int) -> None:
-    self._executor = executor
-    self._params = params
-    self._requests = requests
-    self._size = size
-    self._capacity = capacity
-    self._first = 0
-    self._rows: dict[int, int] = {}
-    self._block: PromptBlock | None = None
 
-  @property
-  def block(self) -> PromptBlock:
-    """The block that the last `advance_to` made current."""
-    assert self._block is not None
-    return self._block
-
-  def __contains__(self, request: Request) -> bool:
-    return id(request) in self._rows
-
-  def row(self, request: Request) -> int:
-    return self._rows[id(request)]
-
-  def advance_to(self, request: Request) -> None:
-    """Makes the block that holds the request the current one."""
-    while request not in self:
-      members = self._requests[self._first:self._first + self._size]
-      self._block = self._executor.prefill(self._params,
-                                           [r.prompt for r in members],
-                                           self._size, self._capacity)
-      self._rows = {id(r): row for row, r in enumerate(members)}
-      self._first += self._size
+def _widths_of(drafter: Drafter) -> dict[int, Drafter]:
+  return {1: drafting.resting(drafter), drafter.width: drafter}

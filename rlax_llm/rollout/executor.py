@@ -1,7 +1,7 @@
 """The device side of the engine: one executable for each boundary step."""
 
 import functools
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -26,13 +26,21 @@ class Executor:
     self._model = model
     self._config = config
     self._seed = seed
+    self._mesh = mesh
     self._rows = sharding.rows(mesh)
     self._replicated = sharding.replicated(mesh)
     self.pool = pool
 
+  def _run(self, name: str, shape: tuple, function: Callable, *args: Any,
+           **jit_options: Any) -> Any:
+    """Runs a function of this model on this mesh through the pool."""
+    # A pool may be shared by engines of several models of equal shapes.
+    key = (name, *shape, self._model, self._mesh)
+    return self.pool(key, function, *args, **jit_options)
+
   def empty(self, rows: int, capacity: int) -> Slots:
     """Returns slots that hold nothing."""
-    return self.pool(('empty', rows, capacity),
+    return self._run('empty', (rows, capacity),
                      functools.partial(slot_ops.empty_slots, self._model, rows,
                                        capacity),
                      out_shardings=self._rows)
@@ -46,31 +54,33 @@ class Executor:
       tokens[row, :len(prompt)] = prompt
       length[row] = len(prompt)
     tokens, length = jax.device_put((tokens, length), self._replicated)
-    return self.pool(('prefill', rows, capacity),
+    return self._run('prefill', (rows, capacity),
                      functools.partial(slot_ops.prefill, model=self._model),
                      params, tokens, length)
 
   def admit(self, slots: Slots, block: slot_ops.PromptBlock,
-            taken: Mapping[int, tuple[int, Request,
+            taken: Mapping[int, tuple[int, Request, int,
                                       int]], max_new_tokens: int) -> Slots:
     """Puts samples into slots.
 
     Args:
       slots: donated.
       block: prefilled prompts.
-      taken: slot -> (row of the block, request, index of the sample).
+      taken: slot -> (row of the block, request, index of the sample, the
+        prompt's place in the drafter's state).
       max_new_tokens: T.
     """
     rows, capacity = slots.text.shape
-    fields: Any = np.zeros((6, rows), np.int32)
+    fields: Any = np.zeros((7, rows), np.int32)
     take: Any = np.zeros(rows, bool)
-    for slot, (source, request, index) in taken.items():
+    for slot, (source, request, index, place) in taken.items():
       take[slot] = True
       fields[:, slot] = (source, max_new_tokens, request.domain, request.step,
-                         request.request, index)
+                         request.request, index, place)
     admission = jax.device_put(slot_ops.Admission(take, *fields), self._rows)
-    key = ('admit', rows, capacity, *block.tokens.shape, self._seed)
-    return self.pool(key,
+    shape = (rows, capacity, *block.tokens.shape, self._seed)
+    return self._run('admit',
+                     shape,
                      functools.partial(slot_ops.admit, seed=self._seed),
                      slots,
                      block,
@@ -81,7 +91,7 @@ class Executor:
   def grow(self, slots: Slots, capacity: int) -> Slots:
     """Returns the slots with a larger S."""
     rows, old = slots.text.shape
-    return self.pool(('grow', rows, old, capacity),
+    return self._run('grow', (rows, old, capacity),
                      functools.partial(slot_ops.grow, capacity=capacity),
                      slots,
                      out_shardings=self._rows)
@@ -90,36 +100,60 @@ class Executor:
     """Returns the named rows, in that order."""
     old, capacity = slots.text.shape
     index = jax.device_put(np.asarray(order, np.int32), self._replicated)
-    return self.pool(('gather', old, len(order), capacity),
+    return self._run('gather', (old, len(order), capacity),
                      slot_ops.gather,
                      slots,
                      index,
                      out_shardings=self._rows)
 
-  def decode(self, params: Params, slots: Slots, drafter: Drafter, *,
-             forwards: int, done_rows: int) -> tuple[Slots, segments.Counters]:
-    """Runs one segment; the slots are donated."""
-    rows, capacity = slots.text.shape
+  def draft_state(self, params: Params, slots: Slots, drafter: Drafter) -> Any:
+    """Returns the drafter's state before anything is sampled."""
+    return self._run('draft_state', (drafter.init, slots.text.shape),
+                     drafter.init,
+                     params,
+                     slots,
+                     out_shardings=self._replicated)
 
-    def run(params: Params, slots: Slots,
-            limits: segments.Limits) -> tuple[Slots, Any]:
-      state = drafter.init(params, slots)
-      slots, _, counters = segments.segment(params,
-                                            slots,
-                                            state,
-                                            limits,
-                                            model=self._model,
-                                            drafter=drafter,
-                                            config=self._config)
-      return slots, counters
+  def load(self, params: Params, state: Any, drafter: Drafter,
+           places: Sequence[int], texts: np.ndarray, length: np.ndarray) -> Any:
+    """Gives the drafter the texts of prompts; its state is donated."""
+    arrays = jax.device_put((np.asarray(places, np.int32), texts, length),
+                            self._replicated)
+    return self._run('load', (drafter.load, texts.shape),
+                     drafter.load,
+                     params,
+                     state,
+                     *arrays,
+                     donate_argnums=(1,),
+                     out_shardings=self._replicated)
 
-    limits = segments.Limits(
-        *jax.device_put((np.int32(forwards),
-                         np.int32(done_rows)), self._replicated))
-    return self.pool(('segment', rows, capacity, drafter, self._config),
+  def decode(self, params: Params, slots: Slots, state: Any, drafter: Drafter,
+             *, forwards: int, done_rows: int,
+             counted: np.ndarray) -> tuple[Slots, Any, segments.Counters]:
+    """Runs one segment; the slots and the drafter's state are donated.
+
+    Args:
+      params: the policy's.
+      slots: N rows.
+      state: the drafter's.
+      drafter: gives W.
+      forwards: see `segments.Limits`.
+      done_rows: see `segments.Limits`.
+      counted: bool[N], see `segments.Limits`.
+    """
+    spent, done = jax.device_put((np.int32(forwards), np.int32(done_rows)),
+                                 self._replicated)
+    limits = segments.Limits(spent, done, jax.device_put(counted, self._rows))
+    run = functools.partial(segments.segment,
+                            model=self._model,
+                            drafter=drafter,
+                            config=self._config)
+    return self._run('segment', (*slots.text.shape, drafter, self._config),
                      run,
                      params,
                      slots,
+                     state,
                      limits,
-                     donate_argnums=(1,),
-                     out_shardings=(self._rows, self._replicated))
+                     donate_argnums=(1, 2),
+                     out_shardings=(self._rows, self._replicated,
+                                    self._replicated))

@@ -29,7 +29,8 @@ class Limits(flax.struct.PyTreeNode):
   Arrays, not static: other limits do not compile another executable.
   """
   forwards: Array  # int32: forwards spent
-  done_rows: Array  # int32: this many rows are done
+  done_rows: Array  # int32: this many of the counted rows are done
+  counted: Array  # bool[N]: not a row that runs ahead of its step
 
 
 class Counters(flax.struct.PyTreeNode):
@@ -37,6 +38,7 @@ class Counters(flax.struct.PyTreeNode):
   forwards: Array  # int32
   row_forwards: Array  # int32: sum over forwards of the rows that decoded
   tokens: Array  # int32: tokens committed
+  ahead_tokens: Array  # int32: committed by rows that do not count
 
 
 class SegmentConfig(NamedTuple):
@@ -129,7 +131,8 @@ def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
     config: static; the sampling law and the EOS ids.
 
   Returns:
-    (Slots, drafter state, Counters).
+    (Slots, drafter state, Counters); the counters of tokens and rows are
+    those of counted rows, where they do not say otherwise.
   """
   capacity = slots.text.shape[1]
 
@@ -137,7 +140,8 @@ def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
     slots, _, counters = carry
     fits = slots.done | (slots.length + drafter.width <= capacity)
     return (jnp.all(fits) & (counters.forwards < limits.forwards) &
-            (jnp.sum(slots.done) < limits.done_rows) & ~jnp.all(slots.done))
+            (jnp.sum(slots.done & limits.counted) < limits.done_rows) &
+            ~jnp.all(slots.done))
 
   def body(carry: tuple) -> tuple:
     slots, state, counters = carry
@@ -147,14 +151,15 @@ def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
                                     tree,
                                     model=model,
                                     config=config)
-    state = drafter.observe(params, state, path, hidden)
-    counters = Counters(forwards=counters.forwards + 1,
-                        row_forwards=counters.row_forwards +
-                        jnp.sum(~slots.done, dtype=jnp.int32),
-                        tokens=counters.tokens +
-                        jnp.sum(path.length, dtype=jnp.int32))
+    state = drafter.observe(params, state, after, path, hidden)
+    add = lambda x: jnp.sum(x, dtype=jnp.int32)
+    counters = Counters(
+        forwards=counters.forwards + 1,
+        row_forwards=counters.row_forwards + add(~slots.done & limits.counted),
+        tokens=counters.tokens + add(path.length * limits.counted),
+        ahead_tokens=counters.ahead_tokens + add(path.length * ~limits.counted))
     return after, state, counters
 
   zero = jnp.zeros((), jnp.int32)
-  return jax.lax.while_loop(proceed, body,
-                            (slots, drafter_state, Counters(zero, zero, zero)))
+  return jax.lax.while_loop(
+      proceed, body, (slots, drafter_state, Counters(zero, zero, zero, zero)))

@@ -29,6 +29,7 @@ class Admission(flax.struct.PyTreeNode):
   step: Array  # int32[N]
   request: Array  # int32[N]
   index: Array  # int32[N]
+  prompt: Array  # int32[N], see Slots
 
 
 def empty_slots(model: LanguageModel, rows: int, capacity: int) -> Slots:
@@ -40,6 +41,8 @@ def empty_slots(model: LanguageModel, rows: int, capacity: int) -> Slots:
                length=jnp.ones(rows, jnp.int32),
                limit=jnp.zeros(rows, jnp.int32),
                key=jnp.zeros((rows, 2), jnp.uint32),
+               prompt=jnp.zeros(rows, jnp.int32),
+               index=jnp.zeros(rows, jnp.int32),
                done=jnp.ones(rows, bool),
                finished=jnp.zeros(rows, bool),
                forwards=jnp.zeros(rows, jnp.int32),
@@ -99,6 +102,8 @@ def admit(slots: Slots, block: PromptBlock, admission: Admission, *,
                        length=choose(slots.length, length),
                        limit=choose(slots.limit, length + a.limit),
                        key=choose(slots.key, keys),
+                       prompt=choose(slots.prompt, a.prompt),
+                       index=choose(slots.index, a.index),
                        done=choose(slots.done, jnp.zeros_like(a.take)),
                        finished=choose(slots.finished, jnp.zeros_like(a.take)),
                        forwards=choose(slots.forwards,

@@ -101,6 +101,7 @@ class FiniteTask:
 
   def __init__(self, task: Task, count: int) -> None:
     """Args: task: what to restrict. count: `task.epoch_prompts`."""
+    self.unrestricted = task
     self._task = task
     self._count = count
     self._train: list[Problem] = []
@@ -122,6 +123,15 @@ class FiniteTask:
     if split == 'train':
       return self._count
     return self._task.num_problems(split)
+
+
+def demonstrations(task: Task) -> Task:
+  """Returns the task that the warm start imitates: every training problem.
+
+  With `task.epoch_prompts`, RL sees some of them only; demonstrations of those
+  alone would be learned by heart.
+  """
+  return task.unrestricted if isinstance(task, FiniteTask) else task
 
 
 def problems_for_step(task: Task, config: config_lib.TaskConfig, seed: int,

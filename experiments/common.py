@@ -1,0 +1,51 @@
+"""What experiments share: tables, devices, bounds of ratios."""
+
+import csv
+import json
+import math
+import pathlib
+import statistics
+from typing import Any, Mapping, Sequence
+
+from absl import flags
+import jax
+from scipy import stats
+
+DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu', 'tpu'],
+                           'Where to run.')
+
+
+def use_device() -> str:
+  """Chooses the platform; call before anything touches a device."""
+  platform = {'gpu': 'cuda'}.get(DEVICE.value, DEVICE.value)
+  jax.config.update('jax_platforms', platform)
+  return jax.devices()[0].device_kind
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows with the columns of the first, and prints each as JSON."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, 'w', encoding='utf-8', newline='') as file:
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+  for row in rows:
+    print(json.dumps(row), flush=True)
+
+
+def ratio_bounds(above: Sequence[float],
+                 below: Sequence[float]) -> tuple[float, float, float]:
+  """Returns (low, middle, high) of the ratio of paired times.
+
+  The geometric mean of above / below and its two-sided 90 % bounds by
+  Student's t: the upper one is a one-sided 95 % bound.
+
+  Args:
+    above: seconds, n >= 2.
+    below: seconds, measured in turn with them.
+  """
+  logs = [math.log(a / b) for a, b in zip(above, below)]
+  middle = statistics.mean(logs)
+  error = statistics.stdev(logs) / math.sqrt(len(logs))
+  reach = float(stats.t.ppf(0.95, len(logs) - 1)) * error
+  return math.exp(middle - reach), math.exp(middle), math.exp(middle + reach)

@@ -1,0 +1,444 @@
+"""SRT: draft from a tree of past rollouts, inside the jitted loop.
+
+"SRT: Accelerating Reinforcement Learning via Speculative Rollout with
+Tree-Structured Cache", https://arxiv.org/abs/2601.09083. Rollouts of one
+prompt resemble one another: its rollouts of earlier epochs, and those of the
+same group as they grow, are indexed as a tree of all their substrings; the
+draft is what followed the row's last tokens there.
+
+On the device the tree is never built. A prompt's rollouts lie in a `Corpus` as
+arrays of fixed shape; every occurrence of the row's last tokens is found by
+comparing packed words; counts of tree nodes are counts of occurrences with
+equal continuations, which pairwise comparison gives in closed form:
+
+  count_m(i, d) = #{j : match_j >= m, continuations of i and j agree to depth d}
+  D_m(i, d)     = prod_{e <= d} count_m(i, e) / sum over siblings count_m(., e)
+
+D_m(i, d) estimates the probability that verification accepts the node. For
+each match length m the draft is scored by its expected accepted tokens, the
+sum of D_m over its nodes (not by m: the longest match often ends where a
+sibling has only just arrived); the best m wins.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rlax_llm.drafting.drafter import chain_parents
+from rlax_llm.drafting.drafter import CorpusShape
+from rlax_llm.drafting.drafter import Drafter
+from rlax_llm.drafting.drafter import last_tokens
+from rlax_llm.types import Array
+from rlax_llm.types import DraftTree
+from rlax_llm.types import Path
+from rlax_llm.types import Slots
+from rlax_llm.types import UNUSED
+
+_WORD = 4  # tokens in a packed word
+
+
+class Corpus(flax.struct.PyTreeNode):
+  """What may be drafted from: C texts for each of F prompts.
+
+  A text is a prompt with a completion; `CorpusShape` says which texts are
+  what. Those of the group being sampled grow as its samples grow.
+  """
+  texts: Array  # int32[F, C, S]
+  words: Array  # uint32[F, C, S]: the last four tokens, a byte each
+  length: Array  # int32[F, C]; 0: no text
+
+
+class TreeCacheConfig(NamedTuple):
+  """The static facts of drafting from a corpus.
+
+  Attributes:
+    shape: of the corpus.
+    branching: children of a node at most; 1 drafts a chain.
+    max_match: longest suffix compared, tokens; a multiple of 4.
+    budget_factor: a match of m tokens is trusted for at most
+      floor(budget_factor * m) nodes when drafts are compared.
+    min_probability: nodes less probable than this count nothing.
+    live: whose texts of this step are drafted from: the `group`'s, the row's
+      `own`, or `none`.
+  """
+  shape: CorpusShape
+  branching: int = 1
+  max_match: int = 8
+  budget_factor: float = 2.0
+  min_probability: float = 0.05
+  live: str = 'group'
+
+
+def pack_words(texts: Array) -> Array:
+  """Returns uint32[..., S]: at each place the last four tokens, a byte each.
+
+  The latest token is in the highest byte, so that the leading zero bits of
+  two words' exclusive or count the tokens that agree. Tokens beyond 255 share
+  bytes: a draft is a hint.
+
+  Args:
+    texts: int32[..., S].
+  """
+  low = texts.astype(jnp.uint32) & 0xFF
+  words = jnp.zeros_like(low)
+  for back in range(_WORD):
+    words = words | (_shifted(low, back) << (24 - 8 * back))
+  return words
+
+
+def _shifted(x: Array, back: int) -> Array:
+  """Returns x moved right along the last axis; zeros come in."""
+  if back == 0:
+    return x
+  pad = [(0, 0)] * (x.ndim - 1) + [(back, 0)]
+  return jnp.pad(x, pad)[..., :x.shape[-1]]
+
+
+def match_lengths(words: Array, query: Array) -> Array:
+  """Returns int32[C, S]: how many last tokens agree with the query's.
+
+  Args:
+    words: uint32[C, S], packed.
+    query: uint32[Q], the row's last 4 Q tokens, latest word first.
+  """
+  total = jnp.zeros(words.shape, jnp.int32)
+  going = jnp.ones(words.shape, bool)
+  for i in range(query.shape[0]):
+    differ = _shifted(words, _WORD * i) ^ query[i]
+    same = jax.lax.clz(differ).astype(jnp.int32) >> 3
+    total = total + jnp.where(going, same, 0)
+    going = going & (same == _WORD)
+  return total
+
+
+class Candidates(NamedTuple):
+  """K places of one prompt's corpus where the row's last tokens occurred."""
+  tokens: Array  # int32[K, depth]: what followed
+  exists: Array  # bool[K, depth]: the text goes so far
+  match: Array  # int32[K]: tokens that agree; 0: no candidate
+  weight: Array  # int32[K]: how many occurrences it counts for
+
+
+# A hint was sampled with the row's own noise: it outvotes every other text.
+_HINT_WEIGHT = 64
+
+
+def find_candidates(corpus: Corpus,
+                    query: Array,
+                    prompt: Array,
+                    hint: Array,
+                    length: Array,
+                    *,
+                    depth: int,
+                    allowed: Array | None = None) -> Candidates:
+  """Returns the best match of every text of a prompt.
+
+  Args:
+    corpus: of all prompts.
+    query: uint32[Q], see `match_lengths`.
+    prompt: int32[], which prompt of the corpus.
+    hint: int32[], the text that foretells this very sample, or C.
+    length: int32[], of the row.
+    depth: tokens wanted behind a match.
+    allowed: bool[C], texts that may be used; None: all.
+  """
+  _, count, capacity = corpus.texts.shape
+  most = _WORD * query.shape[0]
+  text = jnp.arange(count, dtype=jnp.int32)
+  place = jnp.arange(capacity, dtype=jnp.int32)
+  ends = corpus.length[prompt]
+  if allowed is not None:
+    ends = jnp.where(allowed, ends, 0)
+  # Something must follow the match.
+  usable = place[None] + 1 < ends[:, None]
+  match = match_lengths(corpus.words[prompt], query)
+  match = jnp.where(usable, match, 0)
+  # Noise belongs to positions: where a hint stands at the row's own position
+  # and agrees at all, it counts as a full match.
+  aligned = (text[:, None] == hint) & (place[None] == length - 1) & (match > 0)
+  match = jnp.where(aligned, most + 1, match)
+  # Longest first, latest among equals, in one integer.
+  rank = jnp.max(match * capacity + place[None], axis=-1)
+  match, end = rank // capacity, rank % capacity
+  after = end[:, None] + 1 + jnp.arange(depth, dtype=jnp.int32)[None]
+  tokens = corpus.texts[prompt, text[:, None], jnp.minimum(after, capacity - 1)]
+  return Candidates(tokens, after < ends[:, None], jnp.minimum(match, most),
+                    jnp.where(match > most, _HINT_WEIGHT, 1))
+
+
+class Estimates(NamedTuple):
+  """Probabilities of the nodes of M trees over K candidates.
+
+  Node (d, i) is the continuation of candidate i to depth d + 1. Several
+  candidates may share a node; the first of them stands for it.
+  """
+  probability: list[Array]  # by depth float32[M, K]: D_m; 0 for no node
+  agree: Array  # bool[K, depth, K]: [j, d, i] i and j share the node
+
+
+def estimate(candidates: Candidates, thresholds: Array) -> Estimates:
+  """Returns the nodes' probabilities among the matches of each length.
+
+  Args:
+    candidates: K of them.
+    thresholds: int32[M], match lengths m >= 1.
+  """
+  depth = candidates.tokens.shape[1]
+  exists = candidates.exists.T  # [depth, K]
+  # Continuations agree where their hashes do; comparing those needs no
+  # running operation over [K, depth, K], for which XLA's CPU backend is slow.
+  state = jnp.zeros(candidates.match.shape, jnp.int32)
+  states = [state]
+  for d in range(depth):
+    state = (state ^ candidates.tokens[:, d]) * _HASH_FACTOR + _HASH_STEP
+    states.append(state)
+  hashes = jnp.stack(states)  # [depth + 1, K]
+  same = lambda h: h.T[:, :, None] == h[None]
+  agree = same(hashes[1:]) & candidates.exists[:, :, None] & exists[None]
+  # Those that agree so far and go one token further.
+  before = same(hashes[:-1]) & candidates.exists[:, :, None]
+  member = candidates.match[None] >= thresholds[:, None]
+  weight = jnp.where(member, candidates.weight, 0).astype(jnp.float32)
+  hits, total = _counts(weight, agree), _counts(weight, before)
+  share = hits / jnp.maximum(total, 1.0)
+  probability = [jnp.where(member, 1.0, 0.0)]
+  for d in range(depth):
+    probability.append(probability[-1] * share[:, d])
+  return Estimates(probability[1:], agree)
+
+
+_HASH_FACTOR, _HASH_STEP = 0x01000193, 0x2545F491  # any odd numbers do
+
+
+def _counts(weight: Array, nodes: Array) -> Array:
+  """Returns float32[M, depth, K]: sums of weight[m, j] over nodes[j, d, i]."""
+  count, depth, _ = nodes.shape
+  flat = nodes.astype(jnp.float32).reshape(count, depth * count)
+  sums = jnp.matmul(weight, flat, precision=jax.lax.Precision.HIGHEST)
+  return sums.reshape(-1, depth, count)
+
+
+def _thresholds(max_match: int) -> tuple[int, ...]:
+  """Returns the match lengths that are tried: dense, then sparser."""
+  lengths, m = [], 1
+  while m <= max_match:
+    lengths.append(m)
+    m += max(1, m // 2)
+  return tuple(lengths)
+
+
+def _budgets(thresholds: Array, nodes: int, factor: float) -> Array:
+  """Returns int32[M]: how many nodes a match length is trusted for."""
+  return jnp.clip(jnp.floor(thresholds * factor).astype(jnp.int32), 1, nodes)
+
+
+def draft_chain(candidates: Candidates, *, max_match: int, factor: float,
+                least: float) -> Array:
+  """Returns int32[depth], the continuation with the most expected tokens."""
+  depth = candidates.tokens.shape[1]
+  thresholds = jnp.asarray(_thresholds(max_match), jnp.int32)
+  budget = _budgets(thresholds, depth, factor)[:, None]
+  expected = jnp.zeros((len(thresholds), len(candidates.match)))
+  for d, found in enumerate(estimate(candidates, thresholds).probability):
+    expected += jnp.where((found >= least) & (d < budget), found, 0.0)
+  # Among equals the longest match, then the latest text.
+  order = jnp.arange(expected.size, dtype=jnp.int32).reshape(expected.shape)
+  top = expected == jnp.max(expected)
+  best = jnp.max(jnp.where(top, order, 0)) % expected.shape[1]
+  return candidates.tokens[best]
+
+
+def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
+               max_match: int, factor: float,
+               least: float) -> tuple[Array, Array]:
+  """Returns the `nodes` most probable nodes of the best tree.
+
+  Args:
+    candidates: K of them.
+    nodes: W - 1.
+    branching: children of a node at most.
+    max_match: see `TreeCacheConfig`.
+    factor: see `TreeCacheConfig.budget_factor`.
+    least: see `TreeCacheConfig.min_probability`.
+
+  Returns:
+    (tokens int32[nodes], parents int32[nodes]): parents count the root as 0
+    and these nodes from 1; UNUSED where a tree has fewer nodes.
+  """
+  count, depth = candidates.tokens.shape
+  thresholds = jnp.asarray(_thresholds(max_match), jnp.int32)
+  estimates = estimate(candidates, thresholds)
+  probability = jnp.stack(estimates.probability, axis=1)  # [M, depth, K]
+  agree = estimates.agree
+  member = candidates.match[None] >= thresholds[:, None]
+  order = jnp.arange(count)
+  earlier = (order[:, None] < order[None])[:, None]  # [j, 1, i]
+  # A node is its first candidate's.
+  twin = member[:, :, None, None] & (agree & earlier)[None]
+  own = jnp.where(jnp.any(twin, axis=1), 0.0, probability)
+  # Siblings of more weight, the earlier among equals: [M, j, depth, i].
+  before = jnp.pad(agree[:, :-1], ((0, 0), (1, 0), (0, 0)),
+                   constant_values=True)
+  theirs, mine = own.swapaxes(1, 2)[..., None], probability[:, None]
+  heavier = (theirs > mine) | ((theirs == mine) & earlier[None])
+  heavier = heavier & (theirs > 0) & (before & ~agree)[None]
+  rank = jnp.sum(heavier, axis=1, dtype=jnp.int32)
+  kept = jnp.cumprod((rank < branching).astype(jnp.int32), axis=1) > 0
+  own = jnp.where(kept & (own >= least), own, 0.0)
+  # Depth first in the flat order: among equals a parent comes first.
+  flat = own.reshape(len(thresholds), depth * count)
+  size = min(nodes, depth * count)
+  best, chosen = jax.lax.top_k(flat, size)  # [M, size]
+  allowed = jnp.arange(size)[None] < _budgets(thresholds, nodes, factor)[:,
+                                                                         None]
+  expected = jnp.sum(jnp.where(allowed, best, 0.0), axis=-1)
+  m = len(thresholds) - 1 - jnp.argmax(expected[::-1])
+  chosen, real = chosen[m], best[m] > 0
+  level, candidate = chosen // count, chosen % count
+  tokens = candidates.tokens[candidate, level]
+  # The parent is the node of one token less; its first candidate has it.
+  line = agree[:, jnp.maximum(level - 1, 0), candidate] & member[m][:, None]
+  parent = (level - 1) * count + jnp.argmax(line, axis=0)
+  is_parent = (chosen[:, None] == parent[None]) & real[:, None]
+  found = jnp.any(is_parent, axis=0)
+  parents = jnp.where(found, jnp.argmax(is_parent, axis=0) + 1, UNUSED)
+  parents = jnp.where(level == 0, 0, parents)
+  parents = jnp.where(real, parents, UNUSED).astype(jnp.int32)
+  pad = (0, nodes - size)
+  return (jnp.pad(tokens, pad), jnp.pad(parents, pad, constant_values=UNUSED))
+
+
+def empty_corpus(shape: CorpusShape) -> Corpus:
+  """Returns a corpus without texts."""
+  axes = (shape.prompts, shape.texts, shape.capacity)
+  return Corpus(texts=jnp.zeros(axes, jnp.int32),
+                words=jnp.zeros(axes, jnp.uint32),
+                length=jnp.zeros(axes[:2], jnp.int32))
+
+
+def load(corpus: Corpus, places: Array, texts: Array, length: Array) -> Corpus:
+  """Puts the texts of K prompts at their places.
+
+  Args:
+    corpus: of F prompts.
+    places: int32[K]; those at or beyond F are left out.
+    texts: int32[K, C, S].
+    length: int32[K, C].
+  """
+  put = lambda old, new: old.at[places].set(new, mode='drop')
+  return Corpus(put(corpus.texts, texts), put(corpus.words, pack_words(texts)),
+                put(corpus.length, length))
+
+
+def _window(slots: Slots, first: Array, size: int) -> Array:
+  """Returns int32[N, size]: the text from `first` on, 0 before its start."""
+  place = first[:, None] + jnp.arange(size)[None]
+  last = slots.text.shape[1] - 1
+  tokens = jnp.take_along_axis(slots.text, jnp.clip(place, 0, last), axis=1)
+  return jnp.where(place >= 0, tokens, 0)
+
+
+def extend(corpus: Corpus, slots: Slots, path: Path,
+           shape: CorpusShape) -> Corpus:
+  """Adds what a forward committed to the texts of the group.
+
+  Args:
+    corpus: of F prompts.
+    slots: N rows, after the commit.
+    path: what was committed.
+    shape: of the corpus.
+  """
+  width = path.tokens.shape[1]
+  first = slots.length - path.length
+  tokens = _window(slots, first - (_WORD - 1), width + _WORD - 1)
+  words = pack_words(tokens)[:, _WORD - 1:]
+  tokens = tokens[:, _WORD - 1:]
+  order = jnp.arange(width)[None]
+  prompts, count, capacity = corpus.texts.shape
+  # A row that committed nothing may be a guest of a prompt that has left.
+  row = jnp.where(path.length > 0, slots.prompt, prompts)[:, None]
+  # More samples than G share texts, which makes for worse hints only.
+  text = (shape.history + slots.index % shape.group)[:, None]
+  place = jnp.where(order < path.length[:, None], first[:, None] + order,
+                    capacity)
+  put = lambda old, new: old.at[row, text, place].set(new, mode='drop')
+  return Corpus(
+      put(corpus.texts, tokens), put(corpus.words, words),
+      corpus.length.at[row[:, 0], text[:, 0]].set(slots.length, mode='drop'))
+
+
+def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
+            width: int) -> DraftTree:
+  """Returns a draft of `width` nodes for every row.
+
+  Args:
+    corpus: of F prompts.
+    slots: N rows.
+    config: static.
+    width: W >= 2; static.
+  """
+  tail = _window(slots, slots.length - config.max_match, config.max_match)
+  query = pack_words(tail)[:, _WORD - 1::_WORD][:, ::-1]
+  shape = config.shape
+  hint = jnp.where(slots.index < shape.hints,
+                   shape.history + shape.group + slots.index, shape.texts)
+  settings: Any = dict(max_match=config.max_match,
+                       factor=config.budget_factor,
+                       least=config.min_probability)
+
+  own = shape.history + slots.index % shape.group
+  text = jnp.arange(shape.texts)
+  live = (text >= shape.history) & (text < shape.history + shape.group)
+
+  def one(query: Array, prompt: Array, hint: Array, length: Array,
+          own: Array) -> Any:
+    allowed = {
+        'group': None,
+        'own': ~live | (text == own),
+        'none': ~live
+    }[config.live]
+    candidates = find_candidates(corpus,
+                                 query,
+                                 prompt,
+                                 hint,
+                                 length,
+                                 depth=width - 1,
+                                 allowed=allowed)
+    if config.branching == 1:
+      return draft_chain(candidates, **settings)
+    return draft_tree(candidates,
+                      nodes=width - 1,
+                      branching=config.branching,
+                      **settings)
+
+  found = jax.vmap(one)(query, slots.prompt, hint, slots.length, own)
+  root = last_tokens(slots)[:, None]
+  if config.branching == 1:
+    return DraftTree(jnp.concatenate([root, found], axis=1),
+                     chain_parents(width))
+  tokens, parents = found
+  return DraftTree(
+      jnp.concatenate([root, tokens], axis=1),
+      jnp.concatenate([jnp.full_like(root, UNUSED), parents], axis=1))
+
+
+@functools.cache
+def tree_cache(width: int, config: TreeCacheConfig) -> Drafter:
+  """Returns SRT's drafter; its state is a Corpus.
+
+  Args:
+    width: W >= 2.
+    config: of the corpus, the same for every width.
+  """
+  return Drafter(init=lambda params, slots: empty_corpus(config.shape),
+                 load=lambda params, state, places, texts, length: load(
+                     state, places, texts, length),
+                 propose=lambda params, state, slots:
+                 (propose(state, slots, config, width), state),
+                 observe=lambda params, state, slots, path, hidden: extend(
+                     state, slots, path, config.shape),
+                 width=width,
+                 corpus=config.shape)

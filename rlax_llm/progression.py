@@ -1,0 +1,44 @@
+"""What a run accumulates besides its parameters, and where its time goes."""
+
+import dataclasses
+import hashlib
+from typing import Callable
+
+import numpy as np
+
+from rlax_llm.types import Rollout
+
+
+@dataclasses.dataclass
+class Progression:
+  """What a run accumulates besides its parameters; in the checkpoint."""
+  tokens_sampled: int = 0
+  tokens_sha256: str = ''  # of all tokens so far, step by step
+  reward_first: float | None = None
+  reward_last: float | None = None
+  accuracy_before: float | None = None
+  accuracy_after: float | None = None
+  wall_seconds: float = 0.0
+
+  def add_tokens(self, rollouts: list[Rollout]) -> None:
+    digest = hashlib.sha256(self.tokens_sha256.encode())
+    for rollout in rollouts:
+      digest.update(np.int32(rollout.length).tobytes())
+      digest.update(rollout.tokens.astype('<i4').tobytes())
+    self.tokens_sha256 = digest.hexdigest()
+    self.tokens_sampled += sum(r.length for r in rollouts)
+
+
+class Stopwatch:
+  """Seconds by name, for `time/*`."""
+
+  def __init__(self, clock: Callable[[], float]) -> None:
+    self._clock = clock
+    self._last = clock()
+    self.seconds: dict[str, float] = {}
+
+  def lap(self, name: str) -> None:
+    """Books the time since the last lap."""
+    now = self._clock()
+    self.seconds[f'time/{name}'] = now - self._last
+    self._last = now

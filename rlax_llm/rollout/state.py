@@ -1,0 +1,42 @@
+"""What outlives a `generate`: the state of rollouts, and its speed values."""
+
+import dataclasses
+
+from rlax_llm.drafting.store import RolloutStore
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutState:
+  """What rollouts of later steps may depend on; host side, checkpointed."""
+  version: int = 0  # policy version: the step whose parameters sample
+  # Past rollouts to draft from; `generate` adds those it makes. None: nothing
+  # is remembered.
+  store: RolloutStore | None = None
+
+
+@dataclasses.dataclass
+class RolloutStats:
+  """Speed values of one `generate`."""
+  tokens: int = 0
+  forwards: int = 0
+  row_forwards: int = 0  # sum over forwards of the rows that decoded
+  slot_forwards: int = 0  # sum over forwards of N
+  node_forwards: int = 0  # sum over forwards of W
+  ahead_tokens: int = 0  # for samples of coming steps
+  segments: int = 0
+  seconds: float = 0.0
+  compile_seconds: float = 0.0
+
+  def metrics(self) -> dict[str, float]:
+    """Returns the metrics under their fixed names."""
+    decoding = max(self.seconds - self.compile_seconds, 1e-9)
+    return {
+        'rollout/tokens': self.tokens,
+        'rollout/tokens_per_second': self.tokens / decoding,
+        'rollout/accept_length': self.tokens / max(self.row_forwards, 1),
+        'rollout/forwards': self.forwards,
+        'rollout/occupancy': self.row_forwards / max(self.slot_forwards, 1),
+        'rollout/width_mean': self.node_forwards / max(self.forwards, 1),
+        'rollout/ahead_tokens': self.ahead_tokens,
+        'rollout/segments': self.segments,
+    }

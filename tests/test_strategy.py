@@ -1,0 +1,104 @@
+"""Width by occupancy, against a simulated machine."""
+
+import pytest
+
+from rlax_llm.drafting.strategy import WidthPolicy
+
+
+def _simulate(cost, accept, *, rows=(32, 16, 8), steps=40, widths=(1, 4)):
+  """Runs whole rollouts; returns (seconds, seconds at W = 1, policy).
+
+  Args:
+    cost: (rows, width) -> seconds of a forward.
+    accept: (step, width) -> tokens per row and forward.
+    rows: the batch thins from the first to the last.
+    steps: rollouts.
+    widths: to choose from.
+  """
+  policy = WidthPolicy(widths)
+  spent = plain = 0.0
+  for step in range(steps):
+    for n in rows:
+      left = 64.0  # tokens of each row
+      while left > 1e-6:
+        width, forwards = policy.choose(n, 64, 32)
+        gain = accept(step, width)
+        used = min(forwards, max(1, -int(-left // gain)))
+        seconds = used * cost(n, width)
+        policy.observe(n,
+                       64,
+                       width,
+                       seconds=seconds,
+                       forwards=used,
+                       row_forwards=used * n,
+                       tokens=int(used * n * gain))
+        spent += seconds
+        left -= used * gain
+      plain += 64 * cost(n, 1)
+  return spent, plain, policy
+
+
+COMPUTE_BOUND = lambda n, w: 1e-4 + 2e-5 * n * w
+MEMORY_BOUND = lambda n, w: 1e-3 + 1e-6 * n * w
+
+
+def test_never_much_slower_than_no_speculation():
+  """Where speculation cannot pay, probing costs under 5 %.
+
+  Mutants: probes have no budget; a failed probe is repeated at once.
+  """
+  for accept in (1.0, 1.3):
+    spent, plain, _ = _simulate(COMPUTE_BOUND,
+                                lambda s, w, a=accept: a if w > 1 else 1.0)
+    assert spent < 1.05 * plain
+
+
+def test_speculation_is_found_where_it_pays():
+  """With free verification and good drafts nearly all of the gain is taken.
+
+  Mutants: never probed; the gain is that of one row.
+  """
+  spent, plain, policy = _simulate(MEMORY_BOUND, lambda s, w: 3.2
+                                   if w > 1 else 1.0)
+  assert plain / spent > 2.8
+  assert policy.choose(32, 64, 32)[0] == 4
+
+
+def test_it_is_found_later_when_drafts_get_better():
+  """An empty cache at first; from the tenth rollout on, drafts are good.
+
+  Mutant: a failed probe is never repeated.
+  """
+  spent, plain, policy = _simulate(MEMORY_BOUND,
+                                   lambda s, w: (3.2 if s >= 10 else 1.0)
+                                   if w > 1 else 1.0,
+                                   steps=60)
+  assert policy.choose(8, 64, 32)[0] == 4
+  assert plain / spent > 1.5
+
+
+def test_few_rows_draft_and_many_do_not():
+  """The width follows the occupancy. Mutant: one gain for every N."""
+  _, _, policy = _simulate(lambda n, w: 1e-3 + 4e-5 * max(n * w - 40, 0),
+                           lambda s, w: 2.5 if w > 1 else 1.0,
+                           rows=(128, 8))
+  assert policy.choose(8, 64, 32)[0] == 4
+  assert policy.choose(128, 64, 32)[0] == 1
+
+
+def test_the_best_of_several_widths_wins():
+  """Each width has its own cost and acceptance. Mutant: the widest wins."""
+  _, _, policy = _simulate(lambda n, w: 1e-3 * (1 + 0.1 * (w - 1)**1.6),
+                           lambda s, w: {
+                               1: 1.0,
+                               4: 3.0,
+                               16: 4.0
+                           }[w],
+                           widths=(1, 4, 16))
+  assert policy.choose(8, 64, 32)[0] == 4
+
+
+@pytest.mark.parametrize('widths', [(1,), ()])
+def test_without_a_choice_there_is_no_speculation(widths):
+  """Only W = 1 to choose from. Mutant: an unlisted width is tried."""
+  assert WidthPolicy(widths).choose(8, 64, 32) == (1, 32)
