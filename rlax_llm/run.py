@@ -17,7 +17,6 @@ from rlax_llm import sharding
 from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
-from rlax_llm.config import validate
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
@@ -33,6 +32,7 @@ from rlax_llm.types import Array
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import TrainState
+from rlax_llm.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,10 @@ class Run:
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts."""
     rollout = self.config.rollout
-    # Nobody drafts from it: keep nothing.
-    kept = rollout.history if rollout.drafter == 'tree_cache' else 0
+    width = rollout.width or max(self.config.control.widths)
+    # Where nobody drafts from it, it keeps nothing.
+    used = rollout.drafter == 'tree_cache' and width > 1
+    kept = rollout.history if used else 0
     return RolloutStore(history=kept,
                         megabytes=rollout.cache_megabytes,
                         tokenizer=self.config.model.tokenizer)

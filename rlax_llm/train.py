@@ -23,6 +23,7 @@ from rlax_llm import manifest
 from rlax_llm import metrics
 from rlax_llm import report
 from rlax_llm.config import Config
+from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import to_dict
 from rlax_llm.drafting.store import RolloutStore
@@ -41,6 +42,7 @@ from rlax_llm.run import make_run
 from rlax_llm.run import Run
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import Params
+from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 from rlax_llm.types import TrainState
 
@@ -96,6 +98,23 @@ def warm_start(run: Run, params: Params, show: Callable[[int, float],
   return state.params
 
 
+def restore_store(store: RolloutStore, text: str | None) -> list[str]:
+  """Restores past rollouts; returns warnings.
+
+  They are hints: a run goes on without them where they cannot be read.
+
+  Raises:
+    ConfigError: they are of another tokenizer.
+  """
+  try:
+    store.restore(text or '')
+  except ValueError as error:
+    if isinstance(error, ConfigError):
+      raise
+    return [f'past rollouts are not restored, drafts start anew: {error}']
+  return []
+
+
 def group_advantages(run: Run, rewards: np.ndarray,
                      unscorable: np.ndarray) -> np.ndarray:
   """Returns float32[B, G]: advantages within each prompt's group.
@@ -120,6 +139,24 @@ def permuted(rewards: np.ndarray, seed: int, step: int) -> np.ndarray:
   return rng.permutation(rewards.reshape(-1)).reshape(rewards.shape)
 
 
+def coming_requests(run: Run, engine: RolloutEngine,
+                    step: int) -> list[Request]:
+  """Returns the requests of a coming step, if any use can be made of them.
+
+  They are for hints only: whatever is wrong with them is reported in their own
+  step, not here.
+  """
+  if not engine.runs_ahead or step >= run.config.num_steps:
+    return []
+  try:
+    return run.requests(run.problems(step),
+                        samples=run.config.rollout.samples_per_prompt,
+                        domain=TRAIN,
+                        step=step)
+  except ConfigError:
+    return []
+
+
 def train_step(loop: Loop, step: int,
                state: TrainState) -> tuple[TrainState, dict, list]:
   """Runs one step: rollout -> reward -> batch -> update.
@@ -142,10 +179,7 @@ def train_step(loop: Loop, step: int,
                           samples=samples_per_prompt,
                           domain=TRAIN,
                           step=step)
-  coming = run.requests(run.problems(step + 1),
-                        samples=samples_per_prompt,
-                        domain=TRAIN,
-                        step=step + 1) if config.control.run_ahead_rows else []
+  coming = coming_requests(run, engine, step + 1)
   rollouts, _ = engine.generate(state.params,
                                 requests,
                                 RolloutState(version=step, store=store),
@@ -252,7 +286,7 @@ def train(config: Config,
   Raises:
     ConfigError: for whatever the user got wrong, before any device work.
   """
-  started = clock()
+  started, compiled = clock(), executables.compile_totals()
   # ---- Config, data, model ---------------------------------------------------
   run = make_run(config, clock=clock)
   config = run.config
@@ -280,7 +314,7 @@ def train(config: Config,
     state: Any = restored
     progression = Progression(**host.get('progression', {}))
     if found:
-      store.restore(host['rollouts'])
+      warnings += restore_store(store, host.get('rollouts'))
     warnings += manifest.write_manifest(workdir,
                                         to_dict(config),
                                         run_id=run_id,
@@ -353,7 +387,7 @@ def train(config: Config,
 
     # ---- Summary -------------------------------------------------------------
     saved.wait()
-  count, seconds = executables.compile_totals()
+  after = executables.compile_totals()
   summary = {
       'steps':
           config.num_steps,
@@ -361,9 +395,9 @@ def train(config: Config,
       'wall_seconds':
           earlier + clock() - started,
       'compile_count':
-          count,
+          after[0] - compiled[0],
       'compile_seconds':
-          seconds,
+          after[1] - compiled[1],
       'parameters_sha256':
           checkpoint.digest_arrays(state.params),
   }

@@ -11,6 +11,7 @@ from rlax_llm import config as config_lib
 from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import testing
+from rlax_llm import validation
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.learning import algorithms
@@ -50,8 +51,38 @@ BAD = [
         'num_steps': -1
     }, ['num_steps=-1', 'at least 0']),
     ({
-        'rollout.width': 0
-    }, ['rollout.width=0', 'at least 1']),
+        'rollout.width': -1
+    }, ['rollout.width=-1', 'at least 0']),
+    ({
+        'rollout.width': 65
+    }, ['rollout.width', '65', 'at most 64']),
+    ({
+        'rollout.width': 0,
+        'control.widths': (1, 400)
+    }, ['control.widths', '400', 'at most 64']),
+    ({
+        'rollout.width': 0,
+        'control.widths': ()
+    }, ['rollout.width=0', 'control.widths is empty']),
+    ({
+        'control.widths': (1, 2.5)
+    }, ['control.widths', '2.5', 'whole numbers']),
+    ({
+        'rollout.history': 10**7
+    }, ['rollout.history=10000000', 'MiB', 'lower rollout.history']),
+    ({
+        'rollout.drafter': 'prompt_lookup',
+        'control.run_ahead_rows': 4
+    }, ['run_ahead_rows=4', "'tree_cache'", 'set them']),
+    ({
+        'rollout.cache_megabytes': 0
+    }, ['cache_megabytes=0', 'at least 1']),
+    ({
+        'rollout.branching': 0
+    }, ['branching=0', 'at least 1']),
+    ({
+        'rollout.draft_least': 1.5
+    }, ['draft_least=1.5', 'at most 1']),
     ({
         'learning.microbatch_rows': 0
     }, ['microbatch_rows=0', 'at least 1']),
@@ -224,9 +255,9 @@ def test_validate_returns_a_frozen_hashable_copy():
   """
   config = testing.tiny_config()
   config.task.options = {'a': [1, {'b': 2}]}
-  frozen = config_lib.validate(config)
-  assert hash(frozen) == hash(config_lib.validate(config))
-  assert frozen == config_lib.validate(config)
+  frozen = validation.validate(config)
+  assert hash(frozen) == hash(validation.validate(config))
+  assert frozen == validation.validate(config)
   for section in (frozen, frozen.learning, frozen.learning.precision):
     name = dataclasses.fields(section)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError, match='frozen'):
@@ -238,7 +269,7 @@ def test_validate_returns_a_frozen_hashable_copy():
   config.task.options['a'] = 7
   assert frozen.seed == 0 and frozen.learning.learning_rate == 3e-3
   assert frozen.task.options['a'] == (1, {'b': 2})
-  assert hash(config_lib.validate(config)) != hash(frozen)
+  assert hash(validation.validate(config)) != hash(frozen)
 
 
 def test_round_trip_through_a_dict():
@@ -250,10 +281,10 @@ def test_round_trip_through_a_dict():
   config.task.options = {'a': (1, 2)}
   config.algorithm.clip_high = 0.28
   again = config_lib.from_dict(config_lib.to_dict(config))
-  assert config_lib.validate(again) == config_lib.validate(config)
-  frozen = config_lib.to_dict(config_lib.validate(config))
-  assert config_lib.validate(
-      config_lib.from_dict(frozen)) == config_lib.validate(config)
+  assert validation.validate(again) == validation.validate(config)
+  frozen = config_lib.to_dict(validation.validate(config))
+  assert validation.validate(
+      config_lib.from_dict(frozen)) == validation.validate(config)
   with pytest.raises(ConfigError, match='learning.momentum'):
     config_lib.from_dict({'learning': {'momentum': 1}})
 

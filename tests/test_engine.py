@@ -352,7 +352,7 @@ def test_no_cache_changes_a_token(name, kind):
 
   And a cache that holds these very rollouts is drafted from with success.
   Mutants: the text of another prompt is loaded; a place is given away before
-  its last sample has ended; done rows write into the next prompt's texts.
+  its last sample has ended.
   """
   world, store = _world(), _filled(kind, history=64)
   drafter = helpers.tree_cache(4 if name == 'cache' else 6,
@@ -412,6 +412,8 @@ def test_running_ahead_changes_no_token():
   assert stats[1].ahead_tokens == 0
   for a, b in zip(plain_stats, stats):
     assert a.tokens == b.tokens
+  # What runs ahead holds nobody up.
+  assert stats[0].forwards <= plain_stats[0].forwards
   accept = lambda s: s.tokens / s.row_forwards
   assert accept(stats[1]) > accept(plain_stats[1]) + 0.1
   hints = 0
@@ -420,6 +422,8 @@ def test_running_ahead_changes_no_token():
     if hint is not None and len(hint):
       hints += 1
       np.testing.assert_array_equal(hint, rollout.tokens[:len(hint)])
+      if len(hint) == rollout.length:  # it foretells all but the last node
+        assert rollout.forwards <= -(-rollout.length // 4) + 1
   assert hints >= 4
   # Hints are no rollouts: the history holds what was sampled for its step.
   for request in helpers.make_requests((4, 4, 4), step=1, seed=5):
@@ -429,6 +433,34 @@ def test_running_ahead_changes_no_token():
         if r.request.request == request.request
     ]
     assert [h.tolist() for h in store.history(request)] == known
+
+
+def test_running_ahead_does_not_keep_the_batch_wide():
+  """Above `run_ahead_rows` the batch is compacted as without run-ahead.
+
+  And what it would say of requests that do not fit is left to their own step.
+  Mutants: free slots run ahead at every N; rows that run ahead are held to be
+  busy when the batch is compacted.
+  """
+  world = _world()
+  requests = helpers.make_requests((20, 8, 8))
+  coming = helpers.make_requests((20, 8, 8), step=1)
+  coming[1] = dataclasses.replace(coming[1], prompt=np.zeros(9, np.int32))
+  spent = []
+  for rows in (0, 4):
+    store = RolloutStore(history=4, megabytes=1, tokenizer='')
+    got, engine = world.generate(requests,
+                                 ahead=coming,
+                                 store=store,
+                                 width=4,
+                                 history=4,
+                                 slots=16,
+                                 segment_forwards=3,
+                                 control=dict(min_slots=2, run_ahead_rows=rows))
+    spent.append(engine.stats.slot_forwards)
+    assert (engine.stats.ahead_tokens > 0) == (rows > 0)
+    assert len(got) == 36
+  assert spent[1] <= 1.25 * spent[0]
 
 
 def test_any_width_at_any_boundary_changes_no_token(monkeypatch):
@@ -683,5 +715,7 @@ def test_mistakes_are_refused():
       world.generate([request])
   with pytest.raises(ConfigError, match='12.*8 devices'):
     _world(ways=8).engine(slots=12)
+  with pytest.raises(ConfigError, match='16 slots need 20 places'):
+    world.engine(drafter=helpers.tree_cache(4, places=19))
   with pytest.raises(ConfigError, match='257.*256'):
     world.engine(max_new_tokens=247, drafter=drafting.prompt_lookup(4))

@@ -33,6 +33,8 @@ ALLOWED = {
     'flags': set(_BASE),
     'manifest': {*_BASE, 'metrics'},
     'plots': {*_BASE, 'metrics'},
+    'progression': set(_BASE),
+    'validation': set(_BASE),
 }
 # Whatever assembles the parts; it may import all of them.
 TOP = {'run', 'learner', 'train', 'evaluate', 'sample', 'report', 'testing'}

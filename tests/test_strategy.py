@@ -98,6 +98,46 @@ def test_the_best_of_several_widths_wins():
   assert policy.choose(8, 64, 32)[0] == 4
 
 
+def test_the_last_of_several_widths_can_win():
+  """A width that pays does not hide a wider one that pays more.
+
+  Mutant: the first width that pays is kept.
+  """
+  spent, plain, policy = _simulate(lambda n, w: 1e-3 * (1 + 0.02 * w),
+                                   lambda s, w: {
+                                       1: 1.0,
+                                       4: 2.5,
+                                       8: 5.0
+                                   }[w],
+                                   widths=(1, 4, 8))
+  assert policy.choose(8, 64, 32)[0] == 8 and plain / spent > 3
+
+
+def test_one_slow_yardstick_is_forgotten():
+  """W = 1 is measured again. Mutant: its cost is that of its second run."""
+  runs = []
+
+  def cost(rows, width):
+    del rows
+    runs.append(width)
+    hiccup = 3 if width == 1 and runs.count(1) in (1, 2) else 1
+    return 1e-3 * (1 if width == 1 else 2.0) * hiccup
+
+  spent, plain, policy = _simulate(cost,
+                                   lambda s, w: 1.3 if w > 1 else 1.0,
+                                   rows=(8,),
+                                   steps=100)
+  used = [policy.choose(8, 64, 32)[0] for _ in range(1)]
+  assert used == [1] or runs[-50:].count(1) > 35
+  assert spent < 1.1 * min(plain, 100 * 64e-3)
+
+
+def test_a_stopped_clock_is_no_error():
+  """Zero seconds tell nothing. Mutant: a division by the cost."""
+  _, _, policy = _simulate(lambda n, w: 0.0, lambda s, w: 1.0)
+  assert policy.choose(8, 64, 32)[0] == 1
+
+
 @pytest.mark.parametrize('widths', [(1,), ()])
 def test_without_a_choice_there_is_no_speculation(widths):
   """Only W = 1 to choose from. Mutant: an unlisted width is tried."""

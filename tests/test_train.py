@@ -15,6 +15,7 @@ from rlax_llm import executables
 from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm.config import ConfigError
+from rlax_llm.drafting.strategy import WidthPolicy
 from rlax_llm.progress import Progress
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.types import EVALUATE
@@ -152,6 +153,71 @@ def test_speculation_and_speed_change_nothing(base, tmp_path, changes):
   """
   summary, _ = _train(tmp_path, **changes)
   _assert_same_run(tmp_path, summary, base)
+
+
+LONG = dict(num_steps=32,
+            evaluate__every=0,
+            checkpoint__every=0,
+            rollout__max_new_tokens=12,
+            rollout__slots=8,
+            control__min_slots=2,
+            rollout__segment_forwards=3)
+
+
+@pytest.fixture(name='plain', scope='module')
+def _plain(tmp_path_factory):
+  """32 steps without speculation, every prompt in every step."""
+  folder = tmp_path_factory.mktemp('plain')
+  return folder, *_train(
+      folder, rollout__width=1, rollout__drafter='none', **LONG)
+
+
+@pytest.mark.parametrize('changes', [
+    pytest.param(dict(rollout__width=4), marks=pytest.mark.slow, id='chain'),
+    pytest.param(dict(
+        rollout__width=6, rollout__branching=3, control__run_ahead_rows=4),
+                 marks=pytest.mark.slow,
+                 id='tree'),
+    pytest.param(dict(
+        rollout__width=0, control__run_ahead_rows=4, control__widths=(1, 3, 4)),
+                 id='random'),
+])
+def test_the_tree_cache_changes_nothing(plain, tmp_path, monkeypatch, changes):
+  """Law: 32 steps over recurring prompts, drafted from the tree cache, with
+  run-ahead, and in one case with a random clock, width and segment length at
+  every boundary: tokens, parameters and metrics are bit-equal.
+
+  Mutants: a sample that ran ahead is trained on; hints enter the history; the
+  learner reads `drafted`.
+  """
+  clock = None
+  if changes['rollout__width'] == 0:
+    rng = random.Random(0)
+    monkeypatch.setattr(
+        WidthPolicy, 'choose', lambda self, rows, capacity, forwards:
+        (rng.choice([1, 3, 4]), rng.randint(1, 5)))
+    clock = rng.random
+  summary, _ = _train(tmp_path, clock=clock, **(LONG | changes))
+  _assert_same_run(tmp_path, summary, plain)
+  rows = [r for r in _rows(tmp_path, 'timing.jsonl') if 'time/step' in r]
+  assert max(r['rollout/accept_length'] for r in rows[1:]) > 1.3
+  assert rows[-1]['rollout/cached_prompts'] == 2
+  ahead = sum(r['rollout/ahead_tokens'] for r in rows)
+  assert (ahead > 0) == ('control__run_ahead_rows' in changes)
+
+
+def test_the_cache_is_in_the_checkpoint(tmp_path):
+  """Law: a continued run drafts from what the first part sampled.
+
+  Mutant: the store is made anew by a restore.
+  """
+  _train(tmp_path, num_steps=2, rollout__width=4, rollout__history=64)
+  _train(tmp_path, num_steps=3, rollout__width=4, rollout__history=64)
+  steps = [r for r in _rows(tmp_path, 'timing.jsonl') if 'time/step' in r]
+  assert [r['step'] for r in steps] == [1, 2, 3]
+  # Eight more rollouts of each of two prompts in every step.
+  sizes = [r['rollout/cache_bytes'] for r in steps]
+  assert sizes[2] > 1.3 * sizes[1] > 1.3 * 1.3 * sizes[0]
 
 
 def test_a_run_in_two_parts_is_the_whole_run(base, tmp_path):

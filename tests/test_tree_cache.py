@@ -155,6 +155,25 @@ def test_the_tree_has_the_most_probable_nodes(seed, branching):
       if score == pytest.approx(best, abs=1e-6))
 
 
+def test_twins_of_a_kept_node_keep_their_children():
+  """Among equal siblings the first two stay, with all that follows them.
+
+  Mutant: ties are broken by the candidate instead of by its node.
+  """
+  tokens = np.asarray([[7, 1], [8, 2], [9, 2], [7, 3], [8, 3], [9, 3]])
+  candidates = trees.Candidates(jnp.asarray(tokens, jnp.int32),
+                                jnp.ones((6, 2), bool), jnp.full(6, 4),
+                                jnp.ones(6, jnp.int32))
+  tokens, parents = trees.draft_tree(candidates,
+                                     nodes=6,
+                                     branching=2,
+                                     **SETTINGS)
+  lines = [
+      (int(tokens[p - 1]), int(t)) for t, p in zip(tokens, parents) if p > 0
+  ]
+  assert sorted(lines) == [(7, 1), (7, 3), (8, 2), (8, 3)]
+
+
 def _best_first(known, nodes, branching):
   """Returns the prefixes in the order of their probabilities."""
   children = collections.defaultdict(list)

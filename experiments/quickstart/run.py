@@ -63,7 +63,6 @@ def main(argv: list[str]) -> None:
         'accuracy_before': summary['accuracy_before'],
         'accuracy_after': summary['accuracy_after'],
         'wall_seconds': round(summary['wall_seconds']),
-        'compile_seconds': round(summary['compile_seconds'], 1),
         'tokens_sampled': summary['tokens_sampled'],
     })
     points = [(line['step'], line['evaluate/accuracy'])

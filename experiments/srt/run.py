@@ -29,7 +29,6 @@ from rlax_llm import learner as learners
 from rlax_llm import train
 from rlax_llm.config import Config
 from rlax_llm.config import freeze
-from rlax_llm.config import validate
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.progression import Progression
 from rlax_llm.rollout.engine import RolloutEngine
@@ -231,7 +230,6 @@ def main(argv: list[str]) -> None:
     for objective in _OBJECTIVES.value:
       config = settings.make_config(_SIZE.value, objective, samples,
                                     _SEED.value)
-      validate(config)
       more, warm = train_and_compare(
           config, settings.SIZES[_SIZE.value]['width'],
           None if warm is None else jax.tree.map(jax.numpy.asarray, warm), {

@@ -2,10 +2,9 @@
 
 import base64
 import collections
-import io
 import json
-from typing import Any, Mapping, Sequence
-import zipfile
+from typing import Sequence
+import zlib
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 
 _TOKEN_BYTES = 4
+_MOST_BYTES = 1 << 34  # that a checkpoint may inflate to
 # Bytes of a dict entry, an array object and its bookkeeping.
 _OVERHEAD = 200
 
@@ -24,8 +24,8 @@ class RolloutStore:
 
   Prompts are told apart by their tokens themselves, so that two of them
   cannot collide. When the budget is exceeded, the prompts that were sampled
-  longest ago leave first. What is stored is a hint to the drafter and nothing
-  else: no training value may read it.
+  longest ago leave first; hints for a coming step come on top. What is stored
+  is a hint to the drafter and nothing else: no training value may read it.
   """
 
   def __init__(self,
@@ -110,17 +110,15 @@ class RolloutStore:
     """Returns the store as text, for a checkpoint; `restore` reads it."""
     prompts = [np.frombuffer(key, '<i4') for key in self._prompts]
     kept = list(self._prompts.values())
-    arrays: dict[str, Any] = {
-        'counts': np.array([len(k) for k in kept], np.int32),
-        'hint_keys': np.array(list(self._hints), np.int32).reshape(-1, 3),
-        **_join('prompt', prompts),
-        **_join('completion', [c for k in kept for c in k]),
-        **_join('hint', list(self._hints.values())),
+    record = {
+        'tokenizer': self._tokenizer,
+        'prompts': _pack(prompts),
+        'completions': _pack([c for k in kept for c in k]),
+        'counts': _pack([np.array([len(k) for k in kept], '<i4')]),
+        'hints': _pack(list(self._hints.values())),
+        'hint_keys': _pack([np.array(key, '<i4') for key in self._hints]),
     }
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    packed = base64.b64encode(file.getvalue()).decode()
-    return json.dumps({'tokenizer': self._tokenizer, 'rollouts': packed})
+    return json.dumps(record)
 
   def restore(self, text: str) -> None:
     """Takes over what `dump` of an earlier run returned.
@@ -128,49 +126,67 @@ class RolloutStore:
     A smaller R or budget than that run's keeps the newest.
 
     Raises:
-      ConfigError: it is of another tokenizer, or not what `dump` returns.
+      ConfigError: it is of another tokenizer.
+      ValueError: it is not what `dump` returns; the store is unchanged.
     """
     try:
       record = json.loads(text)
       theirs = record['tokenizer']
-      file = io.BytesIO(base64.b64decode(record['rollouts'], validate=True))
-      with np.load(file, allow_pickle=False) as arrays:
-        prompts, completions, hints = (
-            _split(name, arrays) for name in ('prompt', 'completion', 'hint'))
-        counts = arrays['counts'].tolist()
-        keys = arrays['hint_keys'].tolist()
-      if (len(counts) != len(prompts) or sum(counts) != len(completions) or
-          len(keys) != len(hints)):
+      prompts, completions, counts, hints, keys = (_unpack(
+          record[name]) for name in ('prompts', 'completions', 'counts',
+                                     'hints', 'hint_keys'))
+      if (len(counts) != 1 or len(counts[0]) != len(prompts) or
+          (counts[0] < 1).any() or counts[0].sum() != len(completions) or
+          len(keys) != len(hints) or any(len(key) != 3 for key in keys)):
         raise ValueError('its parts do not fit together')
-    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as e:
-      raise ConfigError(
-          f'the cached rollouts of the checkpoint are unreadable ({e}); delete '
-          'that checkpoint') from e
+    except (ValueError, KeyError, TypeError, zlib.error) as error:
+      raise ValueError(
+          f'the cached rollouts are unreadable ({error})') from error
     if theirs != self._tokenizer:
       raise ConfigError(
           f'the checkpoint caches rollouts of the tokenizer {theirs!r}, this '
           f'run has {self._tokenizer!r}; give another --workdir')
     left = iter(completions)
-    for prompt, count in zip(prompts, counts):
+    for prompt, count in zip(prompts, counts[0]):
       for _ in range(count):
-        self._add(prompt.astype('<i4').tobytes(), next(left))
+        self._add(prompt.tobytes(), next(left))
     self._evict()
-    self._hints = {tuple(key): hint for key, hint in zip(keys, hints)}
+    self._hints = {
+        (int(step), int(request), int(index)): hint
+        for (step, request, index), hint in zip(keys, hints)
+    }
 
 
-def _join(name: str, parts: list[np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns arrays of different lengths as one, and their lengths."""
-  tokens = np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
-  lengths = np.array([len(part) for part in parts], np.int64)
-  return {f'{name}_tokens': tokens, f'{name}_lengths': lengths}
+def _pack(parts: list[np.ndarray]) -> list[str]:
+  """Returns arrays of different lengths as two texts: tokens and lengths."""
+  lengths = np.array([len(part) for part in parts], '<i4')
+  tokens = np.concatenate([np.zeros(0, '<i4'), *parts]).astype('<i4')
+  return [
+      base64.b64encode(zlib.compress(x.tobytes(), level=1)).decode()
+      for x in (tokens, lengths)
+  ]
 
 
-def _split(name: str, arrays: Mapping[str, Any]) -> list[np.ndarray]:
-  """Undoes `_join`."""
-  tokens, lengths = arrays[f'{name}_tokens'], arrays[f'{name}_lengths']
+def _unpack(texts: list[str]) -> list[np.ndarray]:
+  """Undoes `_pack`.
+
+  Raises:
+    ValueError, zlib.error: the texts are damaged.
+  """
+  tokens, lengths = (_inflate(text) for text in texts)
   if lengths.sum() != len(tokens) or (lengths < 0).any():
-    raise ValueError(f'{len(tokens)} {name} tokens instead of {lengths.sum()}')
-  return np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    raise ValueError(f'{len(tokens)} tokens instead of {lengths.sum()}')
+  # Copies: a view would keep the whole buffer alive.
+  ends = np.cumsum(lengths)
+  return [tokens[e - n:e].copy() for e, n in zip(ends, lengths)]
+
+
+def _inflate(text: str) -> np.ndarray:
+  stream = zlib.decompressobj()
+  raw = stream.decompress(base64.b64decode(text, validate=True), _MOST_BYTES)
+  if not stream.eof:
+    raise ValueError(f'more than {_MOST_BYTES} bytes, or cut off')
+  return np.frombuffer(raw, '<i4')
 
 
 def corpus_texts(store: RolloutStore | None, requests: Sequence[Request],

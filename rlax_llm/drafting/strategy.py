@@ -10,8 +10,8 @@ from typing import Sequence
 # A probe is a short segment at a width whose gain is not known: so many rows
 # times forwards, and so many forwards at least and at most.
 _PROBE_ROWS, _PROBE_LEAST, _PROBE_MOST = 64, 2, 8
-# What probes of one (N, S, W) may lose against W = 1, as a share of the time
-# spent there.
+# What probes of one (N, S, W) may lose, as a share of the time spent at
+# (N, S).
 _PROBE_SHARE = 0.02
 _MEMORY = 0.7  # of the moving averages, by segment
 _MARGIN = 1.03  # a wider draft must promise so much more than W = 1
@@ -23,7 +23,7 @@ class _Record:
   runs: int = 0
   cost: float = 0.0  # seconds of a forward
   accept: float = 1.0  # tokens per row and forward
-  lost: float = 0.0  # seconds, against W = 1
+  lost: float = 0.0  # seconds, against the best width
 
   def add(self, cost: float, accept: float) -> None:
     self.runs += 1
@@ -37,12 +37,12 @@ class _Record:
 class WidthPolicy:
   """Chooses W for every segment: the most tokens per second expected.
 
-  With cost(N, S, W), measured seconds of a forward, and accept(N, S, W),
-  measured tokens committed per row and forward, W pays if accept(N, S, W) *
-  cost(N, S, 1) exceeds cost(N, S, W). What is not known is probed by short
-  segments; where W did not pay it is probed again, since acceptance changes as
-  the cache fills and the policy sharpens, as often as keeps the loss below a
-  small share of the time spent at that (N, S).
+  The rate of W at (N, S) is accept / cost: measured tokens committed per row
+  and forward, over measured seconds of a forward. The width of the highest
+  rate is used, W > 1 only if it is clearly above that of W = 1. Every other
+  width is probed by short segments now and then, since machines change their
+  speed, the cache fills and the policy sharpens: as often as keeps what probes
+  lose below a small share of the time spent at that (N, S).
   """
 
   def __init__(self, widths: Sequence[int]) -> None:
@@ -59,18 +59,15 @@ class WidthPolicy:
       capacity: S.
       forwards: what the segment may spend if nothing is probed.
     """
-    if self._record(rows, capacity, 1).runs < 2:
+    if self._rate(rows, capacity, 1) is None:
       return 1, forwards  # The yardstick comes first.
-    gains = {w: self._gain(rows, capacity, w) for w in self._widths}
-    best = max(self._widths, key=lambda w: (gains[w] or 0.0, -w))
-    if (gains[best] or 0.0) >= _MARGIN and best != 1:
-      return best, forwards
+    best = self._best(rows, capacity)
     budget = _PROBE_SHARE * self._seconds[rows, capacity]
-    for width in self._widths[1:]:
-      if self._record(rows, capacity, width).lost <= budget:
+    for width in self._widths:
+      if (width != best and self._record(rows, capacity, width).lost <= budget):
         wanted = -(-_PROBE_ROWS // rows)
         return width, min(forwards, max(_PROBE_LEAST, min(wanted, _PROBE_MOST)))
-    return 1, forwards
+    return best, forwards
 
   def observe(self, rows: int, capacity: int, width: int, *, seconds: float,
               forwards: int, row_forwards: int, tokens: int) -> None:
@@ -92,19 +89,23 @@ class WidthPolicy:
     record = self._record(rows, capacity, width)
     accept = tokens / row_forwards
     record.add(seconds / forwards, accept)
-    if record.runs > 1:
-      # At W = 1 the same tokens had taken accept times as many forwards.
-      plain = self._record(rows, capacity, 1).cost * forwards * accept
-      record.lost = max(record.lost + seconds - plain, 0.0)
+    best = self._rate(rows, capacity, self._best(rows, capacity))
+    if record.runs > 1 and best:
+      # What the best width had taken for the same tokens.
+      record.lost = max(record.lost + seconds - accept * forwards / best, 0.0)
 
   def _record(self, rows: int, capacity: int, width: int) -> _Record:
     return self._records.setdefault((rows, capacity, width), _Record())
 
-  def _gain(self, rows: int, capacity: int, width: int) -> float | None:
-    """Returns tokens per second over those of W = 1; None if unknown."""
-    if width == 1:
-      return 1.0
+  def _rate(self, rows: int, capacity: int, width: int) -> float | None:
+    """Returns tokens per row and second; None if unknown."""
     record = self._record(rows, capacity, width)
-    if record.runs < 2:
+    if record.runs < 2 or record.cost <= 0:
       return None
-    return record.accept * self._record(rows, capacity, 1).cost / record.cost
+    return record.accept / record.cost
+
+  def _best(self, rows: int, capacity: int) -> int:
+    """Returns the width to use as far as is known."""
+    rate = lambda w: self._rate(rows, capacity, w) or 0.0
+    best = max(self._widths, key=lambda w: (rate(w), -w))
+    return best if rate(best) >= _MARGIN * rate(1) else 1

@@ -57,7 +57,8 @@ class TreeCacheConfig(NamedTuple):
   Attributes:
     shape: of the corpus.
     branching: children of a node at most; 1 drafts a chain.
-    max_match: longest suffix compared, tokens; a multiple of 4.
+    max_match: longest suffix compared, tokens; a multiple of 4. Lengths above
+      4 are tried sparsely: 6, 9, 13, ...
     budget_factor: a match of m tokens is trusted for at most
       floor(budget_factor * m) nodes when drafts are compared.
     min_probability: nodes less probable than this count nothing.
@@ -237,7 +238,11 @@ def _budgets(thresholds: Array, nodes: int, factor: float) -> Array:
 
 def draft_chain(candidates: Candidates, *, max_match: int, factor: float,
                 least: float) -> Array:
-  """Returns int32[depth], the continuation with the most expected tokens."""
+  """Returns int32[depth], the continuation with the most expected tokens.
+
+  It is never cut: what lies behind its text's end, its budget or the least
+  probability costs nothing, and is garbage where there is no match at all.
+  """
   depth = candidates.tokens.shape[1]
   thresholds = jnp.asarray(_thresholds(max_match), jnp.int32)
   budget = _budgets(thresholds, depth, factor)[:, None]
@@ -283,7 +288,9 @@ def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
   before = jnp.pad(agree[:, :-1], ((0, 0), (1, 0), (0, 0)),
                    constant_values=True)
   theirs, mine = own.swapaxes(1, 2)[..., None], probability[:, None]
-  heavier = (theirs > mine) | ((theirs == mine) & earlier[None])
+  first = jnp.argmax(member[:, :, None, None] & agree[None], axis=1)
+  before_me = order[None, :, None, None] < first[:, None]  # [M, j, depth, i]
+  heavier = (theirs > mine) | ((theirs == mine) & before_me)
   heavier = heavier & (theirs > 0) & (before & ~agree)[None]
   rank = jnp.sum(heavier, axis=1, dtype=jnp.int32)
   kept = jnp.cumprod((rank < branching).astype(jnp.int32), axis=1) > 0
@@ -380,6 +387,8 @@ def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
     config: static.
     width: W >= 2; static.
   """
+  if config.max_match % _WORD:
+    raise ValueError(f'max_match={config.max_match} is no multiple of {_WORD}')
   tail = _window(slots, slots.length - config.max_match, config.max_match)
   query = pack_words(tail)[:, _WORD - 1::_WORD][:, ::-1]
   shape = config.shape

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Path
-from rlax_llm.types import UNUSED
 
 
 def ancestors(parents: Array) -> Array:
@@ -61,8 +60,8 @@ def follow(tree: DraftTree, target_tokens: Array) -> Path:
   twin = siblings & (tree.tokens[:, None] == tree.tokens[None])
   earlier_twin = jnp.any(twin & (node[None] < node[:, None]), axis=-1)
   wanted = target_tokens[jnp.maximum(tree.parents, 0)]
-  taken = (tree.tokens == wanted) & ~earlier_twin & (tree.parents != UNUSED)
-  taken = taken | (node == 0)
+  # A node without a parent is not on a line to the root: see `reached`.
+  taken = ((tree.tokens == wanted) & ~earlier_twin) | (node == 0)
   line = ancestors(tree.parents)
   # A node is reached if it and all its ancestors are taken and one is node 0.
   reached = jnp.all(taken[None] | ~line, axis=-1) & line[:, 0]

@@ -83,7 +83,7 @@ class _Table:
     return [i for i, owner in enumerate(self.owners) if owner is not None]
 
   def counted(self) -> np.ndarray:
-    """Returns bool[N]: not a row that runs ahead."""
+    """Returns bool[N]: not a row that runs ahead; free slots count."""
     return np.array([o is None or not o.ahead for o in self.owners])
 
 
@@ -164,6 +164,7 @@ class RolloutEngine:
           f'prompt {rollout.prompt_length} + new tokens '
           f'{rollout.max_new_tokens} + width {width} = {total} exceed '
           f'model.max_positions={model.max_positions}; shorten one of them')
+    self._check_corpus(rollout)
     self._capacities = list_capacities(rollout, width)
     self._row_counts = self._list_row_counts()
     # A width that the config fixes is not chosen.
@@ -179,6 +180,18 @@ class RolloutEngine:
     self.stats = RolloutStats()
     self.reads = 0  # device-to-host reads since the start
 
+  def _check_corpus(self, rollout: RolloutConfig) -> None:
+    """Refuses a drafter of yours whose corpus cannot hold what is sampled."""
+    corpus = self._widest.corpus
+    if corpus is None:
+      return
+    places = rollout.slots + self._block_rows
+    if corpus.prompts < places or corpus.capacity < rollout.prompt_length:
+      raise ConfigError(
+          f"the drafter's corpus has {corpus.prompts} places of "
+          f'{corpus.capacity} tokens; {rollout.slots} slots need {places} '
+          f'places of at least {rollout.prompt_length}: enlarge its shape')
+
   def _make_drafters(self) -> dict[int, Drafter]:
     """Returns the config's drafter by width."""
     rollout, control = self._rollout, self._control
@@ -189,9 +202,9 @@ class RolloutEngine:
     group = rollout.samples_per_prompt
     ahead = bool(control.run_ahead_rows)
     shape = CorpusShape(
-        # Every slot may hold the last sample of another prompt while whole
-        # blocks of new prompts come in, of this step and of the next.
-        prompts=rollout.slots + (2 if ahead else 1) * self._block_rows,
+        # Every slot may hold the last sample of another prompt while a whole
+        # block of new prompts comes in.
+        prompts=rollout.slots + self._block_rows,
         capacity=list_capacities(rollout, widest)[-1],
         history=rollout.history,
         group=group,
@@ -280,7 +293,9 @@ class RolloutEngine:
                                     self._rollout.prompt_length)
 
     queue = _Queue(requests, self._block_rows, False, prefill)
-    coming = _Queue(ahead if self._runs_ahead(state) else (), self._block_rows,
+    # A hint must not fail a step: what does not fit is left to its own step.
+    fit = [r for r in ahead if self._fits(r)] if self.runs_ahead else []
+    coming = _Queue(fit if state.store is not None else [], self._block_rows,
                     True, prefill)
     results: list[Rollout | None] = [None] * len(queue.samples)
     while True:
@@ -288,8 +303,9 @@ class RolloutEngine:
       if not any(o and not o.ahead for o in table.owners):
         break
       if not queue.samples:
-        self._compact(table)
-        self._admit(table, coming, places)
+        self._compact(table, places)
+        if len(table.owners) <= self._ahead_rows:
+          self._admit(table, coming, places)
       self._grow(table)
       self._decode(params, table, bool(queue.samples), state, results, places)
     if state.store is not None:
@@ -298,14 +314,29 @@ class RolloutEngine:
     self.stats.compile_seconds = self.pool.seconds - compiled
     return results, state  # type: ignore[return-value]
 
-  def _runs_ahead(self, state: RolloutState) -> bool:
+  @property
+  def runs_ahead(self) -> bool:
+    """Whether `generate` makes use of the requests of a coming step."""
     return bool(self._control.run_ahead_rows and self._widest.corpus and
-                state.store is not None)
+                self._widest.corpus.hints)
+
+  @property
+  def _ahead_rows(self) -> int:
+    """Returns the N at and below which free slots run ahead."""
+    if not self.runs_ahead:
+      return 0
+    wanted = self._control.run_ahead_rows
+    # Never below the least N that compaction can reach.
+    return max([n for n in self._row_counts if n <= wanted],
+               default=self._row_counts[-1])
+
+  def _fits(self, request: Request) -> bool:
+    return 0 < len(request.prompt) <= self._rollout.prompt_length
 
   def _check(self, requests: Sequence[Request]) -> None:
     longest = self._rollout.prompt_length
     for request in requests:
-      if not 0 < len(request.prompt) <= longest:
+      if not self._fits(request):
         raise ConfigError(
             f'request {request.request} of step {request.step} has '
             f'{len(request.prompt)} prompt tokens; rollout.prompt_length '
@@ -327,14 +358,23 @@ class RolloutEngine:
       table.slots = self._executor.admit(table.slots, blocks.block, taken,
                                          self._rollout.max_new_tokens)
 
-  def _compact(self, table: _Table) -> None:
-    """Shrinks N to the least count that holds the rows still decoding."""
-    busy, rows = table.busy(), len(table.owners)
-    least = max(len(busy), min(self._control.run_ahead_rows, rows))
+  def _compact(self, table: _Table, places: Places | None) -> None:
+    """Shrinks N to the least count that holds the rows still decoding.
+
+    Rows that run ahead stay as far as there is room for them then.
+    """
+    rows = len(table.owners)
+    main = [i for i, o in enumerate(table.owners) if o and not o.ahead]
+    least = max(len(main), min(self._ahead_rows, rows))
     target = min(n for n in self._row_counts if least <= n <= rows)
     if target < rows:
+      ahead = [i for i, o in enumerate(table.owners) if o and o.ahead]
       free = [i for i, owner in enumerate(table.owners) if owner is None]
-      kept = (busy + free)[:target]
+      kept = (main + ahead + free)[:target]
+      for slot in set(ahead) - set(kept):
+        owner = table.owners[slot]
+        if places and owner:
+          places.collect(owner.group)
       table.slots = self._executor.gather(table.slots, kept)
       table.owners = [table.owners[i] for i in kept]
 
@@ -352,11 +392,9 @@ class RolloutEngine:
     rows = len(table.owners)
     if pending:
       return max(1, math.ceil(self._control.refill_threshold * rows))
+    fewer = [n for n in self._row_counts if self._ahead_rows <= n < rows]
+    # Free slots are done, and count.
     counted = int(np.sum(table.counted()))
-    fewer = [
-        n for n in self._row_counts if self._control.run_ahead_rows <= n < rows
-    ]
-    # Rows that run ahead leave when the others fit without them.
     return min(rows - max(fewer), counted) if fewer else counted
 
   def _choose_width(self, rows: int, capacity: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import functools
 from typing import Any, Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -13,6 +14,7 @@ from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout import slots as slot_ops
+from rlax_llm.types import Array
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Slots
@@ -28,6 +30,7 @@ class Executor:
     self._seed = seed
     self._mesh = mesh
     self._rows = sharding.rows(mesh)
+    self._columns = sharding.microbatches(mesh)
     self._replicated = sharding.replicated(mesh)
     self.pool = pool
 
@@ -48,15 +51,14 @@ class Executor:
   def prefill(self, params: Params, prompts: Sequence[np.ndarray], rows: int,
               capacity: int) -> slot_ops.PromptBlock:
     """Prefills at most `rows` prompts of at most `capacity` tokens."""
-    tokens = np.zeros((rows, capacity), np.int32)
-    length = np.ones(rows, np.int32)
+    packed = np.zeros((rows, capacity + 1), np.int32)
+    packed[:, -1] = 1
     for row, prompt in enumerate(prompts):
-      tokens[row, :len(prompt)] = prompt
-      length[row] = len(prompt)
-    tokens, length = jax.device_put((tokens, length), self._replicated)
+      packed[row, :len(prompt)] = prompt
+      packed[row, -1] = len(prompt)
     return self._run('prefill', (rows, capacity),
-                     functools.partial(slot_ops.prefill, model=self._model),
-                     params, tokens, length)
+                     functools.partial(_prefill, model=self._model), params,
+                     jax.device_put(packed, self._replicated))
 
   def admit(self, slots: Slots, block: slot_ops.PromptBlock,
             taken: Mapping[int, tuple[int, Request, int,
@@ -71,20 +73,17 @@ class Executor:
       max_new_tokens: T.
     """
     rows, capacity = slots.text.shape
-    fields: Any = np.zeros((7, rows), np.int32)
-    take: Any = np.zeros(rows, bool)
+    fields = np.zeros((8, rows), np.int32)
     for slot, (source, request, index, place) in taken.items():
-      take[slot] = True
-      fields[:, slot] = (source, max_new_tokens, request.domain, request.step,
-                         request.request, index, place)
-    admission = jax.device_put(slot_ops.Admission(take, *fields), self._rows)
+      fields[:, slot] = (True, source, max_new_tokens, request.domain,
+                         request.step, request.request, index, place)
     shape = (rows, capacity, *block.tokens.shape, self._seed)
     return self._run('admit',
                      shape,
-                     functools.partial(slot_ops.admit, seed=self._seed),
+                     functools.partial(_admit, seed=self._seed),
                      slots,
                      block,
-                     admission,
+                     jax.device_put(fields, self._columns),
                      donate_argnums=(0,),
                      out_shardings=self._rows)
 
@@ -117,13 +116,17 @@ class Executor:
   def load(self, params: Params, state: Any, drafter: Drafter,
            places: Sequence[int], texts: np.ndarray, length: np.ndarray) -> Any:
     """Gives the drafter the texts of prompts; its state is donated."""
-    arrays = jax.device_put((np.asarray(places, np.int32), texts, length),
-                            self._replicated)
+    packed = np.concatenate(
+        [np.asarray(places, np.int32),
+         length.ravel(),
+         texts.ravel()])
     return self._run('load', (drafter.load, texts.shape),
-                     drafter.load,
+                     functools.partial(_load,
+                                       load=drafter.load,
+                                       shape=texts.shape),
                      params,
                      state,
-                     *arrays,
+                     jax.device_put(packed, self._replicated),
                      donate_argnums=(1,),
                      out_shardings=self._replicated)
 
@@ -141,10 +144,8 @@ class Executor:
       done_rows: see `segments.Limits`.
       counted: bool[N], see `segments.Limits`.
     """
-    spent, done = jax.device_put((np.int32(forwards), np.int32(done_rows)),
-                                 self._replicated)
-    limits = segments.Limits(spent, done, jax.device_put(counted, self._rows))
-    run = functools.partial(segments.segment,
+    limits = np.r_[forwards, done_rows, counted].astype(np.int32)
+    run = functools.partial(_segment,
                             model=self._model,
                             drafter=drafter,
                             config=self._config)
@@ -153,7 +154,38 @@ class Executor:
                      params,
                      slots,
                      state,
-                     limits,
+                     jax.device_put(limits, self._replicated),
                      donate_argnums=(1, 2),
                      out_shardings=(self._rows, self._replicated,
                                     self._replicated))
+
+
+# What the host sends at a boundary goes over as one array: on CPU every
+# transfer costs as much as a forward of few rows.
+
+
+def _prefill(params: Params, packed: Array, *,
+             model: LanguageModel) -> slot_ops.PromptBlock:
+  return slot_ops.prefill(params, packed[:, :-1], packed[:, -1], model=model)
+
+
+def _admit(slots: Slots, block: slot_ops.PromptBlock, fields: Array, *,
+           seed: int) -> Slots:
+  admission = slot_ops.Admission(fields[0].astype(bool), *fields[1:])
+  return slot_ops.admit(slots, block, admission, seed=seed)
+
+
+def _load(params: Params, state: Any, packed: Array, *, load: Callable,
+          shape: tuple[int, int, int]) -> Any:
+  count, texts, _ = shape
+  ends = (count, count + count * texts)
+  places, length, tokens = jnp.split(packed, ends)
+  return load(params, state, places, tokens.reshape(shape),
+              length.reshape(count, texts))
+
+
+def _segment(params: Params, slots: Slots, state: Any, limits: Array,
+             **static: Any) -> tuple[Slots, Any, segments.Counters]:
+  return segments.segment(
+      params, slots, state,
+      segments.Limits(limits[0], limits[1], limits[2:].astype(bool)), **static)

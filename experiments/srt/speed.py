@@ -1,0 +1,176 @@
+"""Speculation against W = 1, on the same rollouts, in interleaved pairs.
+
+  python -m experiments.srt.speed --rows=8,32,128
+
+The quickstart's model after its warm start generates 11 steps of problems,
+twice: in the first epoch the tree cache holds nothing, in the second it holds
+the first. In turn: W = 1; the tree cache at W = --width; the width policy; and,
+for the price of drafting, a constant draft of the same width. Parameters stay
+as they are. Writes speed.csv into --out: ratios of times by pair, compilation
+apart, and what accept length over the cost of verification would allow.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax.numpy as jnp
+
+from configs import quickstart
+from experiments import common
+from rlax_llm import executables
+from rlax_llm import train
+from rlax_llm.config import freeze
+from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting.drafter import Drafter
+from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.rollout.state import RolloutState
+from rlax_llm.run import make_run
+from rlax_llm.run import Run
+from rlax_llm.types import DraftTree
+from rlax_llm.types import Slots
+from rlax_llm.types import TRAIN
+
+_ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Rows decoded together.')
+_WIDTH = flags.DEFINE_integer('width', 4, 'W of the fixed arm.')
+_PAIRS = flags.DEFINE_integer('pairs', 11, 'Steps in an epoch.')
+_OUT = flags.DEFINE_string('out', 'experiments/srt', 'Where the table goes.')
+_SAMPLES = 8
+
+
+def constant_drafter(width: int) -> Drafter:
+  """Returns a drafter that costs nothing and is hardly ever right."""
+
+  def propose(slots: Slots) -> DraftTree:
+    root = drafting.last_tokens(slots)[:, None]
+    wrong = jnp.full((root.shape[0], width - 1), 1, jnp.int32)
+    return DraftTree(jnp.concatenate([root, wrong], axis=1),
+                     drafting.chain_parents(width))
+
+  return drafting.stateless(propose, width)
+
+
+def make_engines(run: Run, rows: int, width: int) -> dict[str, RolloutEngine]:
+  """Returns an engine for each arm."""
+
+  def make(drafter: Drafter | None = None, **changes: Any) -> RolloutEngine:
+    rollout = dataclasses.replace(run.config.rollout, slots=rows, **changes)
+    control = dataclasses.replace(run.config.control, widths=(1, width))
+    return RolloutEngine(run.model,
+                         rollout=freeze(rollout),
+                         control=freeze(control),
+                         sampling=run.sampling,
+                         eos_ids=run.tokenizer.eos_ids,
+                         seed=run.config.seed,
+                         mesh=run.mesh,
+                         drafter=drafter,
+                         pool=run.pool)
+
+  return {
+      'W = 1': make(width=1),
+      'tree cache': make(width=width),
+      'policy': make(width=0),
+      'constant': make(constant_drafter(width)),
+  }
+
+
+def measure(run: Run, params: Any, rows: int, width: int,
+            pairs: int) -> list[dict[str, Any]]:
+  """Returns a row for each (epoch, arm).
+
+  Raises:
+    RuntimeError: an arm's tokens are not those of W = 1.
+  """
+  engines = make_engines(run, rows, width)
+  stores = {name: run.rollout_store() for name in engines}
+  prompts = max(2 * rows // _SAMPLES, 4)
+  seconds: dict[tuple[int, str], list[float]] = {}
+  totals: dict[tuple[int, str], list[int]] = {}
+
+  def generate(name: str, epoch: int, first: int) -> Any:
+    problems = [
+        run.task.problem('train', first * prompts + i) for i in range(prompts)
+    ]
+    requests = run.requests(problems,
+                            samples=_SAMPLES,
+                            domain=TRAIN,
+                            step=epoch * pairs + first)
+    engine = engines[name]
+    compiled, start = run.pool.seconds, time.perf_counter()
+    rollouts, _ = engine.generate(params, requests,
+                                  RolloutState(store=stores[name]))
+    spent = time.perf_counter() - start - (run.pool.seconds - compiled)
+    return spent, engine.stats, [r.tokens.tolist() for r in rollouts]
+
+  for name in engines:  # compiles; of problems that do not come again
+    for _ in range(3):
+      generate(name, 9, pairs + 1)
+  for epoch in (0, 1):
+    for step in range(pairs):
+      names = list(engines)
+      want = None
+      for name in names[step % 4:] + names[:step % 4]:
+        spent, stats, tokens = generate(name, epoch, step)
+        want = want or tokens
+        if tokens != want:
+          raise RuntimeError(f'{name} changed a token in step {step}')
+        seconds.setdefault((epoch, name), []).append(spent)
+        total = totals.setdefault((epoch, name), [0, 0, 0])
+        for i, value in enumerate(
+            (stats.tokens, stats.row_forwards, stats.forwards)):
+          total[i] += value
+  table = []
+  for (epoch, name), mine in sorted(seconds.items()):
+    plain = seconds[epoch, 'W = 1']
+    low, middle, high = common.ratio_bounds(mine, plain)
+    forward = lambda n, e=epoch: sum(seconds[e, n]) / totals[e, n][2]
+    tokens, row_forwards, _ = totals[epoch, name]
+    table.append({
+        'rows':
+            rows,
+        'epoch':
+            epoch + 1,
+        'arm':
+            name,
+        'accept_length':
+            round(tokens / row_forwards, 3),
+        'forward_over_w1':
+            round(forward(name) / forward('W = 1'), 3),
+        'drafting_share':
+            round(1 - forward('constant') / forward(name), 3)
+            if name == 'tree cache' else '',
+        'time_over_w1':
+            round(middle, 3),
+        'low':
+            round(low, 3),
+        'high':
+            round(high, 3),
+        'speedup':
+            round(1 / middle, 3),
+        'median_seconds':
+            round(statistics.median(mine), 4),
+    })
+  return table
+
+
+def main(argv: list[str]) -> None:
+  """Warm-starts the quickstart's model and measures."""
+  del argv
+  common.use_device()
+  executables.enable_compilation_cache()
+  config = quickstart.get_config()
+  config.task.epoch_prompts = 0  # epochs are made here
+  run = make_run(config)
+  params = train.warm_start(run, run.init_params(), lambda done, loss: None)
+  table: list[dict[str, Any]] = []
+  for rows in map(int, _ROWS.value):
+    table += measure(run, params, rows, _WIDTH.value, _PAIRS.value)
+  common.write_csv(pathlib.Path(_OUT.value) / 'speed.csv', table)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,244 @@
+"""`validate`: every fact that one config can be checked for."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from rlax_llm.config import Config
+from rlax_llm.config import ConfigError
+from rlax_llm.config import ControlConfig
+from rlax_llm.config import DRAFTERS
+from rlax_llm.config import freeze
+from rlax_llm.config import ModelConfig
+from rlax_llm.config import nearest
+from rlax_llm.config import RolloutConfig
+from rlax_llm.config import Section
+
+# What the string fields may hold; the modules that implement them are tested
+# against these.
+_CHOICES = {
+    'task.prompt_format': ('question', 'short'),
+    'task.answer_format':
+        ('tag', 'scratchpad', 'last_line', 'after_equals', 'all'),
+    'task.match': ('numeric', 'exact'),
+    'rollout.drafter': DRAFTERS,
+    'learning.schedule': ('constant', 'linear', 'cosine'),
+    'learning.old_logprobs': ('recompute', 'sampler'),
+    'learning.precision.parameters': ('float32', 'bfloat16'),
+    'learning.precision.compute': ('float32', 'bfloat16'),
+    'learning.precision.head': ('float32', 'bfloat16'),
+}
+_AT_LEAST: dict[str, float] = {
+    'seed': 0,
+    'num_steps': 0,
+    'task.prompts_per_step': 1,
+    'task.epoch_prompts': 0,
+    'task.trace_unfinished': 0,
+    'task.verifier_processes': 1,
+    'model.layers': 1,
+    'model.width': 1,
+    'model.heads': 1,
+    'model.kv_heads': 1,
+    'model.head_dim': 0,
+    'model.mlp_width': 1,
+    'model.vocabulary': 0,
+    'sft.steps': 0,
+    'sft.sequences_per_step': 1,
+    'sft.warmup_steps': 0,
+    'rollout.samples_per_prompt': 1,
+    'rollout.max_new_tokens': 1,
+    'rollout.prompt_length': 1,
+    'rollout.slots': 1,
+    'rollout.width': 0,
+    'rollout.branching': 1,
+    'rollout.draft_least': 0,
+    'rollout.history': 0,
+    'rollout.cache_megabytes': 1,
+    'rollout.segment_forwards': 1,
+    'rollout.min_capacity': 1,
+    'control.min_slots': 1,
+    'control.run_ahead_rows': 0,
+    'learning.warmup_steps': 0,
+    'learning.minibatches': 1,
+    'learning.row_length': 0,
+    'learning.microbatch_rows': 1,
+    'learning.score_chunk': 1,
+    'learning.weight_decay': 0,
+    'mesh.data': 0,
+    'checkpoint.every': 0,
+    'checkpoint.keep': 1,
+    'evaluate.every': 0,
+    'evaluate.problems': 1,
+    'evaluate.samples': 1,
+    'evaluate.temperature': 0,
+}
+_ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
+               'learning.max_grad_norm', 'learning.epsilon',
+               'task.verifier_seconds', 'model.rope_theta',
+               'model.norm_epsilon', 'model.init_scale',
+               'control.refill_threshold')
+
+_SHARES = ('control.refill_threshold', 'task.trace_unfinished',
+           'rollout.draft_least')
+
+
+def _get(config: Config, path: str) -> Any:
+  value: Any = config
+  for name in path.split('.'):
+    value = getattr(value, name)
+  return value
+
+
+def validate(config: Config) -> Config:
+  """Checks every fact that one config can be checked for.
+
+  Args:
+    config: as a config file returned it.
+
+  Returns:
+    A frozen, hashable copy.
+
+  Raises:
+    ConfigError: one line that names the value, the limit and the way out.
+  """
+  _check_types(config)
+  for path, choices in _CHOICES.items():
+    if _get(config, path) not in choices:
+      raise ConfigError(
+          f'{path}={_get(config, path)!r} is unknown'
+          f'{nearest(str(_get(config, path)), choices)}; it is one of '
+          f'{", ".join(choices)}')
+  for path, least in _AT_LEAST.items():
+    if not _get(config, path) >= least:
+      raise ConfigError(f'{path}={_get(config, path)} must be at least {least}')
+  for path in _ABOVE_ZERO:
+    if not 0 < _get(config, path) < float('inf'):
+      raise ConfigError(f'{path}={_get(config, path)} must be above 0')
+  _validate_model(config.model)
+  _validate_rollout(config.rollout, config.control, config.model)
+  if not 0 < config.evaluate.top_p <= 1:
+    raise ConfigError(
+        f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
+  for name in ('b1', 'b2'):
+    value = getattr(config.learning, name)
+    if not 0 <= value < 1:
+      raise ConfigError(f'learning.{name}={value} must be in [0, 1)')
+  for path in _SHARES:
+    if _get(config, path) > 1:
+      raise ConfigError(f'{path}={_get(config, path)} is a share; it must be '
+                        'at most 1')
+  if config.task.prompts_per_step % config.learning.minibatches:
+    raise ConfigError(
+        f'task.prompts_per_step={config.task.prompts_per_step} is not '
+        f'divisible by learning.minibatches={config.learning.minibatches}; '
+        'every optimizer step takes whole groups')
+  longest = config.rollout.prompt_length + config.rollout.max_new_tokens
+  if 0 < config.learning.row_length < longest:
+    raise ConfigError(
+        f'learning.row_length={config.learning.row_length} cannot hold a '
+        f'prompt of {config.rollout.prompt_length} and '
+        f'{config.rollout.max_new_tokens} new tokens; use at least {longest}, '
+        'or 0 to have it chosen')
+  return freeze(config)
+
+
+def _check_types(section: Section, prefix: str = '') -> None:
+  """Refuses values of another type: a config file may assign anything."""
+  for field in dataclasses.fields(section):  # type: ignore[arg-type]
+    value = getattr(section, field.name)
+    kind: Any = field.type
+    if isinstance(value, Section) and isinstance(value, kind):
+      _check_types(value, f'{prefix}{field.name}.')
+      continue
+    union = isinstance(kind, types.UnionType)
+    kinds = typing.get_args(kind) if union else (kind,)
+    kinds = tuple(typing.get_origin(k) or k for k in kinds)
+    if float in kinds:
+      kinds += (int,)
+    if tuple in kinds:
+      kinds += (list,)  # freezing makes it one
+    if not isinstance(value, kinds) or (isinstance(value, bool) and
+                                        bool not in kinds):
+      names = ' or '.join(k.__name__ for k in kinds)
+      raise ConfigError(f'{prefix}{field.name}={value!r} is of type '
+                        f'{type(value).__name__}; give it as {names}')
+
+
+def _validate_model(model: ModelConfig) -> None:
+  if model.heads % model.kv_heads:
+    raise ConfigError(f'model.heads={model.heads} is not divisible by '
+                      f'model.kv_heads={model.kv_heads}')
+  if not model.head_dim and model.width % model.heads:
+    raise ConfigError(
+        f'model.width={model.width} is not divisible by '
+        f'model.heads={model.heads}; change one or set model.head_dim')
+  head_dim = model.head_dim or model.width // model.heads
+  if head_dim % 2:
+    raise ConfigError(f'the head dimension is {head_dim}; rotary positions '
+                      'need an even one')
+
+
+def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
+                      model: ModelConfig) -> None:
+  width = _check_widths(rollout, control)
+  if not rollout.temperature > 0:
+    raise ConfigError(
+        f'rollout.temperature={rollout.temperature} cannot train: a greedy '
+        'law has no gradient; use a value above 0 (evaluate.temperature may '
+        'be 0)')
+  if rollout.top_p != 1 or rollout.top_k != 0 or rollout.min_p != 0:
+    raise ConfigError(
+        f'rollout.top_p={rollout.top_p}, top_k={rollout.top_k}, '
+        f'min_p={rollout.min_p}: training needs 1, 0, 0, because a truncated '
+        'law gives tokens outside of it log-probability -inf as soon as the '
+        'policy moves; use evaluate.top_p for evaluation')
+  total = rollout.prompt_length + rollout.max_new_tokens + width
+  if total > model.max_positions:
+    raise ConfigError(
+        f'rollout.prompt_length {rollout.prompt_length} + max_new_tokens '
+        f'{rollout.max_new_tokens} + width {width} = {total} exceed '
+        f'model.max_positions={model.max_positions}; shorten one of them')
+
+
+# Nodes verified in one forward: the mask alone takes W^2 per row.
+_WIDEST = 64
+
+
+def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
+  """Returns the largest W; refuses what cannot be drafted or held."""
+  for width in control.widths:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+      raise ConfigError(f'control.widths={tuple(control.widths)}: {width!r} is '
+                        'no width; give whole numbers from 1')
+  if rollout.width == 0 and not control.widths:
+    raise ConfigError('rollout.width=0 leaves the choice to the engine, but '
+                      'control.widths is empty; list some, for instance (1, 4)')
+  name = 'rollout.width' if rollout.width else 'control.widths'
+  width = rollout.width or max(control.widths)
+  if width > _WIDEST:
+    raise ConfigError(f'{name} asks for {width} nodes in one forward; at most '
+                      f'{_WIDEST} are verified')
+  if rollout.drafter != 'tree_cache':
+    if control.run_ahead_rows or rollout.branching != 1:
+      raise ConfigError(
+          f'control.run_ahead_rows={control.run_ahead_rows} and '
+          f'rollout.branching={rollout.branching} are for '
+          f"rollout.drafter='tree_cache', not {rollout.drafter!r}; set them to "
+          '0 and 1')
+  elif width > 1:
+    group = rollout.samples_per_prompt
+    capacity = rollout.prompt_length + rollout.max_new_tokens + width + 7
+    texts = rollout.history + group * (2 if control.run_ahead_rows else 1)
+    places = rollout.slots + -(-rollout.slots // group)
+    size = 8 * places * texts * capacity / 2**20
+    if size > _LARGEST_CORPUS:
+      raise ConfigError(
+          f'rollout.history={rollout.history} and samples_per_prompt={group} '
+          f'for {rollout.slots} slots of {capacity} tokens take {size:.0f} MiB '
+          f'on the device, above {_LARGEST_CORPUS}; lower rollout.history or '
+          'rollout.slots')
+  return width
+
+
+_LARGEST_CORPUS = 8192  # MiB
