@@ -1,7 +1,6 @@
 """What experiments share: tables, devices, bounds of ratios."""
 
 import csv
-import json
 import math
 import pathlib
 import statistics
@@ -23,14 +22,12 @@ def use_device() -> str:
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes rows with the columns of the first, and prints each as JSON."""
+  """Writes rows with the columns of the first."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path, 'w', encoding='utf-8', newline='') as file:
     writer = csv.DictWriter(file, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-  for row in rows:
-    print(json.dumps(row), flush=True)
 
 
 def ratio_bounds(above: Sequence[float],

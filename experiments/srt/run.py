@@ -238,11 +238,12 @@ def main(argv: list[str]) -> None:
               'samples': samples
           })
       rows += more
-  out = pathlib.Path(_OUT.value)
-  summary = summarize(rows)
-  common.write_csv(out / 'steps.csv', rows)
-  common.write_csv(out / 'arms.csv', summary)
-  draw(summary, out / 'arms.png')
+      # After every run: one that is stopped leaves what it has.
+      out = pathlib.Path(_OUT.value)
+      summary = summarize(rows)
+      common.write_csv(out / 'steps.csv', rows)
+      common.write_csv(out / 'arms.csv', summary)
+      draw(summary, out / 'arms.png')
 
 
 if __name__ == '__main__':

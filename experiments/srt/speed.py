@@ -169,7 +169,7 @@ def main(argv: list[str]) -> None:
   table: list[dict[str, Any]] = []
   for rows in map(int, _ROWS.value):
     table += measure(run, params, rows, _WIDTH.value, _PAIRS.value)
-  common.write_csv(pathlib.Path(_OUT.value) / 'speed.csv', table)
+    common.write_csv(pathlib.Path(_OUT.value) / 'speed.csv', table)
 
 
 if __name__ == '__main__':
