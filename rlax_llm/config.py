@@ -268,7 +268,26 @@ class Config(Section):
   evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
 
-# The names of `rollout.drafter`; rollout/engine.py implements them.
+def check_positions(rollout: RolloutConfig, width: int, limit: int) -> None:
+  """Refuses a prompt, a completion and a draft beyond the model's positions.
+
+  Args:
+    rollout: gives P and T.
+    width: W, the largest.
+    limit: positions that the model can address.
+
+  Raises:
+    ConfigError: they do not fit.
+  """
+  total = rollout.prompt_length + rollout.max_new_tokens + width
+  if total > limit:
+    raise ConfigError(
+        f'rollout.prompt_length {rollout.prompt_length} + max_new_tokens '
+        f'{rollout.max_new_tokens} + width {width} = {total} exceed '
+        f'model.max_positions={limit}; shorten one of them')
+
+
+# The names of `rollout.drafter`; drafting/drafters.py implements them.
 DRAFTERS = ('none', 'prompt_lookup', 'tree_cache')
 
 

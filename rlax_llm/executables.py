@@ -49,13 +49,6 @@ class ExecutablePool:
       self.seconds += self._clock() - start
     return self._compiled[key](*args)
 
-  def memory(self) -> dict[Hashable, int]:
-    """Returns the temporary bytes of each executable, as XLA planned them."""
-    return {
-        key: compiled.memory_analysis().temp_size_in_bytes
-        for key, compiled in self._compiled.items()
-    }
-
 
 class _Meter:
   """Counts what XLA compiles in this process, eager operations included."""

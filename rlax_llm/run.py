@@ -222,9 +222,7 @@ class Run:
                 samples=samples,
                 domain=domain,
                 step=step,
-                request=i,
-                prompt_id=problem.prompt_id)
-        for i, problem in enumerate(problems)
+                request=i) for i, problem in enumerate(problems)
     ]
 
 

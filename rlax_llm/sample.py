@@ -145,7 +145,8 @@ def _resized(run: Run, rows: int, max_new_tokens: int | None) -> Run:
   rollout = dataclasses.replace(rollout,
                                 slots=min(rollout.slots,
                                           -(-rows // ways) * ways),
-                                max_new_tokens=max_new_tokens)
+                                max_new_tokens=max_new_tokens,
+                                history=0)  # there is no store
   config = freeze(dataclasses.replace(run.config, rollout=rollout))
   return dataclasses.replace(run, config=config)
 

@@ -6,7 +6,6 @@ Rerunning the same command continues a run that was stopped.
 """
 
 import dataclasses
-import functools
 import time
 from typing import Any, Callable
 import uuid
@@ -24,15 +23,10 @@ from rlax_llm import metrics
 from rlax_llm import report
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
-from rlax_llm.config import freeze
 from rlax_llm.config import to_dict
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.learning import algorithms
-from rlax_llm.learning import sft
-from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
 from rlax_llm.ops.advantages import ADVANTAGES
-from rlax_llm.ops.sampling import Sampling
 from rlax_llm.progress import Progress
 from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
@@ -45,6 +39,7 @@ from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 from rlax_llm.types import TrainState
+from rlax_llm.warm_start import warm_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,45 +52,6 @@ class Loop:
   reference: Params | None  # for the KL term
   store: RolloutStore  # past rollouts, to draft from
   progression: Progression  # updated in place
-
-
-def warm_start(run: Run, params: Params, show: Callable[[int, float],
-                                                        None]) -> Params:
-  """Returns parameters after imitation of the task's traces.
-
-  Args:
-    run: the run.
-    params: donated.
-    show: receives (steps done, loss in nats per token) now and then.
-
-  Raises:
-    ConfigError: if a problem has no trace or does not fit.
-  """
-  config = run.config.sft
-  optimizer = updates.make_optimizer(sft.learning_config(config), config.steps)
-  learning = freeze(
-      dataclasses.replace(run.config.learning,
-                          minibatches=1,
-                          old_logprobs='recompute'))
-  learner = learners.Learner(run,
-                             algorithm=algorithms.SUPERVISED,
-                             sampling=Sampling(),
-                             optimizer=optimizer,
-                             name='sft',
-                             learning=learning)
-  state = run.pool(('init_sft',),
-                   functools.partial(updates.init_state, optimizer=optimizer),
-                   params,
-                   donate_argnums=(0,))
-  for step in range(config.steps):
-    first = step * config.sequences_per_step
-    samples = [
-        run.demonstration(first + i) for i in range(config.sequences_per_step)
-    ]
-    state, values = learner.update(state, learner.put(learner.pack(samples)))
-    if step % 10 == 9 or step + 1 == config.steps:
-      show(step + 1, float(values['learning/loss']))
-  return state.params
 
 
 def restore_store(store: RolloutStore, text: str | None) -> list[str]:

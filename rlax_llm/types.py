@@ -76,7 +76,6 @@ class Request:
   domain: int  # TRAIN or EVALUATE
   step: int  # the step in which it was requested
   request: int  # index of the request within the step
-  prompt_id: str = ''  # identifies the prompt across steps
 
 
 TRAIN, EVALUATE = 0, 1  # Request.domain

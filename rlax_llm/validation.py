@@ -5,6 +5,7 @@ import types
 import typing
 from typing import Any
 
+from rlax_llm.config import check_positions
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
@@ -193,12 +194,7 @@ def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
         f'min_p={rollout.min_p}: training needs 1, 0, 0, because a truncated '
         'law gives tokens outside of it log-probability -inf as soon as the '
         'policy moves; use evaluate.top_p for evaluation')
-  total = rollout.prompt_length + rollout.max_new_tokens + width
-  if total > model.max_positions:
-    raise ConfigError(
-        f'rollout.prompt_length {rollout.prompt_length} + max_new_tokens '
-        f'{rollout.max_new_tokens} + width {width} = {total} exceed '
-        f'model.max_positions={model.max_positions}; shorten one of them')
+  check_positions(rollout, width, model.max_positions)
 
 
 # Nodes verified in one forward: the mask alone takes W^2 per row.
@@ -219,6 +215,10 @@ def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
   if width > _WIDEST:
     raise ConfigError(f'{name} asks for {width} nodes in one forward; at most '
                       f'{_WIDEST} are verified')
+  if rollout.drafter == 'none' and rollout.width > 1:
+    raise ConfigError(
+        f"rollout.drafter='none' drafts nothing for rollout.width"
+        f'={rollout.width}; set the width to 1, or name a drafter')
   if rollout.drafter != 'tree_cache':
     if control.run_ahead_rows or rollout.branching != 1:
       raise ConfigError(

@@ -14,8 +14,8 @@ from rlax_llm import testing
 from rlax_llm import validation
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.drafting import drafters
 from rlax_llm.learning import algorithms
-from rlax_llm.rollout import engine
 from rlax_llm.run import make_run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -70,6 +70,10 @@ BAD = [
     ({
         'rollout.history': 10**7
     }, ['rollout.history=10000000', 'MiB', 'lower rollout.history']),
+    ({
+        'rollout.drafter': 'none',
+        'rollout.width': 4
+    }, ["'none'", '=4', 'width to 1']),
     ({
         'rollout.drafter': 'prompt_lookup',
         'control.run_ahead_rows': 4
@@ -316,7 +320,7 @@ def test_choices_name_what_is_implemented():
 
   Mutant: a drafter entered in one place only.
   """
-  assert tuple(engine.DRAFTERS) == config_lib.DRAFTERS
+  assert tuple(drafters.DRAFTERS) == config_lib.DRAFTERS
   assert Config().algorithm.name in algorithms.PRESETS
   fields = {f.name for f in dataclasses.fields(config_lib.AlgorithmConfig)}
   static = {f.name for f in dataclasses.fields(algorithms.Algorithm)}

@@ -37,7 +37,10 @@ ALLOWED = {
     'validation': set(_BASE),
 }
 # Whatever assembles the parts; it may import all of them.
-TOP = {'run', 'learner', 'train', 'evaluate', 'sample', 'report', 'testing'}
+TOP = {
+    'run', 'learner', 'warm_start', 'train', 'evaluate', 'sample', 'report',
+    'testing'
+}
 NO_JIT = ('ops', 'models', 'drafting', 'learning', 'rollout/segment.py')
 OPTIONAL = ('grain', 'tensorflow_datasets', 'reasoning_gym', 'tensorflow')
 

@@ -142,7 +142,8 @@ def test_tree_nodes_see_their_root_path(name):
   length = np.asarray([6, 2], np.int32)
   cache = _prefilled(model, params, jnp.asarray(prefix), length, 16)
   mask = verification.ancestors(jnp.asarray(parents))
-  depth = np.asarray(verification.depths(jnp.asarray(parents)))
+  depth = np.asarray(
+      verification.depths(verification.ancestors(jnp.asarray(parents))))
   hidden, nodes = model.extend(params, jnp.asarray(drafts),
                                jnp.asarray(length[:, None] + depth), mask,
                                cache)

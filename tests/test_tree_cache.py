@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlax_llm.drafting import corpus as corpora
 from rlax_llm.drafting import tree_cache as trees
 from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.types import UNUSED
@@ -24,11 +25,11 @@ def test_match_lengths_are_those_of_a_comparison():
   rng = np.random.default_rng(0)
   texts = rng.integers(0, 3, (5, 40))
   for end in (0, 2, 3, 4, 11, 39):
-    query = trees.pack_words(jnp.asarray(texts[0]))
+    query = corpora.pack_words(jnp.asarray(texts[0]))
     query = jnp.stack([
         query[end - 4 * i] if end >= 4 * i else query[0] * 0 for i in range(3)
     ])
-    got = trees.match_lengths(trees.pack_words(jnp.asarray(texts)), query)
+    got = trees.match_lengths(corpora.pack_words(jnp.asarray(texts)), query)
     padded = np.pad(texts, ((0, 0), (12, 0)))
     for text in range(5):
       for place in range(40):
@@ -116,6 +117,21 @@ def test_the_chain_has_the_most_expected_tokens(seed):
         score = sum(v for v in values if v >= 0.1)
         scores[line] = max(score, scores.get(line, 0.0))
   assert scores[tuple(chain)] == pytest.approx(max(scores.values()), abs=1e-5)
+
+
+def test_a_short_match_is_not_trusted_far():
+  """One token that agrees speaks for two nodes; two, for all that follow.
+
+  Mutant: the sum goes beyond the budget of the match length.
+  """
+  candidates = trees.Candidates(tokens=jnp.asarray([[1] * 5, [2] * 5],
+                                                   jnp.int32),
+                                exists=jnp.arange(5)[None] < jnp.asarray([[5],
+                                                                          [3]]),
+                                match=jnp.asarray([1, 2]),
+                                weight=jnp.asarray([8, 1]))
+  chain = trees.draft_chain(candidates, **SETTINGS)
+  assert np.asarray(chain).tolist() == [2] * 5
 
 
 @pytest.mark.parametrize('branching', [2, 9])
@@ -312,12 +328,12 @@ def _device(width, *, group, capacity, branching=1, history=16):
 
   @jax.jit
   def draft(texts, length):
-    corpus = trees.load(trees.empty_corpus(shape), jnp.zeros(1, jnp.int32),
-                        texts[None], length[None])
+    corpus = corpora.load(corpora.empty_corpus(shape), jnp.zeros(1, jnp.int32),
+                          texts[None], length[None])
     rows, ends = texts[history:], length[history:]
 
     def one(row, end):
-      words = trees.pack_words(row)
+      words = corpora.pack_words(row)
       query = words[jnp.maximum(end - 1 - 4 * jnp.arange(2), 0)]
       return trees.draft_chain(trees.find_candidates(corpus,
                                                      query,

@@ -126,7 +126,9 @@ def test_random_trees(width):
       as_array(tokens), as_array(parents)), as_array(target))
   lines = np.asarray(
       jax.jit(jax.vmap(verification.ancestors))(as_array(parents)))
-  depth = np.asarray(jax.jit(jax.vmap(verification.depths))(as_array(parents)))
+  depth = np.asarray(
+      verification.depths(
+          jax.jit(jax.vmap(verification.ancestors))(as_array(parents))))
   nodes, taken, length = map(np.asarray, (path.nodes, path.tokens, path.length))
   for i in range(len(tokens)):
     kept = length[i]

@@ -39,6 +39,7 @@ from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
+from rlax_llm.warm_start import warm_start
 
 matplotlib.use('Agg')
 from matplotlib import \
@@ -114,7 +115,7 @@ def train_and_compare(config: Config, width: int, params: Params | None,
   run = make_run(config)
   config = run.config
   if params is None:
-    params = train.warm_start(run, run.init_params(), lambda done, loss: None)
+    params = warm_start(run, run.init_params(), lambda done, loss: None)
   warm = jax.tree.map(np.asarray, params)
   state = run.init_state(params)
   arms = [ArmRunner(name, run, width) for name in settings.ARMS]

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from configs import quickstart
 from experiments import common
 from rlax_llm import executables
-from rlax_llm import train
 from rlax_llm.config import freeze
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting.drafter import Drafter
@@ -34,6 +33,7 @@ from rlax_llm.run import Run
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Slots
 from rlax_llm.types import TRAIN
+from rlax_llm.warm_start import warm_start
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Rows decoded together.')
 _WIDTH = flags.DEFINE_integer('width', 4, 'W of the fixed arm.')
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
   run = make_run(config)
-  params = train.warm_start(run, run.init_params(), lambda done, loss: None)
+  params = warm_start(run, run.init_params(), lambda done, loss: None)
   table: list[dict[str, Any]] = []
   for rows in map(int, _ROWS.value):
     table += measure(run, params, rows, _WIDTH.value, _PAIRS.value)

@@ -23,32 +23,19 @@ sibling has only just arrived); the best m wins.
 import functools
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
+from rlax_llm.drafting import corpus as corpora
+from rlax_llm.drafting.corpus import Corpus
 from rlax_llm.drafting.drafter import chain_parents
 from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
 from rlax_llm.drafting.drafter import last_tokens
 from rlax_llm.types import Array
 from rlax_llm.types import DraftTree
-from rlax_llm.types import Path
 from rlax_llm.types import Slots
 from rlax_llm.types import UNUSED
-
-_WORD = 4  # tokens in a packed word
-
-
-class Corpus(flax.struct.PyTreeNode):
-  """What may be drafted from: C texts for each of F prompts.
-
-  A text is a prompt with a completion; `CorpusShape` says which texts are
-  what. Those of the group being sampled grow as its samples grow.
-  """
-  texts: Array  # int32[F, C, S]
-  words: Array  # uint32[F, C, S]: the last four tokens, a byte each
-  length: Array  # int32[F, C]; 0: no text
 
 
 class TreeCacheConfig(NamedTuple):
@@ -73,31 +60,6 @@ class TreeCacheConfig(NamedTuple):
   live: str = 'group'
 
 
-def pack_words(texts: Array) -> Array:
-  """Returns uint32[..., S]: at each place the last four tokens, a byte each.
-
-  The latest token is in the highest byte, so that the leading zero bits of
-  two words' exclusive or count the tokens that agree. Tokens beyond 255 share
-  bytes: a draft is a hint.
-
-  Args:
-    texts: int32[..., S].
-  """
-  low = texts.astype(jnp.uint32) & 0xFF
-  words = jnp.zeros_like(low)
-  for back in range(_WORD):
-    words = words | (_shifted(low, back) << (24 - 8 * back))
-  return words
-
-
-def _shifted(x: Array, back: int) -> Array:
-  """Returns x moved right along the last axis; zeros come in."""
-  if back == 0:
-    return x
-  pad = [(0, 0)] * (x.ndim - 1) + [(back, 0)]
-  return jnp.pad(x, pad)[..., :x.shape[-1]]
-
-
 def match_lengths(words: Array, query: Array) -> Array:
   """Returns int32[C, S]: how many last tokens agree with the query's.
 
@@ -108,10 +70,10 @@ def match_lengths(words: Array, query: Array) -> Array:
   total = jnp.zeros(words.shape, jnp.int32)
   going = jnp.ones(words.shape, bool)
   for i in range(query.shape[0]):
-    differ = _shifted(words, _WORD * i) ^ query[i]
+    differ = corpora.shifted(words, corpora.WORD * i) ^ query[i]
     same = jax.lax.clz(differ).astype(jnp.int32) >> 3
     total = total + jnp.where(going, same, 0)
-    going = going & (same == _WORD)
+    going = going & (same == corpora.WORD)
   return total
 
 
@@ -147,7 +109,7 @@ def find_candidates(corpus: Corpus,
     allowed: bool[C], texts that may be used; None: all.
   """
   _, count, capacity = corpus.texts.shape
-  most = _WORD * query.shape[0]
+  most = corpora.WORD * query.shape[0]
   text = jnp.arange(count, dtype=jnp.int32)
   place = jnp.arange(capacity, dtype=jnp.int32)
   ends = corpus.length[prompt]
@@ -318,65 +280,6 @@ def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
   return (jnp.pad(tokens, pad), jnp.pad(parents, pad, constant_values=UNUSED))
 
 
-def empty_corpus(shape: CorpusShape) -> Corpus:
-  """Returns a corpus without texts."""
-  axes = (shape.prompts, shape.texts, shape.capacity)
-  return Corpus(texts=jnp.zeros(axes, jnp.int32),
-                words=jnp.zeros(axes, jnp.uint32),
-                length=jnp.zeros(axes[:2], jnp.int32))
-
-
-def load(corpus: Corpus, places: Array, texts: Array, length: Array) -> Corpus:
-  """Puts the texts of K prompts at their places.
-
-  Args:
-    corpus: of F prompts.
-    places: int32[K]; those at or beyond F are left out.
-    texts: int32[K, C, S].
-    length: int32[K, C].
-  """
-  put = lambda old, new: old.at[places].set(new, mode='drop')
-  return Corpus(put(corpus.texts, texts), put(corpus.words, pack_words(texts)),
-                put(corpus.length, length))
-
-
-def _window(slots: Slots, first: Array, size: int) -> Array:
-  """Returns int32[N, size]: the text from `first` on, 0 before its start."""
-  place = first[:, None] + jnp.arange(size)[None]
-  last = slots.text.shape[1] - 1
-  tokens = jnp.take_along_axis(slots.text, jnp.clip(place, 0, last), axis=1)
-  return jnp.where(place >= 0, tokens, 0)
-
-
-def extend(corpus: Corpus, slots: Slots, path: Path,
-           shape: CorpusShape) -> Corpus:
-  """Adds what a forward committed to the texts of the group.
-
-  Args:
-    corpus: of F prompts.
-    slots: N rows, after the commit.
-    path: what was committed.
-    shape: of the corpus.
-  """
-  width = path.tokens.shape[1]
-  first = slots.length - path.length
-  tokens = _window(slots, first - (_WORD - 1), width + _WORD - 1)
-  words = pack_words(tokens)[:, _WORD - 1:]
-  tokens = tokens[:, _WORD - 1:]
-  order = jnp.arange(width)[None]
-  prompts, count, capacity = corpus.texts.shape
-  # A row that committed nothing may be a guest of a prompt that has left.
-  row = jnp.where(path.length > 0, slots.prompt, prompts)[:, None]
-  # More samples than G share texts, which makes for worse hints only.
-  text = (shape.history + slots.index % shape.group)[:, None]
-  place = jnp.where(order < path.length[:, None], first[:, None] + order,
-                    capacity)
-  put = lambda old, new: old.at[row, text, place].set(new, mode='drop')
-  return Corpus(
-      put(corpus.texts, tokens), put(corpus.words, words),
-      corpus.length.at[row[:, 0], text[:, 0]].set(slots.length, mode='drop'))
-
-
 def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
             width: int) -> DraftTree:
   """Returns a draft of `width` nodes for every row.
@@ -387,10 +290,12 @@ def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
     config: static.
     width: W >= 2; static.
   """
-  if config.max_match % _WORD:
-    raise ValueError(f'max_match={config.max_match} is no multiple of {_WORD}')
-  tail = _window(slots, slots.length - config.max_match, config.max_match)
-  query = pack_words(tail)[:, _WORD - 1::_WORD][:, ::-1]
+  if config.max_match % corpora.WORD:
+    raise ValueError(
+        f'max_match={config.max_match} is no multiple of {corpora.WORD}')
+  tail = corpora.window(slots, slots.length - config.max_match,
+                        config.max_match)
+  query = corpora.pack_words(tail)[:, corpora.WORD - 1::corpora.WORD][:, ::-1]
   shape = config.shape
   hint = jnp.where(slots.index < shape.hints,
                    shape.history + shape.group + slots.index, shape.texts)
@@ -442,12 +347,12 @@ def tree_cache(width: int, config: TreeCacheConfig) -> Drafter:
     width: W >= 2.
     config: of the corpus, the same for every width.
   """
-  return Drafter(init=lambda params, slots: empty_corpus(config.shape),
-                 load=lambda params, state, places, texts, length: load(
+  return Drafter(init=lambda params, slots: corpora.empty_corpus(config.shape),
+                 load=lambda params, state, places, texts, length: corpora.load(
                      state, places, texts, length),
                  propose=lambda params, state, slots:
                  (propose(state, slots, config, width), state),
-                 observe=lambda params, state, slots, path, hidden: extend(
-                     state, slots, path, config.shape),
+                 observe=lambda params, state, slots, path, hidden: corpora.
+                 extend(state, slots, path, config.shape),
                  width=width,
                  corpus=config.shape)

@@ -26,9 +26,13 @@ def ancestors(parents: Array) -> Array:
   return reach
 
 
-def depths(parents: Array) -> Array:
-  """Returns int32[W]: the number of edges from the root; 0 if unreachable."""
-  return jnp.sum(ancestors(parents), axis=-1, dtype=jnp.int32) - 1
+def depths(line: Array) -> Array:
+  """Returns int32[..., W]: edges from the root; 0 if unreachable.
+
+  Args:
+    line: bool[..., W, W], from `ancestors`.
+  """
+  return jnp.sum(line, axis=-1, dtype=jnp.int32) - 1
 
 
 def follow(tree: DraftTree, target_tokens: Array) -> Path:
@@ -65,7 +69,7 @@ def follow(tree: DraftTree, target_tokens: Array) -> Path:
   line = ancestors(tree.parents)
   # A node is reached if it and all its ancestors are taken and one is node 0.
   reached = jnp.all(taken[None] | ~line, axis=-1) & line[:, 0]
-  depth = jnp.sum(line, axis=-1) - 1
+  depth = depths(line)
   at_depth = reached[None] & (depth[None] == node[:, None])
   nodes = jnp.sum(jnp.where(at_depth, node[None], 0), axis=-1)
   nodes = nodes.astype(jnp.int32)

@@ -4,25 +4,21 @@ The host acts only between segments, reads the device once for each, and
 decides nothing that a token depends on.
 """
 
-import collections
-import dataclasses
-import functools
 import math
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
 from rlax_llm import sharding
+from rlax_llm.config import check_positions
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
-from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting import drafters
 from rlax_llm.drafting import store as stores
-from rlax_llm.drafting import tree_cache as trees
-from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
 from rlax_llm.drafting.strategy import WidthPolicy
 from rlax_llm.executables import ExecutablePool
@@ -31,73 +27,16 @@ from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout.executor import Executor
 from rlax_llm.rollout.prompts import Places
-from rlax_llm.rollout.prompts import PromptBlocks
 from rlax_llm.rollout.slots import PromptBlock
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
+from rlax_llm.rollout.table import Queue
+from rlax_llm.rollout.table import Sample
+from rlax_llm.rollout.table import SegmentRead
+from rlax_llm.rollout.table import Table
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
-from rlax_llm.types import Slots
-
-
-@dataclasses.dataclass
-class _Sample:
-  """One sample, from the queue to its rollout."""
-  order: int  # place in the result
-  request: Request
-  number: int  # of the request, in its queue
-  index: int
-  length: int  # prompt and completion, as of the last boundary
-  ahead: bool  # for a coming step: a hint to its drafts, no result
-
-  @property
-  def group(self) -> tuple[bool, int]:
-    """Identifies the samples of one request."""
-    return self.ahead, self.number
-
-
-class _Queue:
-  """Samples that wait, in order, and their prompts."""
-
-  def __init__(self, requests: Sequence[Request], size: int, ahead: bool,
-               prefill: Callable[..., PromptBlock]) -> None:
-    self.blocks = PromptBlocks(requests, size,
-                               functools.partial(prefill, ahead))
-    self.samples: collections.deque[_Sample] = collections.deque()
-    for number, request in enumerate(requests):
-      for index in range(request.samples):
-        self.samples.append(
-            _Sample(len(self.samples), request, number, index,
-                    len(request.prompt), ahead))
-
-
-@dataclasses.dataclass
-class _Table:
-  """The slots and who sits in them; None is a free slot."""
-  slots: Slots
-  drafts: Any  # the drafter's state
-  owners: list[_Sample | None]
-
-  def busy(self) -> list[int]:
-    return [i for i, owner in enumerate(self.owners) if owner is not None]
-
-  def counted(self) -> np.ndarray:
-    """Returns bool[N]: not a row that runs ahead; free slots count."""
-    return np.array([o is None or not o.ahead for o in self.owners])
-
-
-DRAFTERS: dict[str, Callable[[RolloutConfig, int, CorpusShape], Drafter]] = {
-    'none':
-        lambda config, width, shape: drafting.no_drafter(),
-    'prompt_lookup':
-        lambda config, width, shape: drafting.prompt_lookup(width),
-    'tree_cache':
-        lambda config, width, shape: trees.tree_cache(
-            width,
-            trees.TreeCacheConfig(
-                shape, config.branching, min_probability=config.draft_least)),
-}
 
 
 def list_capacities(config: RolloutConfig, width: int) -> list[int]:
@@ -156,16 +95,18 @@ class RolloutEngine:
                         f'{self._ways} devices; make it a multiple')
     # One block of prompts fills the slots once.
     self._block_rows = math.ceil(rollout.slots / rollout.samples_per_prompt)
-    self._drafters = (_widths_of(drafter) if drafter else self._make_drafters())
-    width = max(self._drafters)
-    total = rollout.prompt_length + rollout.max_new_tokens + width
-    if total > model.max_positions:
-      raise ConfigError(
-          f'prompt {rollout.prompt_length} + new tokens '
-          f'{rollout.max_new_tokens} + width {width} = {total} exceed '
-          f'model.max_positions={model.max_positions}; shorten one of them')
-    self._check_corpus(rollout)
+    # Every slot may hold the last sample of another prompt while a whole block
+    # of new prompts comes in.
+    self._places = rollout.slots + self._block_rows
+    width = drafter.width if drafter else drafters.widest(rollout, control)
     self._capacities = list_capacities(rollout, width)
+    self._drafters = (drafters.by_width(drafter) if drafter else
+                      drafters.make_drafters(rollout,
+                                             control,
+                                             places=self._places,
+                                             capacity=self._capacities[-1]))
+    check_positions(rollout, width, model.max_positions)
+    self._check_corpus(rollout)
     self._row_counts = self._list_row_counts()
     # A width that the config fixes is not chosen.
     self._policy = None if drafter or rollout.width else WidthPolicy(
@@ -185,36 +126,12 @@ class RolloutEngine:
     corpus = self._widest.corpus
     if corpus is None:
       return
-    places = rollout.slots + self._block_rows
+    places = self._places
     if corpus.prompts < places or corpus.capacity < rollout.prompt_length:
       raise ConfigError(
           f"the drafter's corpus has {corpus.prompts} places of "
           f'{corpus.capacity} tokens; {rollout.slots} slots need {places} '
           f'places of at least {rollout.prompt_length}: enlarge its shape')
-
-  def _make_drafters(self) -> dict[int, Drafter]:
-    """Returns the config's drafter by width."""
-    rollout, control = self._rollout, self._control
-    widths = control.widths if rollout.width == 0 else (rollout.width,)
-    widest = max(widths)
-    if widest == 1 or rollout.drafter == 'none':
-      return {1: drafting.no_drafter()}
-    group = rollout.samples_per_prompt
-    ahead = bool(control.run_ahead_rows)
-    shape = CorpusShape(
-        # Every slot may hold the last sample of another prompt while a whole
-        # block of new prompts comes in.
-        prompts=rollout.slots + self._block_rows,
-        capacity=list_capacities(rollout, widest)[-1],
-        history=rollout.history,
-        group=group,
-        hints=group if ahead else 0)
-    make = DRAFTERS[rollout.drafter]
-    return {
-        1: drafting.resting(make(rollout, widest, shape))
-    } | {
-        width: make(rollout, width, shape) for width in widths if width > 1
-    }
 
   def _list_row_counts(self) -> list[int]:
     """Returns the values of N that compaction can reach, largest first."""
@@ -270,9 +187,9 @@ class RolloutEngine:
     start, compiled = self._clock(), self.pool.seconds
     self.stats = RolloutStats()
     slots = self._executor.empty(self._rollout.slots, self._capacities[0])
-    table = _Table(slots, self._executor.draft_state(params, slots,
-                                                     self._widest),
-                   [None] * self._rollout.slots)
+    table = Table(slots, self._executor.draft_state(params, slots,
+                                                    self._widest),
+                  [None] * self._rollout.slots)
     corpus = self._widest.corpus
     places = Places(corpus.prompts) if corpus else None
 
@@ -292,11 +209,11 @@ class RolloutEngine:
                                     self._block_rows,
                                     self._rollout.prompt_length)
 
-    queue = _Queue(requests, self._block_rows, False, prefill)
+    queue = Queue(requests, self._block_rows, False, prefill)
     # A hint must not fail a step: what does not fit is left to its own step.
     fit = [r for r in ahead if self._fits(r)] if self.runs_ahead else []
-    coming = _Queue(fit if state.store is not None else [], self._block_rows,
-                    True, prefill)
+    coming = Queue(fit if state.store is not None else [], self._block_rows,
+                   True, prefill)
     results: list[Rollout | None] = [None] * len(queue.samples)
     while True:
       self._admit(table, queue, places)
@@ -342,7 +259,7 @@ class RolloutEngine:
             f'{len(request.prompt)} prompt tokens; rollout.prompt_length '
             f'allows 1 to {longest}: raise it or shorten the prompts')
 
-  def _admit(self, table: _Table, queue: _Queue, places: Places | None) -> None:
+  def _admit(self, table: Table, queue: Queue, places: Places | None) -> None:
     """Fills free slots from a queue, in order."""
     waiting, blocks = queue.samples, queue.blocks
     while waiting and None in table.owners:
@@ -358,7 +275,7 @@ class RolloutEngine:
       table.slots = self._executor.admit(table.slots, blocks.block, taken,
                                          self._rollout.max_new_tokens)
 
-  def _compact(self, table: _Table, places: Places | None) -> None:
+  def _compact(self, table: Table, places: Places | None) -> None:
     """Shrinks N to the least count that holds the rows still decoding.
 
     Rows that run ahead stay as far as there is room for them then.
@@ -378,7 +295,7 @@ class RolloutEngine:
       table.slots = self._executor.gather(table.slots, kept)
       table.owners = [table.owners[i] for i in kept]
 
-  def _grow(self, table: _Table) -> None:
+  def _grow(self, table: Table) -> None:
     """Doubles S until every row has room for one more forward."""
     capacity = table.slots.text.shape[1]
     longest = max(o.length for o in table.owners if o is not None)
@@ -387,7 +304,7 @@ class RolloutEngine:
       target = min(c for c in self._capacities if c >= needed)
       table.slots = self._executor.grow(table.slots, target)
 
-  def _done_rows(self, table: _Table, pending: bool) -> int:
+  def _done_rows(self, table: Table, pending: bool) -> int:
     """Returns how many counted rows may be done before the host should act."""
     rows = len(table.owners)
     if pending:
@@ -404,7 +321,7 @@ class RolloutEngine:
       return self._widest.width, forwards
     return self._policy.choose(rows, capacity, forwards)
 
-  def _decode(self, params: Params, table: _Table, pending: bool,
+  def _decode(self, params: Params, table: Table, pending: bool,
               state: RolloutState, results: list[Rollout | None],
               places: Places | None) -> None:
     """Runs one segment, reads it once, collects the samples that ended."""
@@ -422,8 +339,9 @@ class RolloutEngine:
         done_rows=self._done_rows(table, pending),
         counted=table.counted())
     s = table.slots
-    read = _Read(*jax.device_get((s.text, s.logprobs, s.drafted, s.length,
-                                  s.done, s.finished, s.forwards, counters)))
+    read = SegmentRead(*jax.device_get((s.text, s.logprobs, s.drafted, s.length,
+                                        s.done, s.finished, s.forwards,
+                                        counters)))
     seconds = self._clock() - start - (self.pool.seconds - compiled)
     self.reads += 1
     spent = read.counters
@@ -452,7 +370,7 @@ class RolloutEngine:
           if places:
             places.collect(owner.group)
 
-  def _collect(self, slot: int, owner: _Sample, read: '_Read',
+  def _collect(self, slot: int, owner: Sample, read: SegmentRead,
                state: RolloutState, results: list[Rollout | None]) -> None:
     """Books what a slot came to: a rollout when done, a hint at any time."""
     span = slice(len(owner.request.prompt), owner.length)
@@ -472,19 +390,3 @@ class RolloutEngine:
           forwards=int(read.forwards[slot]),
           request=owner.request,
           index=owner.index)
-
-
-class _Read(NamedTuple):
-  """What the host reads of one segment."""
-  text: np.ndarray
-  logprobs: np.ndarray
-  drafted: np.ndarray
-  length: np.ndarray
-  done: np.ndarray
-  finished: np.ndarray
-  forwards: np.ndarray
-  counters: segments.Counters
-
-
-def _widths_of(drafter: Drafter) -> dict[int, Drafter]:
-  return {1: drafting.resting(drafter), drafter.width: drafter}

@@ -69,7 +69,7 @@ def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
   lines = verification.ancestors
   lines = jax.vmap(lines) if axis == 0 else lines
   node_mask = lines(tree.parents)
-  depth = jnp.sum(node_mask, axis=-1, dtype=jnp.int32) - 1
+  depth = verification.depths(node_mask)
   depth = jnp.broadcast_to(depth, tree.tokens.shape)
   hidden, nodes = model.extend(params, tree.tokens,
                                slots.length[:, None] - 1 + depth, node_mask,

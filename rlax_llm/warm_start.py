@@ -1,0 +1,53 @@
+"""The supervised warm start, through the same update as everything else."""
+
+import dataclasses
+import functools
+from typing import Callable
+
+from rlax_llm import learner as learners
+from rlax_llm.config import freeze
+from rlax_llm.learning import algorithms
+from rlax_llm.learning import sft
+from rlax_llm.learning import update as updates
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.run import Run
+from rlax_llm.types import Params
+
+
+def warm_start(run: Run, params: Params, show: Callable[[int, float],
+                                                        None]) -> Params:
+  """Returns parameters after imitation of the task's traces.
+
+  Args:
+    run: the run.
+    params: donated.
+    show: receives (steps done, loss in nats per token) now and then.
+
+  Raises:
+    ConfigError: if a problem has no trace or does not fit.
+  """
+  config = run.config.sft
+  optimizer = updates.make_optimizer(sft.learning_config(config), config.steps)
+  learning = freeze(
+      dataclasses.replace(run.config.learning,
+                          minibatches=1,
+                          old_logprobs='recompute'))
+  learner = learners.Learner(run,
+                             algorithm=algorithms.SUPERVISED,
+                             sampling=Sampling(),
+                             optimizer=optimizer,
+                             name='sft',
+                             learning=learning)
+  state = run.pool(('init_sft',),
+                   functools.partial(updates.init_state, optimizer=optimizer),
+                   params,
+                   donate_argnums=(0,))
+  for step in range(config.steps):
+    first = step * config.sequences_per_step
+    samples = [
+        run.demonstration(first + i) for i in range(config.sequences_per_step)
+    ]
+    state, values = learner.update(state, learner.put(learner.pack(samples)))
+    if step % 10 == 9 or step + 1 == config.steps:
+      show(step + 1, float(values['learning/loss']))
+  return state.params
