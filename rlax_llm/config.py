@@ -227,8 +227,13 @@ class LearningConfig(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class MeshConfig(Section):
-  """Devices by axis."""
-  data: int = 0  # 0: every device
+  """Devices by axis; rows are divided over data and fsdp together."""
+  data: int = 0  # 0: the devices that fsdp and tensor leave
+  fsdp: int = 1  # divides parameters and optimizer state
+  tensor: int = 1  # divides heads, MLP and vocabulary
+  # Rollouts read parameters gathered over fsdp ahead of each generate, where
+  # the memory allows it; else layer by layer, in every forward.
+  gather_for_rollout: bool = True
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -26,6 +26,25 @@ class ExecutablePool:
   def keys(self) -> list[Hashable]:
     return list(self._compiled)
 
+  def memory_bytes(self, name: str) -> int:
+    """Returns what one device needs for the largest executable of a name.
+
+    Arguments, results and temporaries, shared buffers counted once; 0 if none
+    is compiled or the backend does not tell.
+
+    Args:
+      name: the first entry of the keys.
+    """
+    sizes = [0]
+    for key, compiled in self._compiled.items():
+      if isinstance(key, tuple) and key[0] == name:
+        memory = compiled.memory_analysis()
+        if memory is not None:
+          sizes.append(memory.argument_size_in_bytes +
+                       memory.output_size_in_bytes + memory.temp_size_in_bytes -
+                       memory.alias_size_in_bytes)
+    return max(sizes)
+
   def __call__(self, key: Hashable, function: Callable, *args: Any,
                **jit_options: Any) -> Any:
     """Runs `jit(function, **jit_options)(*args)`, compiling it if need be.

@@ -104,7 +104,12 @@ class Learner:
                           state,
                           batch,
                           donate_argnums=(0,),
-                          out_shardings=sharding.replicated(self._run.mesh))
+                          out_shardings=(self._placement(state),
+                                         sharding.replicated(self._run.mesh)))
+
+  def _placement(self, state: TrainState) -> Any:
+    """Returns the shardings of a state, those it came with."""
+    return jax.tree.map(lambda x: x.sharding, state)
 
   def prepare(self, params: Params, samples: Sequence[Sample],
               reference: Params | None) -> tuple[list[Batch], float]:

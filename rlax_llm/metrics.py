@@ -100,6 +100,8 @@ METRICS: dict[str, Metric] = {
         Metric('fraction', _S, 'slots that hold an unfinished sample'),
     'time/rollout':
         Metric('s', _S, 'sampling the completions'),
+    'time/reshard':
+        Metric('s', _S, "parameters to the rollout's places; in time/rollout"),
     'time/reward':
         Metric('s', _S, 'verifying the answers'),
     'time/score':
@@ -112,6 +114,10 @@ METRICS: dict[str, Metric] = {
         Metric('s', _S, 'evaluation, outside of time/step'),
     'time/checkpoint':
         Metric('s', _S, 'saving, outside of time/step'),
+    'memory/update':
+        Metric('bytes', _S, 'of one device, for the largest update'),
+    'memory/segment':
+        Metric('bytes', _S, 'of one device, for the largest segment'),
     'compile/count':
         Metric('1', _S, 'compilations in the step'),
     'compile/seconds':

@@ -28,7 +28,6 @@ from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.tasks import task as tasks
-from rlax_llm.types import Array
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import TrainState
@@ -73,7 +72,14 @@ class Run:
                          seed=self.config.seed,
                          mesh=self.mesh,
                          clock=self.clock,
+                         params_placement=self._rollout_placement(),
                          pool=self.pool)
+
+  def _rollout_placement(self) -> Params | None:
+    """Returns where rollouts read parameters; None: where they lie."""
+    if self.mesh.shape['fsdp'] == 1 or not self.config.mesh.gather_for_rollout:
+      return None
+    return self.params_placement(sharding.ROLLOUT_TABLE)
 
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts."""
@@ -91,7 +97,17 @@ class Run:
     return self.pool(('init',),
                      self.model.init,
                      jax.random.key(self.config.seed),
-                     out_shardings=sharding.replicated(self.mesh))
+                     out_shardings=self.params_placement())
+
+  def abstract_params(self) -> Params:
+    """Returns shapes and dtypes of the parameters."""
+    return jax.eval_shape(self.model.init, jax.random.key(0))
+
+  def params_placement(self, table: sharding.Table = sharding.TABLE) -> Params:
+    """Returns a sharding for every parameter."""
+    abstract = self.abstract_params()
+    return sharding.place_tree(abstract, self.model.axes(abstract), self.mesh,
+                               table)
 
   @property
   def optimizer(self) -> optax.GradientTransformation:
@@ -100,25 +116,51 @@ class Run:
     return update.make_optimizer(learning,
                                  self.config.num_steps * learning.minibatches)
 
-  def init_state(self, params: Params) -> TrainState:
-    """Returns the state before the first step."""
-    return self.pool(('init_state',),
-                     functools.partial(update.init_state,
-                                       optimizer=self.optimizer),
+  def init_state(self,
+                 params: Params,
+                 optimizer: optax.GradientTransformation | None = None,
+                 name: str = 'policy') -> TrainState:
+    """Returns the state before the first step; donates the parameters.
+
+    Args:
+      params: on the mesh.
+      optimizer: None: the policy's.
+      name: of the objective, tells executables apart.
+    """
+    optimizer = optimizer or self.optimizer
+    placement = jax.tree.map(lambda x: x.sharding,
+                             self.abstract_state(optimizer))
+    return self.pool(('init_state', name),
+                     functools.partial(update.init_state, optimizer=optimizer),
                      params,
-                     out_shardings=sharding.replicated(self.mesh))
+                     donate_argnums=(0,),
+                     out_shardings=placement)
 
-  def abstract_state(self) -> TrainState:
-    """Returns shapes, dtypes and shardings of the state."""
-    place = sharding.replicated(self.mesh)
+  def abstract_state(
+      self,
+      optimizer: optax.GradientTransformation | None = None) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state.
 
-    def make(key: Array) -> TrainState:
-      return update.init_state(self.model.init(key), self.optimizer)
-
-    abstract = jax.eval_shape(make, jax.random.key(0))
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        abstract)
+    Args:
+      optimizer: None: the policy's. What it keeps for a parameter lies where
+        the parameter lies.
+    """
+    optimizer = optimizer or self.optimizer
+    params = self.abstract_params()
+    state = jax.eval_shape(lambda p: update.init_state(p, optimizer), params)
+    place = lambda x, where: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=where)
+    placement = self.params_placement()
+    anywhere = sharding.replicated(self.mesh)
+    return TrainState(
+        step=place(state.step, anywhere),  # type: ignore
+        params=jax.tree.map(place, state.params, placement),
+        opt_state=optax.tree_map_params(
+            optimizer,
+            place,
+            state.opt_state,
+            placement,
+            transform_non_params=lambda x: place(x, anywhere)))
 
   def restore(self, workdir: str) -> tuple[int, TrainState, dict]:
     """Returns (step, state, host state) of the newest readable checkpoint.
@@ -156,7 +198,10 @@ class Run:
       return None
     with checkpoint.Checkpoints(f'{workdir}/reference', keep=1) as saved:
       if step == 0:
-        copy = self.pool(('copy',), lambda p: jax.tree.map(jnp.copy, p), params)
+        copy = self.pool(('copy',),
+                         lambda p: jax.tree.map(jnp.copy, p),
+                         params,
+                         out_shardings=self.params_placement())
         if not saved.steps():
           saved.save(0, copy, {})
         return copy
@@ -259,22 +304,25 @@ def make_run(config: Config,
     task = tasks.make_task(config.task, config.seed)
   except ValueError as error:
     raise ConfigError(str(error)) from error
+  mesh = sharding.make_mesh(config.mesh)
   vocabulary = config.model.vocabulary or tokenizer.vocab_size
   if vocabulary < tokenizer.vocab_size:
     raise ConfigError(
         f'model.vocabulary={vocabulary} is less than the '
         f'{tokenizer.vocab_size} ids of the tokenizer; raise it or set 0')
-  mesh = sharding.make_mesh(config.mesh)
   ways = sharding.ways(mesh)
   for path, value in (('rollout.slots', config.rollout.slots),
                       ('learning.microbatch_rows',
                        config.learning.microbatch_rows)):
     if value % ways:
-      raise ConfigError(f'{path}={value} is not divisible by {ways} devices; '
-                        'make it a multiple or lower mesh.data')
+      raise ConfigError(f'{path}={value} is not divisible by {ways} ways; '
+                        'make it a multiple or lower mesh.data or fsdp')
   model_config = dataclasses.replace(config.model, vocabulary=vocabulary)
+  sharding.check_model(model_config, mesh)
   model = make_transformer(model_config,
                            config.learning.precision,
-                           remat=config.learning.remat)
+                           remat=config.learning.remat,
+                           constrain=functools.partial(sharding.constrain,
+                                                       mesh=mesh))
   return Run(config, algorithm, mesh, tokenizer, task, model,
              ExecutablePool(clock), clock)

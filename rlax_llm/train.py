@@ -212,6 +212,10 @@ def train_step(loop: Loop, step: int,
           after[0] - compiled[0],
       'compile/seconds':
           after[1] - compiled[1],
+      'memory/update':
+          run.pool.memory_bytes('update'),
+      'memory/segment':
+          run.pool.memory_bytes('segment'),
   }
   rows = [{
       'prompt': problem.prompt,

@@ -67,6 +67,8 @@ _AT_LEAST: dict[str, float] = {
     'learning.score_chunk': 1,
     'learning.weight_decay': 0,
     'mesh.data': 0,
+    'mesh.fsdp': 1,
+    'mesh.tensor': 1,
     'checkpoint.every': 0,
     'checkpoint.keep': 1,
     'evaluate.every': 0,

@@ -1,7 +1,6 @@
 """The supervised warm start, through the same update as everything else."""
 
 import dataclasses
-import functools
 from typing import Callable
 
 from rlax_llm import learner as learners
@@ -38,10 +37,7 @@ def warm_start(run: Run, params: Params, show: Callable[[int, float],
                              optimizer=optimizer,
                              name='sft',
                              learning=learning)
-  state = run.pool(('init_sft',),
-                   functools.partial(updates.init_state, optimizer=optimizer),
-                   params,
-                   donate_argnums=(0,))
+  state = run.init_state(params, optimizer, 'sft')
   for step in range(config.steps):
     first = step * config.sequences_per_step
     samples = [

@@ -116,13 +116,14 @@ def train_and_compare(config: Config, width: int, params: Params | None,
   config = run.config
   if params is None:
     params = warm_start(run, run.init_params(), lambda done, loss: None)
-  warm = jax.tree.map(np.asarray, params)
+  warm = jax.tree.map(np.array, params)  # a copy: `init_state` donates
   state = run.init_state(params)
   arms = [ArmRunner(name, run, width) for name in settings.ARMS]
   rows = []
   with Verifier(config.task, config.seed) as verifier:
     loop = train.Loop(run, run.engine(run.sampling), learners.make_learner(run),
-                      verifier, run.reference(tempfile.mkdtemp(), params, 0),
+                      verifier,
+                      run.reference(tempfile.mkdtemp(), state.params, 0),
                       run.rollout_store(), Progression())
     for step in range(config.num_steps):
       make = lambda s: run.requests(run.problems(s),

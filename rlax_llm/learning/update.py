@@ -168,7 +168,8 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   Returns:
     (state, metrics under their fixed names; training values).
   """
-  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+  zeros = model.place(
+      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
   none = _Totals(*(jnp.zeros(()) for _ in dataclasses.fields(_Totals)))
   arrays = {
       f.name: getattr(batch, f.name)
@@ -183,7 +184,7 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
                                              has_aux=True)(state.params, part,
                                                            model, config)
     gradients = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients,
-                             gradient)
+                             model.place(gradient))
     return gradients, _merge(totals, more)
 
   gradients, totals = jax.lax.fori_loop(0, batch.count, accumulate,

@@ -1,6 +1,6 @@
 """LanguageModel: a tuple of pure functions; and `score`, its log-probs."""
 
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import chex
 import jax
@@ -10,6 +10,15 @@ from rlax_llm.ops import sampling as sampling_ops
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.types import Array
 from rlax_llm.types import Params
+
+
+def _no_axes(params: Params) -> Any:
+  """Every device holds every parameter."""
+  return jax.tree.map(lambda leaf: (), params)
+
+
+def _anywhere(tree: Params) -> Params:
+  return tree
 
 
 class LanguageModel(NamedTuple):
@@ -28,6 +37,10 @@ class LanguageModel(NamedTuple):
       nobody materialises [rows, L, V].
     vocabulary: V.
     max_positions: positions the model can address.
+    axes: (params or their shapes) -> the same tree, a tuple of logical axis
+      names for each leaf; see `sharding.TABLE`.
+    place: (tree like params) -> the same values, placed like the parameters;
+      for gradients under `jax.jit`.
   """
   init: Callable
   init_cache: Callable
@@ -36,6 +49,8 @@ class LanguageModel(NamedTuple):
   logits: Callable
   vocabulary: int
   max_positions: int
+  axes: Callable = _no_axes
+  place: Callable = _anywhere
 
 
 class TokenScores(NamedTuple):

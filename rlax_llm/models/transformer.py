@@ -6,7 +6,7 @@ queries, keys and values (Qwen2), optional RMSNorm on queries and keys
 """
 
 import functools
-from typing import Any
+from typing import Any, Callable
 
 from flax import linen as nn
 import jax
@@ -70,6 +70,39 @@ def rotate(x: Array, table: tuple[Array, Array]) -> Array:
   return (wide * cos + other * sin).astype(x.dtype)
 
 
+# Logical axes by the end of a parameter's path; `sharding.py` places them.
+_AXES: dict[str, tuple[str | None, ...]] = {
+    'embedding': ('vocabulary', 'embed'),
+    'head': ('embed', 'vocabulary'),
+    'query_key_value/kernel': ('embed', 'kv_heads', None, None),
+    'query_key_value/bias': ('kv_heads', None, None),
+    'output/kernel': ('heads', 'embed'),
+    'gate_up/kernel': ('embed', None, 'mlp'),
+    'down/kernel': ('mlp', 'embed'),
+    'scale': (None,),
+}
+
+
+def logical_axes(params: Params) -> Any:
+  """Returns the parameters' tree with a tuple of axis names for each leaf."""
+
+  def name(path: tuple, leaf: Any) -> tuple[str | None, ...]:
+    del leaf
+    full = '/'.join(str(part.key) for part in path)
+    return next(v for k, v in _AXES.items() if full.endswith(k))
+
+  return jax.tree_util.tree_map_with_path(name, params)
+
+
+Constrain = Callable[[Array, tuple], Array]
+
+
+def _anywhere(x: Array, axes: tuple) -> Array:
+  """A `Constrain` that leaves the placement of values to the compiler."""
+  del axes
+  return x
+
+
 class RMSNorm(nn.Module):
   """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32."""
   epsilon: float
@@ -87,10 +120,14 @@ class RMSNorm(nn.Module):
     return (x * scale).astype(self.dtype)
 
 
+_STREAM = ('rows', None, None)  # axes of the residual stream
+
+
 class Layer(nn.Module):
   """Attention and SwiGLU, each behind an RMSNorm, each added to the stream."""
   config: ModelConfig
   precision: PrecisionConfig
+  constrain: Constrain
 
   def setup(self) -> None:
     c = self.config
@@ -128,6 +165,7 @@ class Layer(nn.Module):
     queries, keys, values = joint[..., :-2, :], joint[..., -2, :], joint[...,
                                                                          -1, :]
     queries = queries.reshape(*x.shape[:-1], -1, queries.shape[-1])
+    queries = self.constrain(queries, ('rows', None, 'heads', None))
     if self.config.qk_norm:
       queries, keys = self.query_norm(queries), self.key_norm(keys)
     return (rotate(queries,
@@ -136,10 +174,11 @@ class Layer(nn.Module):
 
   def finish(self, x: Array, attended: Array) -> Array:
     """Adds the attention's and the MLP's output to the stream."""
-    x = x + self.output(attended)
+    x = self.constrain(x + self.output(attended), _STREAM)
     y = self.mlp_norm(x)
     gate_up = self.gate_up(y)
-    return x + self.down(nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+    x = x + self.down(nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+    return self.constrain(x, _STREAM)
 
   def packed(self, x: Array, table: tuple[Array, Array], mask: Array) -> Array:
     queries, keys, values = self.project(x, table)
@@ -160,6 +199,7 @@ class Transformer(nn.Module):
   config: ModelConfig
   precision: PrecisionConfig
   remat: bool
+  constrain: Constrain
 
   def setup(self) -> None:
     c = self.config
@@ -170,7 +210,8 @@ class Transformer(nn.Module):
     # Only the uncached pass has a backward pass to recompute for.
     layer = nn.remat(Layer, methods=['packed']) if self.remat else Layer
     self.layers = [
-        layer(c, self.precision, name=f'layer_{i}') for i in range(c.layers)
+        layer(c, self.precision, self.constrain, name=f'layer_{i}')
+        for i in range(c.layers)
     ]
     self.final_norm = RMSNorm(c.norm_epsilon, jnp.dtype(self.precision.compute),
                               param_dtype)
@@ -181,7 +222,8 @@ class Transformer(nn.Module):
           (c.width, c.vocabulary), param_dtype)
 
   def embed(self, tokens: Array) -> Array:
-    return self.embedding.astype(self.precision.compute)[tokens]
+    embedding = self.embedding.astype(self.precision.compute)
+    return self.constrain(embedding[tokens], _STREAM)
 
   def table(self, positions: Array) -> tuple[Array, Array]:
     c = self.config
@@ -222,15 +264,18 @@ class Transformer(nn.Module):
 def make_transformer(config: ModelConfig,
                      precision: PrecisionConfig,
                      *,
-                     remat: bool = False) -> LanguageModel:
+                     remat: bool = False,
+                     constrain: Constrain = _anywhere) -> LanguageModel:
   """Returns the transformer that a frozen config describes.
 
   Args:
     config: frozen; `vocabulary` is set.
     precision: frozen; dtypes of parameters, trunk and head.
     remat: recompute each layer in the backward pass.
+    constrain: says where a value with the named logical axes lies; see
+      `sharding.constrain`.
   """
-  module = Transformer(config, precision, remat)
+  module = Transformer(config, precision, remat, constrain)
   head_dim = config.head_dim or config.width // config.heads
 
   def init(key: Array) -> Params:
@@ -265,10 +310,15 @@ def make_transformer(config: ModelConfig,
   def logits(params: Params, hidden: Array) -> Any:
     return module.apply({'params': params}, hidden, method='logits')
 
+  def place(tree: Params) -> Params:
+    return jax.tree.map(constrain, tree, logical_axes(tree))
+
   return LanguageModel(init=init,
                        init_cache=init_cache,
                        hidden=hidden,
                        extend=extend,
                        logits=logits,
+                       axes=logical_axes,
+                       place=place,
                        vocabulary=config.vocabulary,
                        max_positions=config.max_positions)

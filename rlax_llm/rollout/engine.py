@@ -6,7 +6,7 @@ decides nothing that a token depends on.
 
 import math
 import time
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -67,6 +67,7 @@ class RolloutEngine:
                mesh: Mesh,
                clock: Callable[[], float] = time.perf_counter,
                drafter: Drafter | None = None,
+               params_placement: Any = None,
                pool: ExecutablePool | None = None) -> None:
     """Prepares an engine; nothing is compiled yet.
 
@@ -80,6 +81,8 @@ class RolloutEngine:
       mesh: from `sharding.make_mesh`.
       clock: seconds; read for statistics only.
       drafter: overrides `rollout.drafter`, for instance with your own.
+      params_placement: a sharding for every parameter, to which `generate`
+        brings them first; None: used where they lie.
       pool: where executables are kept; None makes one.
 
     Raises:
@@ -89,6 +92,7 @@ class RolloutEngine:
     self._rollout = rollout
     self._control = control
     self._clock = clock
+    self._params_placement = params_placement
     self._ways = sharding.ways(mesh)
     if rollout.slots % self._ways:
       raise ConfigError(f'rollout.slots={rollout.slots} is not divisible by '
@@ -186,6 +190,10 @@ class RolloutEngine:
     self._check(requests)
     start, compiled = self._clock(), self.pool.seconds
     self.stats = RolloutStats()
+    if self._params_placement is not None:
+      params = self._executor.gather_params(params, self._params_placement)
+      jax.block_until_ready(params)
+      self.stats.reshard_seconds = self._clock() - start
     slots = self._executor.empty(self._rollout.slots, self._capacities[0])
     table = Table(slots, self._executor.draft_state(params, slots,
                                                     self._widest),

@@ -29,7 +29,7 @@ class Executor:
     self._config = config
     self._seed = seed
     self._mesh = mesh
-    self._rows = sharding.rows(mesh)
+    self._slots = _slots_placement(model, mesh)
     self._columns = sharding.microbatches(mesh)
     self._replicated = sharding.replicated(mesh)
     self.pool = pool
@@ -41,12 +41,19 @@ class Executor:
     key = (name, *shape, self._model, self._mesh)
     return self.pool(key, function, *args, **jit_options)
 
+  def gather_params(self, params: Params, placement: Any) -> Params:
+    """Returns a copy of the parameters that lies as given."""
+    return self._run('gather_params', (),
+                     lambda tree: tree,
+                     params,
+                     out_shardings=placement)
+
   def empty(self, rows: int, capacity: int) -> Slots:
     """Returns slots that hold nothing."""
     return self._run('empty', (rows, capacity),
                      functools.partial(slot_ops.empty_slots, self._model, rows,
                                        capacity),
-                     out_shardings=self._rows)
+                     out_shardings=self._slots)
 
   def prefill(self, params: Params, prompts: Sequence[np.ndarray], rows: int,
               capacity: int) -> slot_ops.PromptBlock:
@@ -85,7 +92,7 @@ class Executor:
                      block,
                      jax.device_put(fields, self._columns),
                      donate_argnums=(0,),
-                     out_shardings=self._rows)
+                     out_shardings=self._slots)
 
   def grow(self, slots: Slots, capacity: int) -> Slots:
     """Returns the slots with a larger S."""
@@ -93,7 +100,7 @@ class Executor:
     return self._run('grow', (rows, old, capacity),
                      functools.partial(slot_ops.grow, capacity=capacity),
                      slots,
-                     out_shardings=self._rows)
+                     out_shardings=self._slots)
 
   def gather(self, slots: Slots, order: Sequence[int]) -> Slots:
     """Returns the named rows, in that order."""
@@ -103,7 +110,7 @@ class Executor:
                      slot_ops.gather,
                      slots,
                      index,
-                     out_shardings=self._rows)
+                     out_shardings=self._slots)
 
   def draft_state(self, params: Params, slots: Slots, drafter: Drafter) -> Any:
     """Returns the drafter's state before anything is sampled."""
@@ -156,8 +163,21 @@ class Executor:
                      state,
                      jax.device_put(limits, self._replicated),
                      donate_argnums=(1, 2),
-                     out_shardings=(self._rows, self._replicated,
+                     out_shardings=(self._slots, self._replicated,
                                     self._replicated))
+
+
+def _slots_placement(model: LanguageModel, mesh: Mesh) -> Any:
+  """Returns the shardings of Slots: rows, and the cache's heads."""
+  slots = jax.eval_shape(
+      functools.partial(slot_ops.empty_slots, model, sharding.ways(mesh), 8))
+  rows = sharding.rows(mesh)
+  place = lambda x: sharding.heads(mesh, x.shape[1])
+  cache = slots.cache.replace(keys=jax.tree.map(place, slots.cache.keys),
+                              values=jax.tree.map(place, slots.cache.values),
+                              length=rows)
+  return jax.tree.map(lambda x: rows,
+                      slots.replace(cache=None)).replace(cache=cache)
 
 
 # What the host sends at a boundary goes over as one array: on CPU every

@@ -25,6 +25,7 @@ class RolloutStats:
   ahead_tokens: int = 0  # for samples of coming steps
   segments: int = 0
   seconds: float = 0.0
+  reshard_seconds: float = 0.0  # of them, bringing parameters in place
   compile_seconds: float = 0.0
 
   def metrics(self) -> dict[str, float]:
@@ -39,4 +40,5 @@ class RolloutStats:
         'rollout/width_mean': self.node_forwards / max(self.forwards, 1),
         'rollout/ahead_tokens': self.ahead_tokens,
         'rollout/segments': self.segments,
+        'time/reshard': self.reshard_seconds,
     }
