@@ -12,6 +12,10 @@ import dataclasses
 import difflib
 from typing import Any, Iterator, Mapping
 
+# The matrices of a layer, by their published names.
+LORA_TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
+                'down_proj')
+
 
 class ConfigError(ValueError):
   """A user's mistake: entrypoints report it in one line and exit with 2."""
@@ -123,6 +127,15 @@ class TaskConfig(Section):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class LoRAConfig(Section):
+  """Low-rank adapters; with them everything else is frozen."""
+  rank: int = 0  # 0: no adapters
+  alpha: float = 16.0  # the update is scaled by alpha / rank
+  # Matrices that get one, by their published names.
+  targets: tuple[str, ...] = LORA_TARGETS
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig(Section):
   """A decoder-only transformer: Llama, Qwen2 and Qwen3 are settings of it."""
   # bytes, or the string of characters that is the whole alphabet.
@@ -141,6 +154,7 @@ class ModelConfig(Section):
   qk_norm: bool = False  # Qwen3
   tied_head: bool = True
   init_scale: float = 1.0
+  lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -12,6 +12,7 @@ from rlax_llm.learning import algorithms
 from rlax_llm.learning import batch as batches
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
+from rlax_llm.models import lora
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.run import Run
 from rlax_llm.types import Array
@@ -120,7 +121,8 @@ class Learner:
         log-probabilities are all scored before any step moves them.
       samples: whole groups, in order; split evenly over
         `learning.minibatches` optimizer steps.
-      reference: parameters for the KL term, or None.
+      reference: parameters for the KL term, or None; gaps stand for frozen
+        ones, which are the policy's.
 
     Returns:
       (batches on the mesh, share of the computed positions without a token).
@@ -137,6 +139,9 @@ class Learner:
     elif not self.old_is_current:
       placed = [b.replace(old_logprobs=self.score(params, b)) for b in placed]
     if reference is not None:
+      model = self._run.model
+      reference = lora.join(reference,
+                            lora.split(params, model.trainable(params))[1])
       placed = [
           b.replace(reference_logprobs=self.score(reference, b)) for b in placed
       ]

@@ -23,6 +23,7 @@ from rlax_llm.learning import algorithms
 from rlax_llm.learning import sft
 from rlax_llm.learning import update
 from rlax_llm.learning.batch import Sample
+from rlax_llm.models import lora
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops.sampling import Sampling
@@ -131,7 +132,9 @@ class Run:
     placement = jax.tree.map(lambda x: x.sharding,
                              self.abstract_state(optimizer))
     return self.pool(('init_state', name),
-                     functools.partial(update.init_state, optimizer=optimizer),
+                     functools.partial(update.init_state,
+                                       model=self.model,
+                                       optimizer=optimizer),
                      params,
                      donate_argnums=(0,),
                      out_shardings=placement)
@@ -147,10 +150,14 @@ class Run:
     """
     optimizer = optimizer or self.optimizer
     params = self.abstract_params()
-    state = jax.eval_shape(lambda p: update.init_state(p, optimizer), params)
+    make = functools.partial(update.init_state,
+                             model=self.model,
+                             optimizer=optimizer)
+    state = jax.eval_shape(make, params)
     place = lambda x, where: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=where)
     placement = self.params_placement()
+    trained, _ = lora.split(placement, self.model.trainable(params))
     anywhere = sharding.replicated(self.mesh)
     return TrainState(
         step=place(state.step, anywhere),  # type: ignore
@@ -159,7 +166,7 @@ class Run:
             optimizer,
             place,
             state.opt_state,
-            placement,
+            trained,
             transform_non_params=lambda x: place(x, anywhere)))
 
   def restore(self, workdir: str) -> tuple[int, TrainState, dict]:
@@ -187,7 +194,9 @@ class Run:
   def reference(self, workdir: str, params: Params, step: int) -> Params | None:
     """Returns the reference policy: the parameters before RL; or None.
 
-    It is saved apart, once, because no checkpoint of a later step holds it.
+    What is trained is saved apart, once, because no checkpoint of a later step
+    holds it. What is frozen is the policy's own and has a gap here: with LoRA
+    the reference is adapters, and takes no memory to speak of.
 
     Args:
       workdir: the run's folder.
@@ -196,16 +205,20 @@ class Run:
     """
     if not self.algorithm.kl_coefficient:
       return None
+    abstract = self.abstract_state().params
+    trained = self.model.trainable(abstract)
+    abstract, _ = lora.split(abstract, trained)
     with checkpoint.Checkpoints(f'{workdir}/reference', keep=1) as saved:
       if step == 0:
         copy = self.pool(('copy',),
                          lambda p: jax.tree.map(jnp.copy, p),
-                         params,
-                         out_shardings=self.params_placement())
+                         lora.split(params, trained)[0],
+                         out_shardings=jax.tree.map(lambda x: x.sharding,
+                                                    abstract))
         if not saved.steps():
           saved.save(0, copy, {})
         return copy
-      found = saved.restore(self.abstract_state().params)
+      found = saved.restore(abstract)
     if found is None:
       raise ConfigError(f'{workdir}/reference is missing; the KL term of a '
                         'continued run needs it: restore it or start again')

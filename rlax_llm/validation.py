@@ -11,6 +11,7 @@ from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import DRAFTERS
 from rlax_llm.config import freeze
+from rlax_llm.config import LORA_TARGETS
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import nearest
 from rlax_llm.config import RolloutConfig
@@ -66,6 +67,7 @@ _AT_LEAST: dict[str, float] = {
     'learning.microbatch_rows': 1,
     'learning.score_chunk': 1,
     'learning.weight_decay': 0,
+    'model.lora.rank': 0,
     'mesh.data': 0,
     'mesh.fsdp': 1,
     'mesh.tensor': 1,
@@ -79,7 +81,7 @@ _AT_LEAST: dict[str, float] = {
 _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
                'learning.max_grad_norm', 'learning.epsilon',
                'task.verifier_seconds', 'model.rope_theta',
-               'model.norm_epsilon', 'model.init_scale',
+               'model.norm_epsilon', 'model.lora.alpha', 'model.init_scale',
                'control.refill_threshold')
 
 _SHARES = ('control.refill_threshold', 'task.trace_unfinished',
@@ -176,6 +178,12 @@ def _validate_model(model: ModelConfig) -> None:
     raise ConfigError(
         f'model.width={model.width} is not divisible by '
         f'model.heads={model.heads}; change one or set model.head_dim')
+  unknown = sorted(set(model.lora.targets) - set(LORA_TARGETS))
+  if unknown or (model.lora.rank and not model.lora.targets):
+    raise ConfigError(
+        f'model.lora.targets={tuple(model.lora.targets)}'
+        f'{nearest(unknown[0], LORA_TARGETS) if unknown else ""}; name some '
+        f'of {", ".join(LORA_TARGETS)}')
   head_dim = model.head_dim or model.width // model.heads
   if head_dim % 2:
     raise ConfigError(f'the head dimension is {head_dim}; rotary positions '

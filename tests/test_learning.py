@@ -435,8 +435,10 @@ def _params(run):
 
 
 def _state(run, optimizer=CAPTURE):
-  return run.pool(('state', id(optimizer)),
-                  lambda p: updates.init_state(p, optimizer), _params(run))
+  return run.pool(
+      ('state', id(optimizer)),
+      lambda p: updates.init_state(p, model=run.model, optimizer=optimizer),
+      _params(run))
 
 
 def _gradient(run,

@@ -12,6 +12,7 @@ from rlax_llm.config import LearningConfig
 from rlax_llm.learning.algorithms import Algorithm
 from rlax_llm.learning.algorithms import LOSSES
 from rlax_llm.models import language_model
+from rlax_llm.models import lora
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.divergences import DIVERGENCES
 from rlax_llm.ops.masking import select_masked
@@ -88,12 +89,16 @@ def make_schedule(config: LearningConfig,
   return optax.join_schedules([rise, after], [warmup])
 
 
-def init_state(params: Params,
+def init_state(params: Params, *, model: LanguageModel,
                optimizer: optax.GradientTransformation) -> TrainState:
-  """Returns the state before the first step."""
+  """Returns the state before the first step.
+
+  The optimizer keeps a state for what is trained only.
+  """
+  trained, _ = lora.split(params, model.trainable(params))
   return TrainState(step=jnp.zeros((), jnp.int32),
                     params=params,
-                    opt_state=optimizer.init(params))
+                    opt_state=optimizer.init(trained))
 
 
 def _loss(params: Params, batch: Batch, model: LanguageModel,
@@ -168,8 +173,9 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   Returns:
     (state, metrics under their fixed names; training values).
   """
+  trained, frozen = lora.split(state.params, model.trainable(state.params))
   zeros = model.place(
-      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
+      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
   none = _Totals(*(jnp.zeros(()) for _ in dataclasses.fields(_Totals)))
   arrays = {
       f.name: getattr(batch, f.name)
@@ -180,20 +186,17 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   def accumulate(i: Array, carry: tuple) -> tuple:
     gradients, totals = carry
     part = Batch(count=batch.count, **{k: v[i] for k, v in arrays.items()})
-    (_, more), gradient = jax.value_and_grad(_loss,
-                                             has_aux=True)(state.params, part,
-                                                           model, config)
+    share = lambda p: _loss(lora.join(p, frozen), part, model, config)
+    (_, more), gradient = jax.value_and_grad(share, has_aux=True)(trained)
     gradients = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients,
                              model.place(gradient))
     return gradients, _merge(totals, more)
 
   gradients, totals = jax.lax.fori_loop(0, batch.count, accumulate,
                                         (zeros, none))
-  gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients,
-                           state.params)
-  changes, opt_state = optimizer.update(gradients, state.opt_state,
-                                        state.params)
-  params = optax.apply_updates(state.params, changes)
+  gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, trained)
+  changes, opt_state = optimizer.update(gradients, state.opt_state, trained)
+  params = lora.join(optax.apply_updates(trained, changes), frozen)
   mean = lambda x: x / jnp.maximum(totals.tokens, 1.0)
   metrics = {
       'learning/loss': totals.loss,

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlax_llm.models import lora
 from rlax_llm.ops import sampling as sampling_ops
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.types import Array
@@ -41,6 +42,7 @@ class LanguageModel(NamedTuple):
       names for each leaf; see `sharding.TABLE`.
     place: (tree like params) -> the same values, placed like the parameters;
       for gradients under `jax.jit`.
+    trainable: (params) -> the same tree of bools: what is trained.
   """
   init: Callable
   init_cache: Callable
@@ -51,6 +53,7 @@ class LanguageModel(NamedTuple):
   max_positions: int
   axes: Callable = _no_axes
   place: Callable = _anywhere
+  trainable: Callable = lora.trainable
 
 
 class TokenScores(NamedTuple):

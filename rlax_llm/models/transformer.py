@@ -16,6 +16,7 @@ from rlax_llm.config import ModelConfig
 from rlax_llm.config import PrecisionConfig
 from rlax_llm.models import attention
 from rlax_llm.models import kv_cache
+from rlax_llm.models import lora
 from rlax_llm.models.kv_cache import KVCache
 from rlax_llm.models.kv_cache import KVNodes
 from rlax_llm.models.language_model import LanguageModel
@@ -80,6 +81,20 @@ _AXES: dict[str, tuple[str | None, ...]] = {
     'gate_up/kernel': ('embed', None, 'mlp'),
     'down/kernel': ('mlp', 'embed'),
     'scale': (None,),
+    'lora_q_proj/a': ('embed', None),
+    'lora_k_proj/a': ('embed', None),
+    'lora_v_proj/a': ('embed', None),
+    'lora_q_proj/b': (None, 'kv_heads', None, None),
+    'lora_k_proj/b': (None, 'kv_heads', None),
+    'lora_v_proj/b': (None, 'kv_heads', None),
+    'lora_o_proj/a': ('heads', None),
+    'lora_o_proj/b': (None, 'embed'),
+    'lora_gate_proj/a': ('embed', None),
+    'lora_gate_proj/b': (None, 'mlp'),
+    'lora_up_proj/a': ('embed', None),
+    'lora_up_proj/b': (None, 'mlp'),
+    'lora_down_proj/a': ('mlp', None),
+    'lora_down_proj/b': (None, 'embed'),
 }
 
 
@@ -157,11 +172,39 @@ class Layer(nn.Module):
     self.mlp_norm = norm()
     self.gate_up = dense((2, c.mlp_width), use_bias=False, kernel_init=init)
     self.down = dense(c.width, use_bias=False, kernel_init=init_out)
+    shapes = {
+        'q_proj': (c.kv_heads, c.heads // c.kv_heads, head_dim),
+        'k_proj': (c.kv_heads, head_dim),
+        'v_proj': (c.kv_heads, head_dim),
+        'o_proj': (c.width,),
+        'gate_proj': (c.mlp_width,),
+        'up_proj': (c.mlp_width,),
+        'down_proj': (c.width,),
+    }
+    # By published name; each module is named in the tree as its attribute.
+    targets = c.lora.targets if c.lora.rank else ()
+    for name in targets:
+      setattr(self, lora.PREFIX + name, lora.Adapter(shapes[name], c.lora,
+                                                     dtype))
+    self.targets = targets
+
+  def adapt(self, x: Array, *names: str) -> dict[str, Array]:
+    """Returns what the adapters among the named ones add, for one input."""
+    return {
+        name: getattr(self, lora.PREFIX + name)(x)
+        for name in names
+        if name in self.targets
+    }
 
   def project(self, x: Array,
               table: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     """Returns queries [.., L, H, HD] and keys and values [.., KH, L, HD]."""
-    joint = self.query_key_value(self.attention_norm(x))
+    y = self.attention_norm(x)
+    joint = self.query_key_value(y)
+    more = lora.join_query_key_value(
+        self.adapt(y, 'q_proj', 'k_proj', 'v_proj'), joint.shape)
+    if more is not None:
+      joint = joint + more
     queries, keys, values = joint[..., :-2, :], joint[..., -2, :], joint[...,
                                                                          -1, :]
     queries = queries.reshape(*x.shape[:-1], -1, queries.shape[-1])
@@ -174,11 +217,21 @@ class Layer(nn.Module):
 
   def finish(self, x: Array, attended: Array) -> Array:
     """Adds the attention's and the MLP's output to the stream."""
-    x = self.constrain(x + self.output(attended), _STREAM)
+    out = self.output(attended)
+    for change in self.adapt(attended, 'o_proj').values():
+      out = out + change
+    x = self.constrain(x + out, _STREAM)
     y = self.mlp_norm(x)
     gate_up = self.gate_up(y)
-    x = x + self.down(nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
-    return self.constrain(x, _STREAM)
+    more = lora.join_gate_up(self.adapt(y, 'gate_proj', 'up_proj'),
+                             gate_up.shape)
+    if more is not None:
+      gate_up = gate_up + more
+    inner = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+    out = self.down(inner)
+    for change in self.adapt(inner, 'down_proj').values():
+      out = out + change
+    return self.constrain(x + out, _STREAM)
 
   def packed(self, x: Array, table: tuple[Array, Array], mask: Array) -> Array:
     queries, keys, values = self.project(x, table)
@@ -320,5 +373,6 @@ def make_transformer(config: ModelConfig,
                        logits=logits,
                        axes=logical_axes,
                        place=place,
+                       trainable=lora.trainable,
                        vocabulary=config.vocabulary,
                        max_positions=config.max_positions)
