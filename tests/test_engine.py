@@ -554,12 +554,11 @@ def test_behaviour_logprobs_equal_a_fresh_score(drafter, temperature):
 
 
 def test_one_read_for_each_segment(monkeypatch):
-  """A segment costs one device-to-host read and no implicit transfer.
+  """A segment costs one device-to-host read, and that is explicit.
 
   Every way by which a jax array turns into host values is counted, because
   the CPU's transfer guard misses float() and np.asarray. Mutants: a bool() of
-  `done` between segments; two device_get calls; a numpy array passed to a
-  compiled function.
+  `done` between segments; two device_get calls.
   """
   world, requests = _world(), helpers.make_requests()
   chain = drafting.prompt_lookup(4)
@@ -590,7 +589,7 @@ def test_one_read_for_each_segment(monkeypatch):
   for name in ('__array__', '__float__', '__int__', '__index__', '__bool__',
                'item', 'tolist'):
     watch(name)
-  with jax.transfer_guard_host_to_device('disallow'):
+  with jax.transfer_guard_device_to_host('disallow'):
     _, engine = world.generate(requests, drafter=chain)
   assert engine.reads == engine.stats.segments == counts['explicit'] > 5
   assert counts['implicit'] == 0

@@ -77,6 +77,25 @@ def window(slots: Slots, first: Array, size: int) -> Array:
   return jnp.where(place >= 0, tokens, 0)
 
 
+def copy_rows(corpus: Corpus, slots: Slots, shape: CorpusShape) -> Corpus:
+  """Makes the texts of the group those of the rows that decode.
+
+  Args:
+    corpus: of F prompts.
+    slots: N rows.
+    shape: of the corpus.
+  """
+  prompts, _, capacity = corpus.texts.shape
+  row = jnp.where(slots.done, prompts, slots.prompt)
+  text = shape.history + slots.index % shape.group
+  more = max(capacity - slots.text.shape[1], 0)
+  tokens = jnp.pad(slots.text, ((0, 0), (0, more)))[:, :capacity]
+  put = lambda old, new: old.at[row, text].set(new, mode='drop')
+  return Corpus(put(corpus.texts, tokens), put(corpus.words,
+                                               pack_words(tokens)),
+                put(corpus.length, slots.length))
+
+
 def extend(corpus: Corpus, slots: Slots, path: Path,
            shape: CorpusShape) -> Corpus:
   """Adds what a forward committed to the texts of the group.

@@ -53,6 +53,8 @@ class Drafter(NamedTuple):
       `parents` may be int32[W] when all rows share it (every chain).
     observe: (params, state, slots, path, hidden) -> state; the slots are those
       after the commit of the path, hidden is [N, W, D] at the tree's nodes.
+    sync: (params, state, slots) -> state: rows went on without `observe`, in
+      segments of W = 1; the state takes up what they hold now.
     width: W, nodes of a tree.
     corpus: which texts it wants loaded; None: none.
   """
@@ -60,6 +62,7 @@ class Drafter(NamedTuple):
   load: Callable[[Params, Any, Array, Array, Array], Any]
   propose: Callable[[Params, Any, Slots], tuple[DraftTree, Any]]
   observe: Callable[[Params, Any, Slots, Path, Array], Any]
+  sync: Callable[[Params, Any, Slots], Any]
   width: int
   corpus: CorpusShape | None = None
 
@@ -84,6 +87,7 @@ def stateless(propose: Callable[[Slots], DraftTree], width: int) -> Drafter:
                  load=lambda params, state, places, texts, length: state,
                  propose=lambda params, state, slots: (propose(slots), state),
                  observe=lambda params, state, slots, path, hidden: state,
+                 sync=lambda params, state, slots: state,
                  width=width)
 
 
@@ -95,14 +99,6 @@ def _root_alone(slots: Slots) -> DraftTree:
 def no_drafter() -> Drafter:
   """Returns the drafter of W = 1: the root alone, which is plain sampling."""
   return stateless(_root_alone, 1)
-
-
-@functools.cache
-def resting(drafter: Drafter) -> Drafter:
-  """Returns the W = 1 of a drafter: it drafts nothing and keeps its state."""
-  return drafter._replace(propose=lambda params, state, slots:
-                          (_root_alone(slots), state),
-                          width=1)
 
 
 @functools.cache

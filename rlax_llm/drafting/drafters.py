@@ -23,8 +23,8 @@ DRAFTERS: dict[str, Callable[[RolloutConfig, int, CorpusShape], Drafter]] = {
 
 
 def by_width(drafter: Drafter) -> dict[int, Drafter]:
-  """Returns a drafter and its W = 1, by width."""
-  return {1: drafting.resting(drafter), drafter.width: drafter}
+  """Returns a drafter, and none for W = 1, by width."""
+  return {1: drafting.no_drafter(), drafter.width: drafter}
 
 
 def widest(rollout: RolloutConfig, control: ControlConfig) -> int:
@@ -58,4 +58,4 @@ def make_drafters(rollout: RolloutConfig, control: ControlConfig, *,
   for w in (rollout.width,) if rollout.width else control.widths:
     if w > 1:
       made[w] = make(rollout, w, shape)
-  return {1: drafting.resting(made[width])} | made
+  return {1: drafting.no_drafter()} | made

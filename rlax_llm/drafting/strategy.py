@@ -14,6 +14,9 @@ _PROBE_ROWS, _PROBE_LEAST, _PROBE_MOST = 64, 2, 8
 # (N, S).
 _PROBE_SHARE = 0.02
 _MEMORY = 0.7  # of the moving averages, by segment
+# Once its cost is known, every so many segments of a width are timed: a clock
+# on the device's work makes the host wait for it first.
+_TIMED_EVERY, _TIMED_FIRST = 8, 4
 _MARGIN = 1.03  # a wider draft must promise so much more than W = 1
 
 
@@ -21,17 +24,25 @@ _MARGIN = 1.03  # a wider draft must promise so much more than W = 1
 class _Record:
   """What is known of one (N, S, W); averages move."""
   runs: int = 0
+  timed: int = 0
   cost: float = 0.0  # seconds of a forward
   accept: float = 1.0  # tokens per row and forward
   lost: float = 0.0  # seconds, against the best width
 
-  def add(self, cost: float, accept: float) -> None:
+  def add(self, cost: float | None, accept: float) -> None:
     self.runs += 1
     if self.runs < 2:  # The first run warms up and tells nothing.
       return
-    memory = _MEMORY if self.runs > 2 else 0.0
-    self.cost = memory * self.cost + (1 - memory) * cost
-    self.accept = memory * self.accept + (1 - memory) * accept
+    self.accept = _blend(self.accept, accept, self.runs)
+    if cost is not None:
+      self.timed += 1
+      self.cost = _blend(self.cost, cost, self.timed + 1)
+
+
+def _blend(old: float, new: float, runs: int) -> float:
+  """Returns the moving average; the second run is the first that counts."""
+  memory = _MEMORY if runs > 2 else 0.0
+  return memory * old + (1 - memory) * new
 
 
 class WidthPolicy:
@@ -69,30 +80,47 @@ class WidthPolicy:
         return width, min(forwards, max(_PROBE_LEAST, min(wanted, _PROBE_MOST)))
     return best, forwards
 
-  def observe(self, rows: int, capacity: int, width: int, *, seconds: float,
-              forwards: int, row_forwards: int, tokens: int) -> None:
+  def times(self, rows: int, capacity: int, width: int) -> bool:
+    """Returns whether the next segment of this width is to be timed."""
+    record = self._record(rows, capacity, width)
+    return (record.runs < _TIMED_FIRST or record.runs % _TIMED_EVERY == 0 or
+            width != self._best(rows, capacity))
+
+  def observe(self,
+              rows: int,
+              capacity: int,
+              width: int,
+              *,
+              seconds: float | None,
+              forwards: int,
+              row_forwards: int,
+              tokens: int,
+              preparation: float = 0.0) -> None:
     """Learns from a segment.
 
     Args:
       rows: N.
       capacity: S.
       width: W.
-      seconds: it took, compilation apart.
+      seconds: it took, compilation apart; None: it was not timed.
       forwards: it spent.
       row_forwards: summed over the forwards, the rows that decoded.
       tokens: committed.
+      preparation: seconds before it that its width made necessary.
     """
     if not forwards or not row_forwards:
       return
     here = rows, capacity
-    self._seconds[here] = self._seconds.get(here, 0.0) + seconds
     record = self._record(rows, capacity, width)
     accept = tokens / row_forwards
-    record.add(seconds / forwards, accept)
+    record.add(None if seconds is None else seconds / forwards, accept)
+    spent = record.cost * forwards if seconds is None else seconds
+    self._seconds[here] = self._seconds.get(here, 0.0) + spent
     best = self._rate(rows, capacity, self._best(rows, capacity))
     if record.runs > 1 and best:
-      # What the best width had taken for the same tokens.
-      record.lost = max(record.lost + seconds - accept * forwards / best, 0.0)
+      # Against what the best width had taken for the same tokens.
+      gain = accept * forwards / best
+      record.lost = max(record.lost + spent + preparation - gain, 0.0)
 
   def _record(self, rows: int, capacity: int, width: int) -> _Record:
     return self._records.setdefault((rows, capacity, width), _Record())
@@ -100,7 +128,7 @@ class WidthPolicy:
   def _rate(self, rows: int, capacity: int, width: int) -> float | None:
     """Returns tokens per row and second; None if unknown."""
     record = self._record(rows, capacity, width)
-    if record.runs < 2 or record.cost <= 0:
+    if not record.timed or record.cost <= 0:
       return None
     return record.accept / record.cost
 

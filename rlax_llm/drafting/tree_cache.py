@@ -354,5 +354,7 @@ def tree_cache(width: int, config: TreeCacheConfig) -> Drafter:
                  (propose(state, slots, config, width), state),
                  observe=lambda params, state, slots, path, hidden: corpora.
                  extend(state, slots, path, config.shape),
+                 sync=lambda params, state, slots: corpora.copy_rows(
+                     state, slots, config.shape),
                  width=width,
                  corpus=config.shape)

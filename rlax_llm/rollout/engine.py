@@ -25,14 +25,15 @@ from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import segment as segments
+from rlax_llm.rollout.drafts import Drafts
 from rlax_llm.rollout.executor import Executor
 from rlax_llm.rollout.prompts import Places
+from rlax_llm.rollout.read import SegmentRead
 from rlax_llm.rollout.slots import PromptBlock
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import Queue
 from rlax_llm.rollout.table import Sample
-from rlax_llm.rollout.table import SegmentRead
 from rlax_llm.rollout.table import Table
 from rlax_llm.types import Params
 from rlax_llm.types import Request
@@ -195,8 +196,7 @@ class RolloutEngine:
       jax.block_until_ready(params)
       self.stats.reshard_seconds = self._clock() - start
     slots = self._executor.empty(self._rollout.slots, self._capacities[0])
-    table = Table(slots, self._executor.draft_state(params, slots,
-                                                    self._widest),
+    table = Table(slots, Drafts(self._executor, self._widest, params, slots),
                   [None] * self._rollout.slots)
     corpus = self._widest.corpus
     places = Places(corpus.prompts) if corpus else None
@@ -209,10 +209,9 @@ class RolloutEngine:
             for i, request in enumerate(members)
         ]
         taken += [corpus.prompts] * (self._block_rows - len(members))
-        texts = stores.corpus_texts(state.store, members, self._block_rows,
-                                    corpus)
-        table.drafts = self._executor.load(params, table.drafts, self._widest,
-                                           taken, *texts)
+
+        table.drafts.load(lambda: (taken, *stores.corpus_texts(
+            state.store, members, self._block_rows, corpus)))
       return self._executor.prefill(params, [r.prompt for r in members],
                                     self._block_rows,
                                     self._rollout.prompt_length)
@@ -335,21 +334,26 @@ class RolloutEngine:
     """Runs one segment, reads it once, collects the samples that ended."""
     rows, capacity = table.slots.text.shape
     width, limit = self._choose_width(rows, capacity)
-    if self._policy:  # What was dispatched before is no cost of the segment.
-      jax.block_until_ready((table.slots, table.drafts))
-    start, compiled = self._clock(), self.pool.seconds
-    table.slots, table.drafts, counters = self._executor.decode(
+    timed = self._policy and self._policy.times(rows, capacity, width)
+    if timed:  # What was dispatched before is no cost of this segment's.
+      jax.block_until_ready(table.slots)
+    begin, compiled = self._clock(), self.pool.seconds
+    drafts = table.drafts.take(width, table.slots)
+    if timed:
+      jax.block_until_ready(drafts)
+    start = self._clock()
+    preparation = start - begin - (self.pool.seconds - compiled)
+    compiled = self.pool.seconds
+    table.slots, drafts, packed = self._executor.decode(
         params,
         table.slots,
-        table.drafts,
+        drafts,
         self._drafters[width],
         forwards=limit,
         done_rows=self._done_rows(table, pending),
         counted=table.counted())
-    s = table.slots
-    read = SegmentRead(*jax.device_get((s.text, s.logprobs, s.drafted, s.length,
-                                        s.done, s.finished, s.forwards,
-                                        counters)))
+    table.drafts.put(width, drafts)
+    read = SegmentRead.unpack(jax.device_get(packed), rows, capacity)
     seconds = self._clock() - start - (self.pool.seconds - compiled)
     self.reads += 1
     spent = read.counters
@@ -365,7 +369,8 @@ class RolloutEngine:
       self._policy.observe(rows,
                            capacity,
                            width,
-                           seconds=seconds,
+                           seconds=seconds if timed else None,
+                           preparation=preparation,
                            forwards=forwards,
                            row_forwards=row_forwards,
                            tokens=int(spent.tokens))

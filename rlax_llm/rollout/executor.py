@@ -14,6 +14,7 @@ from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout import slots as slot_ops
+from rlax_llm.rollout.read import pack_read
 from rlax_llm.types import Array
 from rlax_llm.types import Params
 from rlax_llm.types import Request
@@ -30,7 +31,6 @@ class Executor:
     self._seed = seed
     self._mesh = mesh
     self._slots = _slots_placement(model, mesh)
-    self._columns = sharding.microbatches(mesh)
     self._replicated = sharding.replicated(mesh)
     self.pool = pool
 
@@ -65,7 +65,7 @@ class Executor:
       packed[row, -1] = len(prompt)
     return self._run('prefill', (rows, capacity),
                      functools.partial(_prefill, model=self._model), params,
-                     jax.device_put(packed, self._replicated))
+                     packed)
 
   def admit(self, slots: Slots, block: slot_ops.PromptBlock,
             taken: Mapping[int, tuple[int, Request, int,
@@ -90,7 +90,7 @@ class Executor:
                      functools.partial(_admit, seed=self._seed),
                      slots,
                      block,
-                     jax.device_put(fields, self._columns),
+                     fields,
                      donate_argnums=(0,),
                      out_shardings=self._slots)
 
@@ -105,7 +105,7 @@ class Executor:
   def gather(self, slots: Slots, order: Sequence[int]) -> Slots:
     """Returns the named rows, in that order."""
     old, capacity = slots.text.shape
-    index = jax.device_put(np.asarray(order, np.int32), self._replicated)
+    index = np.asarray(order, np.int32)
     return self._run('gather', (old, len(order), capacity),
                      slot_ops.gather,
                      slots,
@@ -133,14 +133,28 @@ class Executor:
                                        shape=texts.shape),
                      params,
                      state,
-                     jax.device_put(packed, self._replicated),
+                     packed,
+                     donate_argnums=(1,),
+                     out_shardings=self._replicated)
+
+  def sync(self, params: Params, state: Any, drafter: Drafter,
+           slots: Slots) -> Any:
+    """Brings the drafter's state, donated, up to date with the slots."""
+    return self._run('sync', (drafter.sync, slots.text.shape),
+                     drafter.sync,
+                     params,
+                     state,
+                     slots,
                      donate_argnums=(1,),
                      out_shardings=self._replicated)
 
   def decode(self, params: Params, slots: Slots, state: Any, drafter: Drafter,
              *, forwards: int, done_rows: int,
-             counted: np.ndarray) -> tuple[Slots, Any, segments.Counters]:
+             counted: np.ndarray) -> tuple[Slots, Any, Array]:
     """Runs one segment; the slots and the drafter's state are donated.
+
+    Returns:
+      (slots, the drafter's state, what `SegmentRead.unpack` takes).
 
     Args:
       params: the policy's.
@@ -161,7 +175,7 @@ class Executor:
                      params,
                      slots,
                      state,
-                     jax.device_put(limits, self._replicated),
+                     limits,
                      donate_argnums=(1, 2),
                      out_shardings=(self._slots, self._replicated,
                                     self._replicated))
@@ -180,8 +194,9 @@ def _slots_placement(model: LanguageModel, mesh: Mesh) -> Any:
                       slots.replace(cache=None)).replace(cache=cache)
 
 
-# What the host sends at a boundary goes over as one array: on CPU every
-# transfer costs as much as a forward of few rows.
+# What the host sends at a boundary is one array, an argument as it is: on CPU
+# `device_put` to a mesh costs as much as a forward of few rows. What the host
+# reads of a segment is one array as well.
 
 
 def _prefill(params: Params, packed: Array, *,
@@ -205,7 +220,8 @@ def _load(params: Params, state: Any, packed: Array, *, load: Callable,
 
 
 def _segment(params: Params, slots: Slots, state: Any, limits: Array,
-             **static: Any) -> tuple[Slots, Any, segments.Counters]:
-  return segments.segment(
+             **static: Any) -> tuple[Slots, Any, Array]:
+  slots, state, counters = segments.segment(
       params, slots, state,
       segments.Limits(limits[0], limits[1], limits[2:].astype(bool)), **static)
+  return slots, state, pack_read(slots, counters)

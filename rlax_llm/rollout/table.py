@@ -1,13 +1,13 @@
-"""Who waits, who sits in which slot, and what a segment said of them."""
+"""Who waits, and who sits in which slot."""
 
 import collections
 import dataclasses
 import functools
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
-from rlax_llm.rollout import segment as segments
+from rlax_llm.rollout.drafts import Drafts
 from rlax_llm.rollout.prompts import PromptBlocks
 from rlax_llm.rollout.slots import PromptBlock
 from rlax_llm.types import Request
@@ -49,21 +49,9 @@ class Queue:
 class Table:
   """The slots and who sits in them; None is a free slot."""
   slots: Slots
-  drafts: Any  # the drafter's state
+  drafts: Drafts
   owners: list[Sample | None]
 
   def counted(self) -> np.ndarray:
     """Returns bool[N]: not a row that runs ahead; free slots count."""
     return np.array([o is None or not o.ahead for o in self.owners])
-
-
-class SegmentRead(NamedTuple):
-  """What the host reads of one segment."""
-  text: np.ndarray
-  logprobs: np.ndarray
-  drafted: np.ndarray
-  length: np.ndarray
-  done: np.ndarray
-  finished: np.ndarray
-  forwards: np.ndarray
-  counters: segments.Counters
