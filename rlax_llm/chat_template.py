@@ -40,8 +40,8 @@ def _start(source: str, date: datetime.date) -> subprocess.Popen:
   return process
 
 
-def _exchange(process: subprocess.Popen, message: Mapping[str,
-                                                          Any]) -> dict | None:
+def _exchange(process: subprocess.Popen,
+              message: dict[str, Any]) -> dict[str, str] | None:
   """Returns the answer to a message; None: the process ended."""
   assert process.stdin is not None and process.stdout is not None
   try:

@@ -40,6 +40,7 @@ class PretrainedTokenizer:
     self._backend = tokenizer_files.load_backend(folder)
     vocabulary = self._backend.get_vocab()
     self._ids = frozenset(vocabulary.values())
+    self._vocab_size = max(self._ids) + 1
     self._eos_ids = tokenizer_files.eos_ids(folder, vocabulary, self._names)
     self._bos_id = tokenizer_files.token_id(folder, vocabulary, self._names,
                                             'bos_token')
@@ -81,7 +82,7 @@ class PretrainedTokenizer:
   @property
   def vocab_size(self) -> int:
     """The largest id + 1; a model needs as many."""
-    return max(self._ids) + 1
+    return self._vocab_size
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
