@@ -113,6 +113,13 @@ class TaskConfig(Section):
   # Appended to every prompt after a line break; tells a pretrained model the
   # answer format.
   instruction: str = ''
+  # Pretrained models: each problem is the user's turn of a chat, in the model's
+  # chat template; False: it is put to the model as it is.
+  chat_template: bool = False
+  # chat_template: the system turn ('': none of ours; some templates write their
+  # own), and further variables of the template (Qwen3: enable_thinking).
+  system_prompt: str = ''
+  chat_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # jsonl: the file, and the held-out file ('': split by the question's hash).
   path: str = ''
   held_out_path: str = ''

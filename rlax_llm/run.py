@@ -41,7 +41,7 @@ class Run:
   config: Config  # frozen
   algorithm: algorithms.Algorithm
   mesh: Mesh
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizers.TextTokenizer
   task: tasks.Task
   model: LanguageModel
   pool: ExecutablePool
@@ -296,6 +296,15 @@ def _make_deterministic() -> None:
   os.environ['XLA_FLAGS'] = ' '.join([given, *missing]).strip()
 
 
+def _make_tokenizer(config: Config) -> tokenizers.TextTokenizer:
+  """Returns the config's tokenizer; raises ValueError as its maker does."""
+  if config.task.chat_template:
+    raise ConfigError('task.chat_template=True needs the tokenizer of a '
+                      'pretrained model; model.tokenizer='
+                      f'{config.model.tokenizer!r} has no chat template')
+  return tokenizers.make_tokenizer(config.model.tokenizer)
+
+
 def make_run(config: Config,
              *,
              clock: Callable[[], float] = time.perf_counter) -> Run:
@@ -313,16 +322,13 @@ def make_run(config: Config,
     _make_deterministic()
   algorithm = algorithms.resolve(config.algorithm)
   try:
-    tokenizer = tokenizers.make_tokenizer(config.model.tokenizer)
+    tokenizer = _make_tokenizer(config)
     task = tasks.make_task(config.task, config.seed)
   except ValueError as error:
     raise ConfigError(str(error)) from error
   mesh = sharding.make_mesh(config.mesh)
   vocabulary = config.model.vocabulary or tokenizer.vocab_size
-  if vocabulary < tokenizer.vocab_size:
-    raise ConfigError(
-        f'model.vocabulary={vocabulary} is less than the '
-        f'{tokenizer.vocab_size} ids of the tokenizer; raise it or set 0')
+  tokenizers.check_vocabulary(tokenizer, vocabulary)
   ways = sharding.ways(mesh)
   for path, value in (('rollout.slots', config.rollout.slots),
                       ('learning.microbatch_rows',

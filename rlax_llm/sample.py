@@ -26,7 +26,7 @@ from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
-from rlax_llm.tokenizer import Tokenizer
+from rlax_llm.tokenizer import TextTokenizer
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Params
 from rlax_llm.types import Request
@@ -46,7 +46,7 @@ class Completion:
   pieces: list[tuple[str, bool]]  # the text, cut where `drafted` changes
 
 
-def split_pieces(tokenizer: Tokenizer, tokens: Sequence[int],
+def split_pieces(tokenizer: TextTokenizer, tokens: Sequence[int],
                  drafted: Sequence[bool]) -> list[tuple[str, bool]]:
   """Cuts a completion's text where tokens begin or cease to be drafts.
 

@@ -2,11 +2,55 @@
 
 import dataclasses
 import functools
-from typing import Iterable, Sequence
+from typing import Iterable, Protocol, Sequence
+
+from rlax_llm.config import ConfigError
 
 EOS = 0
 BOS = 1
 NUM_SPECIALS = 2
+
+
+class TextTokenizer(Protocol):
+  """What a run needs of a tokenizer: `Tokenizer`, or a published model's."""
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of ids, specials included; a model may have more."""
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """Ids that end a completion; the first one closes a demonstration."""
+
+  @property
+  def bos_id(self) -> int | None:
+    """Id of the token that begins a prompt; None: there is none."""
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, without specials."""
+
+  def encode_prompt(self, text: str) -> list[int]:
+    """Returns the ids of a problem as the model is to see it."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of any ids, specials skipped; never raises."""
+
+
+def check_vocabulary(tokenizer: TextTokenizer, vocabulary: int) -> None:
+  """Refuses a model that lacks ids of the tokenizer; it may have more.
+
+  Args:
+    tokenizer: of the run.
+    vocabulary: V, the ids that the model can read and write.
+
+  Raises:
+    ConfigError: if it has fewer.
+  """
+  if vocabulary < tokenizer.vocab_size:
+    raise ConfigError(
+        f'model.vocabulary={vocabulary} is less than the '
+        f'{tokenizer.vocab_size} ids of the tokenizer; raise it or set 0, or '
+        "take a pretrained model's own tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)

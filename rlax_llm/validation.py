@@ -138,6 +138,10 @@ def validate(config: Config) -> Config:
         f'task.prompts_per_step={config.task.prompts_per_step} is not '
         f'divisible by learning.minibatches={config.learning.minibatches}; '
         'every optimizer step takes whole groups')
+  for path in ('task.system_prompt', 'task.chat_variables'):
+    if _get(config, path) and not config.task.chat_template:
+      raise ConfigError(f'{path} is read by the chat template only; set '
+                        'task.chat_template=True or leave it empty')
   longest = config.rollout.prompt_length + config.rollout.max_new_tokens
   if 0 < config.learning.row_length < longest:
     raise ConfigError(

@@ -159,6 +159,14 @@ BAD = [
     ({
         'task.options': [1]
     }, ['task.options=[1]', 'Mapping']),
+    ({
+        'task.system_prompt': 'Be brief.'
+    }, ['task.system_prompt', 'set task.chat_template=True']),
+    ({
+        'task.chat_variables': {
+            'enable_thinking': False
+        }
+    }, ['task.chat_variables', 'set task.chat_template=True']),
     # What needs the tokenizer, the task, the algorithms or the devices.
     ({
         'mesh.data': 16
@@ -178,6 +186,9 @@ BAD = [
     ({
         'model.tokenizer': ''
     }, ['model.tokenizer is empty', "'bytes'"]),
+    ({
+        'task.chat_template': True
+    }, ['task.chat_template=True', 'pretrained', 'model.tokenizer=']),
     ({
         'algorithm.name': 'grop'
     }, ["'grop'", "did you mean 'grpo'"]),
