@@ -63,7 +63,7 @@ def test_every_oracle_has_a_test():
 def test_every_reduction():
   """Law: all eight named reductions; each is a sum over microbatches.
 
-  Mutant: `lengths.size` and the count of nonzero lengths exchanged.
+  Mutant: only samples with a trained token counted where all should be.
   """
   oracle = load('agg_modes')
   mask = np.array(oracle['inputs']['mask']) > 0
@@ -119,7 +119,7 @@ def test_clipped_surrogate(case):
 def test_clipped_surrogate_with_weights():
   """Law: rollout weights multiply the loss behind the clip.
 
-  Mutant: weights that multiply the ratio before it.
+  Mutant: the weights ignored.
   """
   oracle = load('ppo_loss')
   mask, advantages = tokens(oracle['inputs'])
@@ -140,7 +140,7 @@ def test_clipped_surrogate_with_weights():
 def test_on_policy(loss):
   """Law: with old = current the gradient is -A w, whatever the loss's value.
 
-  Mutant: no stop_gradient around CISPO's ratio.
+  Mutant: no stop_gradient around the ratio of REINFORCE and CISPO.
   """
   oracle = load('ppo_loss')
   mask, advantages = tokens(oracle['inputs'])
@@ -215,7 +215,7 @@ CISPO = {
 def test_cispo_dro_and_sapo():
   """Law: value and gradient of each, by the named reduction.
 
-  Mutants: CISPO's weight differentiated; DRO without its 1/2; SAPO's two
+  Mutants: CISPO's weight not clipped; DRO without its 1/2; SAPO's two
   temperatures exchanged.
   """
   oracle = load('cispo_dro_sapo_loss')
@@ -293,7 +293,7 @@ def test_tinker_losses():
 def test_adamw_steps():
   """Law: two steps of our optimizer, with the clip of the norm out of reach.
 
-  Mutant: b2 and b1 exchanged in `make_optimizer`.
+  Mutant: b2 in the place of b1 in `make_optimizer`.
   """
   oracle = load('tinker_losses')['adamw']
   config = LearningConfig(learning_rate=oracle['lr'],
@@ -320,7 +320,7 @@ def test_check_grads():
 
   Left out are those whose gradient is not their value's on purpose: the
   REINFORCE kind, the straight-through estimators. Mutants: a stop_gradient
-  around SAPO's gate, DRO's square, the mixture of Jensen-Shannon.
+  around SAPO's gate, DRO's square, the student in Jensen-Shannon.
   """
   rng = np.random.default_rng(0)
   draw = lambda *shape: array(rng.uniform(-1, 1, shape))

@@ -36,8 +36,7 @@ def _by_group(estimate, index, *arrays):
 def test_group_advantages():
   """Law: one estimator per entry; TRL's group of one is 0, ours its reward.
 
-  Mutants: ddof ignored; the plain mean as OPO's baseline; the lead given to
-  the last of equal rewards' places.
+  Mutants: ddof ignored; the plain mean as OPO's baseline.
   """
   oracle = load('group_advantages')
   inputs, expected = oracle['inputs'], oracle['expected']
@@ -70,8 +69,7 @@ def test_group_advantages():
 def test_reinforce_plus_plus():
   """Law: whitened returns-to-go; with a group baseline; NaN behind the mask.
 
-  Mutants: the variance without Bessel's correction; padding counted in the
-  mean; the discount ignored.
+  Mutants: the variance without Bessel's correction; the discount ignored.
   """
   oracle = load('group_advantages')
   inputs, expected = oracle['inputs'], oracle['expected']
@@ -153,8 +151,8 @@ def test_reward_decoupled_advantages():
 def test_generalised_advantages(case):
   """Law: advantages, returns and whitening, over gaps; packed rows agree.
 
-  Mutants: a masked token that resets the carry; the trace left out; returns
-  from whitened advantages; the carry kept across segments.
+  Mutants: a masked token that resets the carry; the trace left out; the carry
+  kept across segments.
   """
   oracle = load('gae_value')
   inputs, expected = oracle['inputs'], oracle['gae_cases'][case]
@@ -226,8 +224,7 @@ def test_value_loss():
 def test_agent_advantages():
   """Law: the next agent is the successor, in the same step or the next.
 
-  Mutants: the successor's value without its alive mask; the transpose of the
-  order of agents and steps.
+  Mutant: the successor's value without its alive mask.
   """
   oracle = load('marft_gae')
   inputs = oracle['inputs']
@@ -262,7 +259,8 @@ def test_agent_advantages_bootstrap():
 def test_turns_in_reverse():
   """Law: SeeUPO's advantages and multipliers, turn 1 and then turn 0.
 
-  Mutants: inactive samples counted in the deviation; their multiplier reset.
+  Mutants: inactive samples counted in the deviation; their multiplier not
+  kept.
   """
   oracle = load('seeupo')
   inputs = oracle['inputs']
@@ -292,7 +290,7 @@ def test_turns_in_reverse():
 def test_hybrid_shaping():
   """Law: ECHO's shaped advantages, tails and clip ranges; packed rows agree.
 
-  Mutants: z(C) for z(1 - C); the window counted from the start.
+  Mutants: z(C) for z(1 - C); the window over the row, not the segment.
   """
   oracle = load('ttrl_echo')['echo']
   inputs, params = oracle['inputs'], oracle['params']
@@ -325,7 +323,8 @@ def test_hybrid_shaping():
 def test_hardness_weighting_and_targeted_entropy():
   """Law: Confucius3's weights for four accuracies; its penalty and slope.
 
-  Mutants: D of the accuracy instead of the mean of +-1; the slope's sign.
+  Mutants: D of the accuracy instead of the mean of +-1; `jnp.abs`, whose
+  slope at the target is 1.
   """
   oracle = load('confucius3')
   for row in oracle['pshw']:
@@ -347,7 +346,7 @@ def test_hardness_weighting_and_targeted_entropy():
 def test_top_entropy_mask():
   """Law: 40 % of five trained tokens are the two of the highest entropy.
 
-  Mutants: the quantile over all positions; NaN behind the mask kept.
+  Mutant: the fraction taken of all positions.
   """
   entropy = array([[0.5, jnp.nan, 2.0], [1.0, 0.1, 3.0]])
   mask = jnp.array([[True, False, True], [True, True, True]])

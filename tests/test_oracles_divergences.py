@@ -25,7 +25,7 @@ def test_coverage_loss():
   """Law: -log(1 - (1 - p)^N) and f for p from 1e-6 to 0.9 and N to 256.
 
   The gradient by each token of a sequence is -f. Mutants: N for N - 1 in f's
-  exponent; the loss divided by the length.
+  exponent; the value without its gradient.
   """
   oracle = load('dco')
   for row in oracle['rows']:
@@ -45,7 +45,7 @@ def test_coverage_loss():
 def test_coverage_at_the_ends():
   """Law: finite in float32 for p from 1e-40 to 1; f -> 1 and f -> 0.
 
-  Mutant: the value as log(-expm1(N log1p(-p))) alone, inf for p = 1e-40.
+  Mutant: no term for rare answers, inf for p = 1e-40.
   """
   logprobs = jnp.array([-92.0, -20.0, -1e-7, 0.0], jnp.float32)
   value, gradient = jax.vmap(
@@ -73,8 +73,8 @@ KL_NAMES = {
 def test_divergences():
   """Law: value and in-loss gradient by token, and in exact expectation.
 
-  Mutants: the straight-through k3 with k2's value; k3_ratio_weighted without
-  the ratio.
+  Mutants: the straight-through k3 with k2's value; `jnp.abs`, whose gradient
+  at 0 is 1.
   """
   oracle = load('kl_estimators')
   logprobs, reference = (array(oracle['inputs'][k]) for k in ('lp', 'ref'))
@@ -163,8 +163,7 @@ def test_f_divergences():
 def test_distillation():
   """Law: advantages, their importance-weighted loss, the centred penalty.
 
-  Mutants: the sign of the log-ratio; the mean of the penalty over all
-  positions.
+  Mutants: the sign of the log-ratio; the penalty not centred.
   """
   oracle = load('distillation')
   inputs = oracle['opd']['inputs']
@@ -207,7 +206,7 @@ def test_discounted_distillation_advantages():
 def test_generalised_jensen_shannon_and_extrapolation():
   """Law: beta 0, 1/2 and 1; candidates all measured from the same base.
 
-  Mutants: beta 0 and 1 exchanged; 2 * power for 2^power.
+  Mutants: beta 0 taken for 1; 2 * power for 2^power.
   """
   oracle = load('distillation')
   gjsd = oracle['gjsd']

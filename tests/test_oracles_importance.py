@@ -50,8 +50,8 @@ def _bounded(raw, mask, params, segments=None):
 def test_rollout_weights(case):
   """Law: raw and bounded weights, by token and sequence; packed rows agree.
 
-  Mutants: behaviour over old; a mean over tokens of the sequence's weights;
-  truncation where IcePop zeroes.
+  Mutants: behaviour over old; sequence weights normalised by their mean over
+  tokens; truncation where IcePop zeroes.
   """
   oracle = load('rollout_correction')
   assert set(oracle['weights']) == set(CASES)
@@ -81,8 +81,8 @@ def test_rollout_weights(case):
 def test_rejection(case):
   """Law: each statistic and the mask it leaves; packed rows agree.
 
-  Mutants: k1's sign; bounds of k1 not taken to logarithms; the maximum over
-  the row instead of the segment.
+  Mutants: old and behaviour exchanged; bounds of k1 not taken to logarithms;
+  the maximum over the row instead of the segment.
   """
   oracle = load('rollout_correction')
   expected = oracle['rejection'][case]
@@ -108,7 +108,7 @@ def test_rejection(case):
 def test_importance_errors():
   """Law: unknown names and a lower bound without meaning are refused.
 
-  Mutant: an unknown level taken as 'token'.
+  Mutant: unknown names let through.
   """
   one = jnp.ones((1, 1))
   mask = one > 0
@@ -205,8 +205,7 @@ def test_mismatch():
 def test_decoupled_surrogate(case, level):
   """Law: AReaL's loss and gradient; rejected tokens stay in the denominator.
 
-  Mutants: the denominator of kept tokens only; the weight differentiated;
-  the sum for the mean in the geometric weight.
+  Mutant: the sum for the mean in the geometric weight.
   """
   oracle = load('decoupled_ppo')
   expected = oracle['expected'][case]
@@ -310,8 +309,8 @@ def test_effective_sample_ratio_and_step_scale():
 def test_minimum_variance_baseline():
   """Law: VCPO's baseline, with both weights, and the direction it gives.
 
-  The released code's is ours at norms of weighted gradients. Mutants: w for
-  w^2; norms for squared norms.
+  The released code's is ours at norms of weighted gradients. Mutant: w for
+  w^2.
   """
   oracle = load('vcpo')
   inputs, expected = oracle['inputs'], oracle['expected']

@@ -19,7 +19,8 @@ from rlax_llm.ops import token_bleu
 def test_overlong_penalty():
   """Law: 0 to T - buffer, linear to -1 at T; equal outcomes give no signal.
 
-  Mutants: the penalty's sign; a clamp at -1 (24576 tokens give -2).
+  Mutants: a clamp at -1 (24576 tokens give -2); a signal only where all differ
+  from the first.
   """
   oracle = load('dapo_extras')
   case = oracle['overlong']
@@ -88,8 +89,8 @@ def test_progress_improvement_and_parallel_rewards():
 def test_majority_vote():
   """Law: TTRL's majority, its share of all samples, rewards and accuracies.
 
-  Mutants: the share of the answered samples; None voted for; ties to the
-  last seen.
+  Mutants: the share of the answered samples; None rewarded where nobody
+  answered; ties to the last seen.
   """
   oracle = load('ttrl_echo')['ttrl']
   answers = oracle['answers']
@@ -102,7 +103,7 @@ def test_majority_vote():
                                        truth) == oracle['reward_accuracy']
   assert pseudo_labels.majority_vote([None, None]) == (None, 0.0)
   assert pseudo_labels.majority_rewards([None, None]) == [0.0, 0.0]
-  assert pseudo_labels.majority_vote(['b', 'a', 'a', 'b']).answer == 'b'
+  assert pseudo_labels.majority_vote(['b', 'a', 'b', 'a']).answer == 'b'
 
 
 def test_pass_at_k():
@@ -126,8 +127,8 @@ def test_pass_at_k():
 def test_token_bleu(smooth, name):
   """Law: clipped counts and BLEU on padded ids, jitted and vmapped.
 
-  Mutants: counts not clipped (7 7 7 7 against 7 1 2 3); padding counted; the
-  brevity penalty upside down.
+  Mutants: counts not clipped by the candidate's, or by the reference's; padding
+  counted; the brevity penalty upside down.
   """
   rows = load('token_bleu')['rows']
   pad = lambda ids: np.array(ids + [7] * (8 - len(ids)), np.int32)
@@ -148,6 +149,15 @@ def test_token_bleu(smooth, name):
       lambda *x: token_bleu.clipped_matches(*x, orders=4))(*arrays)
   check(jnp.stack([matches, totals], axis=-1),
         [row[name]['clipped_counts'] for row in rows])
+  # More in the reference than in the candidate: 7 1 against 7 7.
+  ids = lambda *x: jnp.asarray(x, jnp.int32)
+  two = jnp.asarray(2)
+  matches, _ = token_bleu.clipped_matches(ids(7, 1),
+                                          two,
+                                          ids(7, 7),
+                                          two,
+                                          orders=1)
+  check(matches, [1])
 
 
 def test_coefficients_by_hand():
