@@ -83,7 +83,8 @@ class AlgorithmConfig(Section):
   name: str = 'grpo'
   advantage: str | None = None  # group | group_centred | leave_one_out
   loss: str | None = None  # clipped | reinforce
-  divergence: str | None = None  # k1 | k2 | k3, against the reference
+  # A name of ops.divergences.DIVERGENCES, against the reference.
+  divergence: str | None = None
   kl_coefficient: float | None = None
   reduction: str | None = None  # a name of ops.masking.REDUCTIONS
   clip_low: float | None = None  # ratios below 1 - clip_low are clipped

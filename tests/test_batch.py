@@ -123,9 +123,10 @@ def test_batch_is_empty_beyond_its_count():
 def test_weights_add_up(reduction):
   """Law: with loss 1 at every token, the weighted sum is the reduction's mean.
 
-  token_mean and sequence_mean: 1. sequence_mean_token_sum: the mean length.
-  sequence_sum_token_mean_constant: that over T = 12. Mutant: weights looked
-  up by place in the row instead of by sample.
+  token_mean and sequence_mean: 1. token_sum: the tokens.
+  sequence_mean_token_sum: the mean length. sequence_sum_token_mean_constant:
+  that over T = 12. No sample is empty here, so those over all samples agree.
+  Mutant: weights looked up by place in the row instead of by sample.
   """
   samples = _samples()
   lengths = np.array([len(s.completion) for s in samples])
@@ -134,7 +135,10 @@ def test_weights_add_up(reduction):
       'token_mean': 1,
       'sequence_mean': 1,
       'sequence_mean_token_sum': lengths.mean(),
-      'sequence_sum_token_mean_constant': lengths.mean() / 12
+      'sequence_sum_token_mean_constant': lengths.mean() / 12,
+      'token_sum': lengths.sum(),
+      'sequence_mean_over_all': 1,
+      'sequence_sum_token_mean_constant_over_all': lengths.mean() / 12,
   }[reduction]
   assert batch.weights.sum() == pytest.approx(expected, rel=1e-5)
   assert np.all((batch.weights > 0) == batch.targets)

@@ -6,6 +6,7 @@ With d = log pi - log pi_ref at a token sampled from pi. John Schulman,
 
 from typing import Callable
 
+import jax
 import jax.numpy as jnp
 
 from rlax_llm.types import Array
@@ -33,8 +34,42 @@ def k3(logprobs: Array, reference_logprobs: Array) -> Array:
   return jnp.exp(gap) - gap - 1
 
 
+def absolute(logprobs: Array, reference_logprobs: Array) -> Array:
+  """Returns |d|: a distance, of no divergence in particular.
+
+  Its gradient at d = 0, where on-policy training starts, is 0.
+  """
+  gap = logprobs - reference_logprobs
+  return gap * jax.lax.stop_gradient(jnp.sign(gap))
+
+
+def k3_straight_through(logprobs: Array, reference_logprobs: Array) -> Array:
+  """Returns k3 with the gradient of k2: that of KL(pi || ref), on-policy.
+
+  The value to report and the direction to follow, "A Comedy of Estimators",
+  https://arxiv.org/abs/2512.21852. verl names it with a trailing +.
+  """
+  value = k3(logprobs, reference_logprobs)
+  guide = k2(logprobs, reference_logprobs)
+  return guide + jax.lax.stop_gradient(value - guide)
+
+
+def k3_ratio_weighted(logprobs: Array, reference_logprobs: Array) -> Array:
+  """Returns (pi / sg(pi)) k3: its gradient is d, that of KL(pi || ref).
+
+  The ratio, 1 in value, differentiates the law that is sampled from, which
+  k3 in a loss forgets. Same gradient as `k3_straight_through`, reached as the
+  derivative of an expectation. https://arxiv.org/abs/2512.21852.
+  """
+  ratio = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
+  return ratio * k3(logprobs, reference_logprobs)
+
+
 DIVERGENCES: dict[str, Callable[[Array, Array], Array]] = {
     'k1': k1,
     'k2': k2,
     'k3': k3,
+    'absolute': absolute,
+    'k3_straight_through': k3_straight_through,
+    'k3_ratio_weighted': k3_ratio_weighted,
 }

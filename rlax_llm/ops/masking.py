@@ -3,6 +3,7 @@
 from typing import Callable
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,6 +39,95 @@ def masked_mean(mask: Array, values: Array) -> Array:
   return jnp.sum(select_masked(mask, values)) / count
 
 
+def _over_sample(reduce: Callable[..., Array], values: Array,
+                 segments: Array) -> Array:
+  """Reduces the last axis by segment; every position gets its segment's."""
+  length = values.shape[-1]
+
+  def row(values: Array, segments: Array) -> Array:
+    # Segment numbers count from 1 within a row, so L + 1 is enough.
+    return reduce(values, segments, num_segments=length + 1)[segments]
+
+  flat = (-1, length)
+  done = jax.vmap(row)(values.reshape(flat), segments.reshape(flat))
+  return done.reshape(values.shape)
+
+
+def sample_sum(mask: Array,
+               values: Array,
+               segments: Array | None = None) -> Array:
+  """Returns at each position the sum over its sample's masked tokens.
+
+  Args:
+    mask: bool[..., L].
+    values: float[..., L], arbitrary where the mask is False.
+    segments: int[..., L], 0 = no token, else the sample's number within the
+      row, as in `Batch`. None: a row is one sample.
+
+  Returns:
+    float[..., L], the same at every position of a sample.
+  """
+  values = select_masked(mask, values)
+  if segments is None:
+    total = jnp.sum(values, axis=-1, keepdims=True)
+    return jnp.broadcast_to(total, values.shape)
+  return _over_sample(jax.ops.segment_sum, values, segments)
+
+
+def sample_mean(mask: Array,
+                values: Array,
+                segments: Array | None = None) -> Array:
+  """Returns at each position the mean over its sample's masked tokens.
+
+  A sample without any has mean 0.
+
+  Args:
+    mask: bool[..., L].
+    values: float[..., L], arbitrary where the mask is False.
+    segments: as in `sample_sum`.
+  """
+  ones = jnp.ones_like(values)
+  count = sample_sum(mask, ones, segments)
+  return sample_sum(mask, values, segments) / jnp.maximum(count, 1)
+
+
+def sample_max(mask: Array,
+               values: Array,
+               segments: Array | None = None) -> Array:
+  """Returns at each position the maximum over its sample's masked tokens.
+
+  A sample without any has maximum -inf.
+
+  Args:
+    mask: bool[..., L].
+    values: float[..., L], arbitrary where the mask is False.
+    segments: as in `sample_sum`.
+  """
+  values = select_masked(mask, values, -jnp.inf)
+  if segments is None:
+    most = jnp.max(values, axis=-1, keepdims=True)
+    return jnp.broadcast_to(most, values.shape)
+  return _over_sample(jax.ops.segment_max, values, segments)
+
+
+def tokens_left(mask: Array, segments: Array | None = None) -> Array:
+  """Returns how many masked tokens of the sample stand at or after each.
+
+  1 marks one token per sample: its last. Thus a mean over samples of a packed
+  batch is a mean over `tokens_left(mask, segments) == 1`.
+
+  Args:
+    mask: bool[..., L].
+    segments: as in `sample_sum`.
+
+  Returns:
+    float[..., L]; 0 where the mask is False.
+  """
+  seen = jnp.cumsum(mask, axis=-1).astype(jnp.result_type(float))
+  left = sample_max(mask, seen, segments) - seen + 1
+  return select_masked(mask, left)
+
+
 def _token_mean(lengths: np.ndarray, constant: int) -> np.ndarray:
   del constant
   return np.full(lengths.shape, 1.0 / max(lengths.sum(), 1))
@@ -61,14 +151,39 @@ def _sequence_sum_token_mean_constant(lengths: np.ndarray,
   return np.full(lengths.shape, 1.0 / (sequences * constant))
 
 
+def _token_sum(lengths: np.ndarray, constant: int) -> np.ndarray:
+  del constant
+  return np.ones(lengths.shape)
+
+
+def _sequence_mean_over_all(lengths: np.ndarray, constant: int) -> np.ndarray:
+  del constant
+  return 1.0 / (max(lengths.size, 1) * np.maximum(lengths, 1))
+
+
+def _sequence_sum_token_mean_constant_over_all(lengths: np.ndarray,
+                                               constant: int) -> np.ndarray:
+  return np.full(lengths.shape, 1.0 / (max(lengths.size, 1) * constant))
+
+
 # Each maps (lengths int[samples] of the whole optimizer batch, T) to the
 # weight of one token of each sample; the loss is then a plain weighted sum,
 # which neither microbatches nor devices can change.
 REDUCTIONS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    'token_mean': _token_mean,
-    'sequence_mean': _sequence_mean,
-    'sequence_mean_token_sum': _sequence_mean_token_sum,
-    'sequence_sum_token_mean_constant': _sequence_sum_token_mean_constant,
+    'token_mean':
+        _token_mean,
+    'sequence_mean':
+        _sequence_mean,
+    'sequence_mean_token_sum':
+        _sequence_mean_token_sum,
+    'sequence_sum_token_mean_constant':
+        _sequence_sum_token_mean_constant,
+    'token_sum':
+        _token_sum,
+    'sequence_mean_over_all':
+        _sequence_mean_over_all,
+    'sequence_sum_token_mean_constant_over_all':
+        _sequence_sum_token_mean_constant_over_all,
 }
 
 
@@ -76,13 +191,20 @@ def token_weights(lengths: np.ndarray, *, reduction: str,
                   constant: int) -> np.ndarray:
   """Returns the loss weight of each sample's tokens.
 
-  With L_i trained tokens in sample i, N = sum L_i, and S the number of
-  samples with L_i > 0, over the whole optimizer batch:
+  With L_i trained tokens in sample i, N = sum L_i, B samples, and S of them
+  with L_i > 0, over the whole optimizer batch:
 
     token_mean                        1 / N             (DAPO)
-    sequence_mean                     1 / (S L_i)       (GRPO)
+    token_sum                         1                 (Tinker)
+    sequence_mean                     1 / (S L_i)       (GRPO, GSPO)
     sequence_mean_token_sum           1 / S             (RLOO)
     sequence_sum_token_mean_constant  1 / (S constant)  (Dr. GRPO)
+    sequence_mean_over_all            1 / (B L_i)       (GRPO in TRL)
+    sequence_sum_token_mean_constant_over_all
+                                      1 / (B constant)  (Dr. GRPO in TRL)
+
+  The last two count samples without a trained token, so that masking a sample
+  out does not raise the weight of the others.
 
   Args:
     lengths: int[samples], trained tokens per sample; 0 leaves a sample out.

@@ -1,0 +1,176 @@
+"""Advantages that look at the whole batch: whitening and its relatives.
+
+Statistics are those of the global optimizer batch. Taken over a microbatch or
+a device they would change the objective with the layout.
+"""
+
+import chex
+import jax.numpy as jnp
+
+from rlax_llm.ops import masking
+from rlax_llm.ops import values
+from rlax_llm.types import Array
+
+
+def whiten(advantages: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
+  """Returns (A - mean) / sqrt(var + epsilon) over all masked tokens.
+
+  Bessel's variance. Long samples weigh more, and a group of zero advantage
+  gets the batch's mean subtracted.
+
+  Args:
+    advantages: float[...], arbitrary where the mask is False.
+    mask: bool[...].
+    epsilon: added to the variance.
+
+  Returns:
+    float[...], 0 where the mask is False; 0 everywhere if fewer than two
+    tokens are left.
+  """
+  chex.assert_equal_shape([advantages, mask])
+  count = jnp.sum(mask)
+  centred = advantages - masking.masked_mean(mask, advantages)
+  centred = masking.select_masked(mask, centred)
+  variance = jnp.sum(jnp.square(centred)) / jnp.maximum(count - 1, 1)
+  return centred / jnp.sqrt(variance + epsilon)
+
+
+def batch_normalised(advantages: Array,
+                     mask: Array | None = None,
+                     *,
+                     epsilon: float = 1e-4) -> Array:
+  """Returns (A - mean) / (std + epsilon) over samples, ddof = 1.
+
+  The last step of GDPO, https://arxiv.org/abs/2601.05242, as TRL takes it.
+
+  Args:
+    advantages: float[...], one per sample.
+    mask: bool[...], the samples that count; None: all.
+    epsilon: added to the standard deviation.
+
+  Returns:
+    float[...], 0 where the mask is False.
+  """
+  if mask is None:
+    mask = jnp.ones(advantages.shape, bool)
+  count = jnp.sum(mask)
+  centred = advantages - masking.masked_mean(mask, advantages)
+  centred = masking.select_masked(mask, centred)
+  variance = jnp.sum(jnp.square(centred)) / jnp.maximum(count - 1, 1)
+  return centred / (jnp.sqrt(variance) + epsilon)
+
+
+def batch_scaled(centred: Array,
+                 rewards: Array,
+                 *,
+                 epsilon: float = 1e-4) -> Array:
+  """Returns centred / (std(all rewards) + epsilon), ddof = 1.
+
+  The group gives the baseline and the batch the scale, so that very easy and
+  very hard prompts are not weighed up. "Tricks or Traps?",
+  https://arxiv.org/abs/2508.08221; `scale_rewards='batch'` in TRL.
+
+  Args:
+    centred: float[...], rewards less their group's mean.
+    rewards: float[...], of the batch.
+    epsilon: added to the standard deviation.
+  """
+  chex.assert_equal_shape([centred, rewards])
+  return centred / (jnp.std(rewards, ddof=1) + epsilon)
+
+
+def signal_scaled(centred: Array, rewards: Array) -> Array:
+  """Returns centred * (samples / samples of nonzero reward).
+
+  "GPG: A Simple and Strong Reinforcement Learning Baseline for Model
+  Reasoning", https://arxiv.org/abs/2504.02546, with its f_norm of 1.
+
+  Args:
+    centred: float[...], rewards less their group's mean.
+    rewards: float[...], of the batch.
+  """
+  chex.assert_equal_shape([centred, rewards])
+  return centred * (rewards.size / jnp.maximum(jnp.count_nonzero(rewards), 1))
+
+
+def reinforce_plus_plus(rewards: Array,
+                        mask: Array,
+                        *,
+                        discount: float = 1.0,
+                        segments: Array | None = None) -> Array:
+  """Returns the whitened return-to-go of every token; groups play no part.
+
+  REINFORCE++, https://arxiv.org/abs/2501.03262: dividing by a group's own
+  deviation is biased, and by the batch's less so the larger the batch. Its
+  variant with a baseline is `whiten` of the group-centred rewards.
+
+  Args:
+    rewards: float[..., L], by token: the outcome at the last token less the
+      divergence at each, `values.penalised_rewards`.
+    mask: bool[..., L]; rewards are arbitrary where it is False.
+    discount: static.
+    segments: int[..., L] as in `Batch`; None: a row is one sample.
+  """
+  returns = values.returns_to_go(rewards,
+                                 mask,
+                                 discount=discount,
+                                 segments=segments)
+  return whiten(returns, mask)
+
+
+def turn_advantages(rewards: Array,
+                    active: Array,
+                    multiplier: Array,
+                    *,
+                    largest: float = 3.0,
+                    least_std: float = 1e-6) -> Array:
+  """Returns the advantages of one turn of a sequential multi-turn update.
+
+  SeeUPO, https://arxiv.org/abs/2602.06554: turns are updated last to first.
+  The rewards of the samples that have this turn, less their group's mean, are
+  z-scored over the batch (ddof = 1; only centred where there is no spread),
+  clipped, and multiplied by how later turns have moved.
+
+  Args:
+    rewards: float[P, G], outcomes of P groups.
+    active: bool[P, G]: the sample has this turn.
+    multiplier: float[P, G], `turn_multiplier` of the turns already updated.
+    largest: the clip, static.
+    least_std: a deviation up to here is not divided by.
+
+  Returns:
+    float[P, G], 0 for inactive samples.
+  """
+  chex.assert_equal_shape([rewards, active, multiplier])
+  centred = rewards - masking.sample_mean(active, rewards)
+  centred = masking.select_masked(active, centred)
+  count = jnp.sum(active)
+  centred = centred - jnp.sum(centred) / jnp.maximum(count, 1)
+  centred = masking.select_masked(active, centred)
+  variance = jnp.sum(jnp.square(centred)) / jnp.maximum(count - 1, 1)
+  std = jnp.sqrt(variance)
+  scores = centred / jnp.where(std > least_std, std, 1.0)
+  return jnp.clip(scores, -largest, largest) * multiplier
+
+
+def turn_multiplier(multiplier: Array,
+                    log_ratios: Array,
+                    active: Array,
+                    *,
+                    low: float = 0.8,
+                    high: float = 1.2) -> Array:
+  """Returns clip(M clip(exp(log_ratio), low, high), low, high).
+
+  SeeUPO, https://arxiv.org/abs/2602.06554.
+
+  Args:
+    multiplier: float[...], M; 1 before the last turn.
+    log_ratios: float[...], nats: the mean over the turn's tokens of new less
+      old log-probabilities, after its update.
+    active: bool[...]; the multiplier of others stays.
+    low: static.
+    high: static.
+  """
+  ratio = jnp.exp(jnp.clip(masking.select_masked(active, log_ratios), -10, 10))
+  moved = jnp.clip(multiplier * jnp.clip(ratio, low, high), low, high)
+  return jnp.where(active, moved, multiplier)
