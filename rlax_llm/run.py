@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import time
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ import numpy as np
 import optax
 
 from rlax_llm import checkpoint
+from rlax_llm import pretrained
 from rlax_llm import sharding
 from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import ModelConfig
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
@@ -86,8 +88,38 @@ class Run:
                         megabytes=rollout.cache_megabytes,
                         tokenizer=self.config.model.tokenizer)
 
+  @property
+  def model_config(self) -> ModelConfig:
+    """The model's section, with its vocabulary."""
+    return dataclasses.replace(self.config.model,
+                               vocabulary=self.model.vocabulary)
+
+  def check_pretrained(self) -> dict[str, Any]:
+    """Checks the weights that `init_params` will read; reads headers only.
+
+    Returns:
+      What the manifest records of them; {} without `model.pretrained`.
+
+    Raises:
+      ConfigError: they do not fit the model.
+    """
+    folder = self.config.model.pretrained
+    if not folder:
+      return {}
+    pretrained.find_tensors(folder, self.model_config)
+    return {'pretrained': pretrained.fingerprint(folder)}
+
   def init_params(self) -> Params:
-    """Returns fresh parameters, on the mesh."""
+    """Returns the parameters a run begins with, on the mesh.
+
+    They are those of `model.pretrained`, or fresh ones.
+
+    Raises:
+      ConfigError: the weights do not fit the model.
+    """
+    if self.config.model.pretrained:
+      return pretrained.load_params(self.config.model.pretrained,
+                                    self.model_config, self.abstract_params())
     return self.pool(('init',),
                      self.model.init,
                      jax.random.key(self.config.seed),
@@ -108,27 +140,40 @@ class Run:
                      params,
                      out_shardings=sharding.replicated(self.mesh))
 
+  def abstract_params(self) -> Params:
+    """Returns shapes, dtypes and shardings of the parameters."""
+    return self._placed(jax.eval_shape(self.model.init, jax.random.key(0)))
+
   def abstract_state(self) -> TrainState:
     """Returns shapes, dtypes and shardings of the state."""
-    place = sharding.replicated(self.mesh)
 
     def make(key: Array) -> TrainState:
       return update.init_state(self.model.init(key), self.optimizer)
 
-    abstract = jax.eval_shape(make, jax.random.key(0))
+    return self._placed(jax.eval_shape(make, jax.random.key(0)))
+
+  def _placed(self, abstract: Any) -> Any:
+    place = sharding.replicated(self.mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         abstract)
 
-  def restore(self, workdir: str) -> tuple[int, TrainState, dict]:
-    """Returns (step, state, host state) of the newest readable checkpoint.
+  def restore(self,
+              workdir: str,
+              *,
+              step: int | None = None) -> tuple[int, TrainState, dict]:
+    """Returns (step, state, host state) of a checkpoint.
+
+    Args:
+      workdir: the run's folder.
+      step: which; None: the newest readable one.
 
     Raises:
       ConfigError: if there is none, or it is another model's.
     """
     with checkpoint.Checkpoints(workdir,
                                 keep=self.config.checkpoint.keep) as saved:
-      found = saved.restore(self.abstract_state())
+      found = saved.restore(self.abstract_state(), step=step)
     if found is None:
       raise ConfigError(f'{workdir!r} holds no checkpoint; run '
                         'rlax_llm.train with this --workdir first')
@@ -238,6 +283,15 @@ def _make_deterministic() -> None:
   os.environ['XLA_FLAGS'] = ' '.join([given, *missing]).strip()
 
 
+def _make_tokenizer(model: ModelConfig) -> tokenizers.Tokenizer:
+  """Returns the tokenizer that the config or the pretrained folder names."""
+  if model.tokenizer != pretrained.TOKENIZER:
+    return tokenizers.make_tokenizer(model.tokenizer)
+  # Imported here: it needs a package that other runs do without.
+  from rlax_llm.pretrained_tokenizer import load_tokenizer
+  return load_tokenizer(model.pretrained, chat=False, system='')
+
+
 def make_run(config: Config,
              *,
              clock: Callable[[], float] = time.perf_counter) -> Run:
@@ -250,12 +304,12 @@ def make_run(config: Config,
   Raises:
     ConfigError: whatever can be wrong before a device works.
   """
-  config = validate(config)
+  config = validate(pretrained.resolve(config))
   if config.deterministic:
     _make_deterministic()
   algorithm = algorithms.resolve(config.algorithm)
   try:
-    tokenizer = tokenizers.make_tokenizer(config.model.tokenizer)
+    tokenizer = _make_tokenizer(config.model)
     task = tasks.make_task(config.task, config.seed)
   except ValueError as error:
     raise ConfigError(str(error)) from error
