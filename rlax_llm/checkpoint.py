@@ -114,32 +114,43 @@ class Checkpoints:
       raise ValueError(f'step {step} cannot be saved: {self._root} holds steps '
                        f'{self.steps()}; steps must grow')
 
-  def restore(self, abstract_state: Any) -> tuple[int, Any, Any] | None:
-    """Reads the newest checkpoint that is whole.
+  def restore(self,
+              abstract_state: Any,
+              *,
+              step: int | None = None) -> tuple[int, Any, Any] | None:
+    """Reads the newest checkpoint that is whole, or that of one step.
 
     Args:
       abstract_state: pytree of `jax.ShapeDtypeStruct` (or arrays) as `state`
         was; their shardings place what is read.
+      step: the only one to read; None: the newest.
 
     Returns:
       (step, state, host), or None where nothing was ever saved.
 
     Raises:
-      ConfigError: checkpoints exist and none is whole, or the newest whole one
-        is of another model; names the first leaf that differs.
+      ConfigError: checkpoints exist and none is whole, or none is of `step`, or
+        the newest whole one is of another model; names the first leaf that
+        differs.
     """
     self.wait()
     failures: list[str] = []
-    for step in reversed(self.steps()):
-      path = self._root / str(step)
-      found, reason = self._attempt(step, abstract_state)
+    steps = self.steps()
+    if step is not None and steps and step not in steps:
+      raise ConfigError(f'{self._root} holds no checkpoint of step {step}; it '
+                        f'has {", ".join(map(str, steps))}')
+    for candidate in reversed(steps):
+      if step not in (None, candidate):
+        continue
+      path = self._root / str(candidate)
+      found, reason = self._attempt(candidate, abstract_state)
       if found is None:
         failures.append(f'{path} is unreadable ({reason})')
-        self._unreadable.append(step)
+        self._unreadable.append(candidate)
         continue
       if failures:
         self._warn(f'{"; ".join(failures)}; using {path} instead')
-      return step, *found
+      return candidate, *found
     if failures:
       raise ConfigError(
           f'no checkpoint can be used: {"; ".join(failures)}; give another '

@@ -145,9 +145,17 @@ class LoRAConfig(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig(Section):
-  """A decoder-only transformer: Llama, Qwen2 and Qwen3 are settings of it."""
-  # bytes, or the string of characters that is the whole alphabet.
-  tokenizer: str = 'bytes'
+  """A decoder-only transformer: Llama, Qwen2 and Qwen3 are settings of it.
+
+  With `pretrained` the fields of ARCHITECTURE_FIELDS come from that folder. One
+  that is set here to another value than its default must agree with it.
+  """
+  # A folder with config.json and *.safetensors of a published model; '': the
+  # parameters are initialised.
+  pretrained: str = ''
+  # bytes; the string of characters that is the whole alphabet; pretrained: the
+  # folder's. '': pretrained with a folder, else bytes.
+  tokenizer: str = ''
   vocabulary: int = 0  # 0: the tokenizer's
   layers: int = 4
   width: int = 128
@@ -157,12 +165,29 @@ class ModelConfig(Section):
   mlp_width: int = 512
   max_positions: int = 4096
   rope_theta: float = 10000.0
+  # How a text longer than the model was first trained on is put to it: none |
+  # linear (positions divided by the factor) | llama3 (long waves only).
+  rope_scaling: str = 'none'
+  rope_factor: float = 1.0
+  # llama3: waves that turn fewer times than `low` within `original` positions
+  # are stretched by the factor, those that turn more than `high` times stay.
+  rope_low: float = 1.0
+  rope_high: float = 4.0
+  rope_original: int = 8192
   norm_epsilon: float = 1e-6
   qkv_bias: bool = False  # Qwen2
   qk_norm: bool = False  # Qwen3
   tied_head: bool = True
   init_scale: float = 1.0
   lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+
+
+# The fields of ModelConfig that a published model's config.json decides.
+ARCHITECTURE_FIELDS = ('vocabulary', 'layers', 'width', 'heads', 'kv_heads',
+                       'head_dim', 'mlp_width', 'max_positions', 'rope_theta',
+                       'rope_scaling', 'rope_factor', 'rope_low', 'rope_high',
+                       'rope_original', 'norm_epsilon', 'qkv_bias', 'qk_norm',
+                       'tied_head')
 
 
 @dataclasses.dataclass(unsafe_hash=True)

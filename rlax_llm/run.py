@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import time
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ import numpy as np
 import optax
 
 from rlax_llm import checkpoint
+from rlax_llm import pretrained
 from rlax_llm import sharding
 from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import ModelConfig
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
@@ -29,6 +31,7 @@ from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.tasks import task as tasks
+from rlax_llm.types import Array
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import TrainState
@@ -91,14 +94,69 @@ class Run:
     kept = rollout.history if used else 0
     return RolloutStore(history=kept,
                         megabytes=rollout.cache_megabytes,
-                        tokenizer=self.config.model.tokenizer)
+                        tokenizer=self._tokenizer_name)
+
+  @property
+  def _tokenizer_name(self) -> str:
+    """Tells the token ids of one tokenizer from those of another."""
+    name = self.config.model.tokenizer
+    if name != pretrained.TOKENIZER:
+      return name
+    folder = self.config.model.pretrained
+    return f'{name} {pretrained.tokenizer_digest(folder)}'
+
+  @property
+  def model_config(self) -> ModelConfig:
+    """The model's section, with its vocabulary."""
+    return dataclasses.replace(self.config.model,
+                               vocabulary=self.model.vocabulary)
+
+  def check_pretrained(self) -> dict[str, Any]:
+    """Checks the weights that `init_params` will read; reads headers only.
+
+    Returns:
+      What the manifest records of them; {} without `model.pretrained`.
+
+    Raises:
+      ConfigError: they do not fit the model.
+    """
+    folder = self.config.model.pretrained
+    if not folder:
+      return {}
+    pretrained.find_tensors(folder, self.model_config)
+    return {'pretrained': pretrained.fingerprint(folder)}
 
   def init_params(self) -> Params:
-    """Returns fresh parameters, on the mesh."""
+    """Returns the parameters a run begins with, on the mesh.
+
+    They are those of `model.pretrained`, or fresh ones.
+
+    Raises:
+      ConfigError: the weights do not fit the model.
+    """
+    folder = self.config.model.pretrained
+    abstract = self.abstract_state().params
+    if not folder:
+      return self._fresh(abstract)
+    if not self.config.model.lora.rank:
+      return pretrained.load_params(folder, self.model_config, abstract)
+    adapters, base = lora.split(abstract, self.model.trainable(abstract))
+    return lora.join(self._fresh(adapters),
+                     pretrained.load_params(folder, self.model_config, base))
+
+  def _fresh(self, abstract: Params) -> Params:
+    """Returns fresh parameters, those that are not gaps."""
+
+    def init(key: Array) -> Params:
+      params = self.model.init(key)
+      if len(jax.tree.leaves(abstract)) == len(jax.tree.leaves(params)):
+        return params
+      return lora.split(params, self.model.trainable(params))[0]
+
     return self.pool(('init',),
-                     self.model.init,
+                     init,
                      jax.random.key(self.config.seed),
-                     out_shardings=self.params_placement())
+                     out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
 
   def abstract_params(self) -> Params:
     """Returns shapes and dtypes of the parameters."""
@@ -169,15 +227,22 @@ class Run:
             trained,
             transform_non_params=lambda x: place(x, anywhere)))
 
-  def restore(self, workdir: str) -> tuple[int, TrainState, dict]:
-    """Returns (step, state, host state) of the newest readable checkpoint.
+  def restore(self,
+              workdir: str,
+              *,
+              step: int | None = None) -> tuple[int, TrainState, dict]:
+    """Returns (step, state, host state) of a checkpoint.
+
+    Args:
+      workdir: the run's folder.
+      step: which; None: the newest readable one.
 
     Raises:
       ConfigError: if there is none, or it is another model's.
     """
     with checkpoint.Checkpoints(workdir,
                                 keep=self.config.checkpoint.keep) as saved:
-      found = saved.restore(self.abstract_state())
+      found = saved.restore(self.abstract_state(), step=step)
     if found is None:
       raise ConfigError(f'{workdir!r} holds no checkpoint; run '
                         'rlax_llm.train with this --workdir first')
@@ -297,12 +362,24 @@ def _make_deterministic() -> None:
 
 
 def _make_tokenizer(config: Config) -> tokenizers.TextTokenizer:
-  """Returns the config's tokenizer; raises ValueError as its maker does."""
-  if config.task.chat_template:
+  """Returns the tokenizer that the config or the pretrained folder names.
+
+  Raises:
+    ValueError: as its maker does.
+  """
+  task, name = config.task, config.model.tokenizer
+  if name == pretrained.TOKENIZER:
+    # Imported here: it needs packages that other runs do without.
+    from rlax_llm.pretrained_tokenizer import load_tokenizer
+    return load_tokenizer(config.model.pretrained,
+                          chat=task.chat_template,
+                          system=task.system_prompt,
+                          variables=task.chat_variables)
+  if task.chat_template:
     raise ConfigError('task.chat_template=True needs the tokenizer of a '
-                      'pretrained model; model.tokenizer='
-                      f'{config.model.tokenizer!r} has no chat template')
-  return tokenizers.make_tokenizer(config.model.tokenizer)
+                      f'pretrained model; model.tokenizer={name!r} has no '
+                      'chat template')
+  return tokenizers.make_tokenizer(name)
 
 
 def make_run(config: Config,
@@ -317,7 +394,7 @@ def make_run(config: Config,
   Raises:
     ConfigError: whatever can be wrong before a device works.
   """
-  config = validate(config)
+  config = validate(pretrained.resolve(config))
   if config.deterministic:
     _make_deterministic()
   algorithm = algorithms.resolve(config.algorithm)

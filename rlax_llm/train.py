@@ -255,6 +255,9 @@ def train(config: Config,
   run.check_prompts([*held_out, *run.problems(0)])
   if config.sft.steps:
     run.demonstration(0)
+  with checkpoint.Checkpoints(workdir) as saved:
+    # A continued run has its parameters, and the weights may be gone.
+    facts = {} if saved.steps() else run.check_pretrained()
   executables.enable_compilation_cache()
   engine = run.engine(run.sampling)
   law = evaluation.evaluation_sampling(run)
@@ -278,7 +281,8 @@ def train(config: Config,
     warnings += manifest.write_manifest(workdir,
                                         to_dict(config),
                                         run_id=run_id,
-                                        resume_step=first if found else None)
+                                        resume_step=first if found else None,
+                                        extra=facts)
     for line in warnings:
       progress.message(f'warning: {line}')
     earlier = progression.wall_seconds

@@ -24,6 +24,7 @@ _CHOICES = {
     'task.answer_format':
         ('tag', 'scratchpad', 'last_line', 'after_equals', 'all'),
     'task.match': ('numeric', 'exact'),
+    'model.rope_scaling': ('none', 'linear', 'llama3'),
     'rollout.drafter': DRAFTERS,
     'learning.schedule': ('constant', 'linear', 'cosine'),
     'learning.old_logprobs': ('recompute', 'sampler'),
@@ -45,6 +46,7 @@ _AT_LEAST: dict[str, float] = {
     'model.head_dim': 0,
     'model.mlp_width': 1,
     'model.vocabulary': 0,
+    'model.rope_original': 1,
     'sft.steps': 0,
     'sft.sequences_per_step': 1,
     'sft.warmup_steps': 0,
@@ -80,8 +82,9 @@ _AT_LEAST: dict[str, float] = {
 }
 _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
                'learning.max_grad_norm', 'learning.epsilon',
-               'task.verifier_seconds', 'model.rope_theta',
-               'model.norm_epsilon', 'model.lora.alpha', 'model.init_scale',
+               'task.verifier_seconds', 'model.rope_theta', 'model.rope_factor',
+               'model.rope_low', 'model.rope_high', 'model.norm_epsilon',
+               'model.lora.alpha', 'model.init_scale',
                'control.refill_threshold')
 
 _SHARES = ('control.refill_threshold', 'task.trace_unfinished',
@@ -192,6 +195,25 @@ def _validate_model(model: ModelConfig) -> None:
   if head_dim % 2:
     raise ConfigError(f'the head dimension is {head_dim}; rotary positions '
                       'need an even one')
+  _check_rope(model)
+
+
+def _check_rope(model: ModelConfig) -> None:
+  default = ModelConfig()
+  unused = {
+      'none': ('rope_factor', 'rope_low', 'rope_high', 'rope_original'),
+      'linear': ('rope_low', 'rope_high', 'rope_original'),
+      'llama3': (),
+  }[model.rope_scaling]
+  for name in unused:
+    if getattr(model, name) != getattr(default, name):
+      raise ConfigError(
+          f'model.{name}={getattr(model, name)} has no effect with '
+          f'model.rope_scaling={model.rope_scaling!r}; set the kind of scaling '
+          'too, or leave it')
+  if model.rope_low >= model.rope_high:
+    raise ConfigError(f'model.rope_low={model.rope_low} must be below '
+                      f'model.rope_high={model.rope_high}')
 
 
 def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,

@@ -184,8 +184,28 @@ BAD = [
         'model.tokenizer': 'abca'
     }, ["'a' twice", "'bytes'"]),
     ({
-        'model.tokenizer': ''
-    }, ['model.tokenizer is empty', "'bytes'"]),
+        'model.tokenizer': 'pretrained'
+    }, ['model.pretrained', 'not set', "'bytes'"]),
+    ({
+        'model.pretrained': 'no/such/folder'
+    }, ["'no/such/folder'", 'config.json', 'give the folder']),
+    ({
+        'model.rope_scaling': 'yarn'
+    }, ["'yarn'", 'linear, llama3']),
+    ({
+        'model.rope_factor': 8.0
+    }, ['rope_factor=8.0', 'no effect', "'none'"]),
+    ({
+        'model.rope_scaling': 'linear',
+        'model.rope_low': 2.0
+    }, ['rope_low=2.0', 'no effect', "'linear'"]),
+    ({
+        'model.rope_scaling': 'llama3',
+        'model.rope_low': 4.0
+    }, ['rope_low=4.0', 'below', 'rope_high=4.0']),
+    ({
+        'model.rope_factor': 0.0
+    }, ['rope_factor=0', 'above 0']),
     ({
         'task.chat_template': True
     }, ['task.chat_template=True', 'pretrained', 'model.tokenizer=']),

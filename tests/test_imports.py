@@ -39,11 +39,13 @@ ALLOWED = {
     'plots': {*_BASE, 'metrics'},
     'progression': set(_BASE),
     'validation': set(_BASE),
+    'safetensors_files': set(_BASE),
+    'pretrained': {*_BASE, 'models', 'safetensors_files'},
 }
 # Whatever assembles the parts; it may import all of them.
 TOP = {
     'run', 'learner', 'warm_start', 'train', 'evaluate', 'sample', 'report',
-    'testing'
+    'export', 'testing'
 }
 NO_JIT = ('ops', 'models', 'drafting', 'learning', 'rollout/segment.py')
 OPTIONAL = ('grain', 'tensorflow_datasets', 'reasoning_gym', 'tensorflow')
@@ -109,7 +111,7 @@ def test_entrypoints_are_not_imported_by_parts():
 
   Mutant: `from rlax_llm import train` in learner.py.
   """
-  entrypoints = {'train', 'evaluate', 'sample', 'report'}
+  entrypoints = {'train', 'evaluate', 'sample', 'report', 'export'}
   for path in _modules():
     if _unit(path) in entrypoints:
       continue

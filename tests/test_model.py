@@ -512,6 +512,51 @@ def test_rotation_equals_its_definition():
                              atol=1e-3)
 
 
+def _stretched(wave, kind):
+  """The wavelength of a pair, by the definition, one number at a time."""
+  factor, low, high, original = 8.0, 1.0, 4.0, 64
+  if kind == 'linear' or wave > original / low:
+    return wave * factor
+  if wave < original / high:
+    return wave
+  keep = (original / wave - low) / (high - low)
+  return 1 / ((1 - keep) / (wave * factor) + keep / wave)
+
+
+@pytest.mark.parametrize('kind', ['linear', 'llama3'])
+def test_scaled_frequencies_equal_their_definition(kind):
+  """Law: long waves are stretched, short ones stay, and llama3 blends between.
+
+  The three branches all occur. Mutants: `low` and `high` swapped; factor
+  applied to short waves; no blend (a step at `low`).
+  """
+  waves = 2 * np.pi * 500.0**(np.arange(12) / 12)
+  assert (waves < 16).any() and (waves > 64).any()
+  assert ((waves > 16) & (waves < 64)).sum() > 1
+  want = [2 * np.pi / _stretched(wave, kind) for wave in waves]
+  got = transformer.rotary_frequencies(
+      24, 500.0, transformer.RopeScaling(kind, 8.0, 1.0, 4.0, 64))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_the_model_scales_its_rotary_positions():
+  """Law: with linear scaling by 4, positions 0, 4, 8, ... are 0, 1, 2, ...
+
+  Mutant: the model's table leaves the scaling out.
+  """
+  tokens = jnp.arange(6)[None] % 5
+  segments, order = jnp.ones((1, 6), jnp.int32), jnp.arange(6)[None]
+  plain = testing.tiny_model(layers=1)
+  scaled = testing.tiny_model(layers=1, rope_scaling='linear', rope_factor=4.0)
+  params = jax.jit(plain.init)(jax.random.key(0))
+  hidden = jax.jit(scaled.hidden)
+  want = jax.jit(plain.hidden)(params, tokens, order, segments)
+  got = hidden(params, tokens, order * 4, segments)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  got = hidden(params, tokens, order, segments)
+  assert not np.allclose(got, want, atol=1e-3)
+
+
 def test_rotary_angles_are_float32():
   """A rotation by position p in bfloat16 is that of float32, rounded.
 

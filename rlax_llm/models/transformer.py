@@ -6,7 +6,8 @@ queries, keys and values (Qwen2), optional RMSNorm on queries and keys
 """
 
 import functools
-from typing import Any, Callable
+import math
+from typing import Any, Callable, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -24,8 +25,51 @@ from rlax_llm.types import Array
 from rlax_llm.types import Params
 
 
-def rotary_table(positions: Array, head_dim: int,
-                 theta: float) -> tuple[Array, Array]:
+class RopeScaling(NamedTuple):
+  """How rotary frequencies are stretched; the fields `rope_*` of the config."""
+  kind: str = 'none'  # none | linear | llama3
+  factor: float = 1.0
+  low: float = 1.0  # turns within `original` positions
+  high: float = 4.0  # turns within `original` positions
+  original: int = 8192  # positions
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling = RopeScaling()) -> Array:
+  """Returns the angle that each pair turns by per position.
+
+  f_i = theta^(-2i / head_dim). `linear` divides all of them by the factor
+  ("Extending Context Window of Large Language Models via Positional
+  Interpolation", https://arxiv.org/abs/2306.15595). `llama3` ("The Llama 3 Herd
+  of Models", https://arxiv.org/abs/2407.21783, as released) divides those that
+  turn r = original * f / 2 pi < low times, keeps those of r > high and blends
+  between: f * (1 - s) / factor + f * s with s = (r - low) / (high - low).
+
+  Args:
+    head_dim: even.
+    theta: base of the wavelengths.
+    scaling: static.
+
+  Returns:
+    float32[head_dim / 2], radians per position.
+  """
+  half = head_dim // 2
+  frequencies = theta**(-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling.kind == 'none':
+    return frequencies
+  stretched = frequencies / scaling.factor
+  if scaling.kind == 'linear':
+    return stretched
+  turns = scaling.original * frequencies / (2 * math.pi)
+  keep = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+  return stretched * (1 - keep) + frequencies * keep
+
+
+def rotary_table(
+    positions: Array,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling = RopeScaling()) -> tuple[Array, Array]:
   """Returns (cos, signed sin) of the rotary angles, [..., L, 1, head_dim].
 
   Angles are float32 whatever the model is: bfloat16 cannot tell positions
@@ -35,9 +79,9 @@ def rotary_table(positions: Array, head_dim: int,
     positions: int32[..., L].
     head_dim: even.
     theta: base of the wavelengths.
+    scaling: static.
   """
-  half = head_dim // 2
-  frequencies = theta**(-jnp.arange(half, dtype=jnp.float32) / half)
+  frequencies = rotary_frequencies(head_dim, theta, scaling)
   angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
   cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
   # Behind the barrier the table is computed once; else XLA computes sines
@@ -280,8 +324,10 @@ class Transformer(nn.Module):
 
   def table(self, positions: Array) -> tuple[Array, Array]:
     c = self.config
-    return rotary_table(positions, c.head_dim or c.width // c.heads,
-                        c.rope_theta)
+    return rotary_table(
+        positions, c.head_dim or c.width // c.heads, c.rope_theta,
+        RopeScaling(c.rope_scaling, c.rope_factor, c.rope_low, c.rope_high,
+                    c.rope_original))
 
   def hidden(self, tokens: Array, positions: Array, segments: Array) -> Array:
     order = jnp.arange(tokens.shape[1])

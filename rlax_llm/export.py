@@ -1,0 +1,239 @@
+"""A trained policy as a folder that other libraries load.
+
+  python -m rlax_llm.export --workdir=DIR --out=FOLDER [--step=100]
+
+Writes config.json, safetensors of the published layout and, for a run that
+began from a published model, its tokenizer. The folder appears as a whole or
+not at all.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any, Mapping
+
+from absl import flags as absl_flags
+import jax
+import numpy as np
+
+from rlax_llm import flags
+from rlax_llm import pretrained
+from rlax_llm import safetensors_files
+from rlax_llm import sample
+from rlax_llm.config import ConfigError
+from rlax_llm.config import ModelConfig
+from rlax_llm.models import hugging_face
+from rlax_llm.models import weight_layout
+from rlax_llm.run import make_run
+from rlax_llm.run import Run
+from rlax_llm.types import Params
+
+SHARD_BYTES = 5 * 10**9  # weights above it are split
+# What belongs to the tokenizer of a published model, where it is there.
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model',
+                   'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
+                   'merges.txt', 'chat_template.jinja', 'chat_template.json',
+                   'generation_config.json')
+_TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+
+
+def check_target(out: str) -> None:
+  """Refuses a target that exists and holds something.
+
+  Raises:
+    ConfigError: it does.
+  """
+  path = pathlib.Path(out)
+  if path.is_dir() and not any(path.iterdir()):
+    return
+  if path.exists():
+    raise ConfigError(f'--out={out!r} exists and is not an empty folder; give '
+                      'another one, or remove it')
+
+
+def tokenizer_facts(run: Run) -> tuple[dict[str, Any], list[pathlib.Path]]:
+  """Returns (token ids for config.json, files to copy) of a run's tokenizer."""
+  folder = run.config.model.pretrained
+  if run.config.model.tokenizer != pretrained.TOKENIZER:
+    ids: dict[str, Any] = {'eos_token_id': list(run.tokenizer.eos_ids)}
+    if run.tokenizer.bos_id is not None:
+      ids['bos_token_id'] = run.tokenizer.bos_id
+    return ids, []
+  items = pretrained.read_config(folder)
+  files = [pathlib.Path(folder) / name for name in TOKENIZER_FILES]
+  return ({
+      name: items[name] for name in _TOKEN_IDS if name in items
+  }, [path for path in files if path.is_file()])
+
+
+def export_folder(out: str,
+                  model: ModelConfig,
+                  params: Params,
+                  *,
+                  token_ids: Mapping[str, Any],
+                  files: list[pathlib.Path],
+                  shard_bytes: int = SHARD_BYTES) -> None:
+  """Writes a model as published models are written.
+
+  One parameter at a time is fetched from the devices. Everything is written
+  beside the target, synced, and then renamed.
+
+  Args:
+    out: the folder to make; missing or empty.
+    model: the architecture, with its vocabulary.
+    params: of that architecture, of one dtype.
+    token_ids: more entries of config.json.
+    files: copied into the folder.
+    shard_bytes: the largest size of one weights file, unless a single tensor
+      is larger.
+
+  Raises:
+    ConfigError: the target holds something, or no published architecture has
+      these settings.
+  """
+  check_target(out)
+  flat = {
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+      for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+  }
+  dtype = np.dtype(flat['embedding'].dtype)
+  config = hugging_face.to_config_json(model, dtype.name) | dict(token_ids)
+  target = pathlib.Path(out).absolute()
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = target.with_name(f'.{target.name}.partial')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir()
+  try:
+    _write_weights(temporary, model, flat, dtype, shard_bytes)
+    _write_json(temporary / pretrained.CONFIG_FILE, config)
+    for file in files:
+      shutil.copyfile(file, temporary / file.name)
+      _sync(temporary / file.name)
+    _sync(temporary)
+    temporary.rename(target)
+    _sync(target.parent)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(folder: pathlib.Path, model: ModelConfig,
+                   params: Mapping[str, jax.Array], dtype: np.dtype,
+                   shard_bytes: int) -> None:
+  """Writes the tensors of a model, and their index if they take several files.
+  """
+  pieces = {
+      piece.name: (path, piece)
+      for path, leaf in weight_layout.leaves(model).items()
+      for piece in leaf.pieces
+  }
+  sizes = {
+      name: int(np.prod(piece.shape)) * dtype.itemsize
+      for name, (_, piece) in pieces.items()
+  }
+  shards: list[list[str]] = [[]]
+  used = 0
+  for name, size in sizes.items():
+    if shards[-1] and used + size > shard_bytes:
+      shards.append([])
+      used = 0
+    shards[-1].append(name)
+    used += size
+  fetched: dict[str, np.ndarray] = {}
+
+  def fetch(name: str) -> np.ndarray:
+    path, piece = pieces[name]
+    if path not in fetched:
+      fetched.clear()  # one parameter at a time
+      fetched[path] = safetensors_files.bits(fetch_leaf(params[path]))
+    return weight_layout.extract(piece, fetched[path]).view(dtype)
+
+  if len(shards) == 1:
+    names = [pretrained.WEIGHTS_FILE]
+  else:
+    names = [
+        f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+        for i in range(len(shards))
+    ]
+  for file, shard in zip(names, shards):
+    shapes = {name: pieces[name][1].shape for name in shard}
+    safetensors_files.write_file(folder / file, shapes, dtype, fetch)
+  if len(shards) > 1:
+    _write_json(
+        folder / pretrained.INDEX_FILE, {
+            'metadata': {
+                'total_size': sum(sizes.values())
+            },
+            'weight_map': {
+                name: file for file, shard in zip(names, shards)
+                for name in shard
+            }
+        })
+
+
+def fetch_leaf(leaf: jax.Array) -> np.ndarray:
+  """Returns the whole of an array on the host.
+
+  Arrays keep what was fetched of them as long as they live; the parts that are
+  made here do not live longer than the result.
+  """
+  if leaf.is_fully_replicated:
+    return np.asarray(leaf.addressable_data(0))
+  out = np.empty(leaf.shape, leaf.dtype)
+  for shard in leaf.addressable_shards:
+    if shard.replica_id == 0:
+      out[shard.index] = np.asarray(shard.data)
+  return out
+
+
+def _write_json(path: pathlib.Path, items: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(items, indent=2) + '\n', encoding='utf-8')
+  _sync(path)
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Returns once a file, or the names in a folder, have reached the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def export(workdir: str, out: str, *, step: int | None = None) -> int:
+  """Exports a checkpoint of a run; returns its step.
+
+  Args:
+    workdir: the run's folder.
+    out: the folder to make; missing or empty.
+    step: which checkpoint; None: the newest.
+
+  Raises:
+    ConfigError: whatever the user got wrong.
+  """
+  check_target(out)
+  run = make_run(sample.load_config(workdir))
+  model = run.model_config
+  # Before the checkpoint is read: no architecture may have these settings.
+  hugging_face.to_config_json(model, '')
+  token_ids, files = tokenizer_facts(run)
+  step, state, _ = run.restore(workdir, step=step)
+  export_folder(out, model, state.params, token_ids=token_ids, files=files)
+  return step
+
+
+def main(argv: list[str]) -> None:
+  """Exports as the command line says."""
+  del argv
+  if not _OUT.value:
+    raise ConfigError('--out is missing: the folder to write')
+  step = export(_WORKDIR.value, _OUT.value, step=_STEP.value)
+  print(f'wrote the policy of step {step} to {_OUT.value}')
+
+
+if __name__ == '__main__':
+  _WORKDIR = flags.DEFINE_workdir()
+  _OUT = absl_flags.DEFINE_string('out', None, 'the folder to write')
+  _STEP = absl_flags.DEFINE_integer('step', None,
+                                    'which checkpoint; the newest when absent')
+  flags.run(main)

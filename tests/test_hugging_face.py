@@ -1,0 +1,823 @@
+"""Published weights: config.json, safetensors, folders that do not fit."""
+
+import io
+import json
+import pathlib
+import re
+import shutil
+import types
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rlax_llm import export
+from rlax_llm import manifest
+from rlax_llm import pretrained
+from rlax_llm import safetensors_files
+from rlax_llm import sample
+from rlax_llm import sharding
+from rlax_llm import testing
+from rlax_llm import train
+from rlax_llm.checkpoint import digest_arrays
+from rlax_llm.config import ConfigError
+from rlax_llm.config import freeze
+from rlax_llm.config import MeshConfig
+from rlax_llm.config import ModelConfig
+from rlax_llm.config import PrecisionConfig
+from rlax_llm.models import hugging_face
+from rlax_llm.models.transformer import make_transformer
+from rlax_llm.progress import Progress
+from rlax_llm.run import make_run
+
+BFLOAT16 = ml_dtypes.bfloat16
+
+# Qwen2 in the old layout: 2 layers, width 12, 4 heads of 6, 2 KV heads.
+QWEN2 = dict(architectures=['Qwen2ForCausalLM'],
+             model_type='qwen2',
+             vocab_size=11,
+             hidden_size=12,
+             num_hidden_layers=2,
+             num_attention_heads=4,
+             num_key_value_heads=2,
+             head_dim=6,
+             intermediate_size=10,
+             max_position_embeddings=256,
+             rope_theta=1e6,
+             rms_norm_eps=1e-5,
+             tie_word_embeddings=False,
+             use_sliding_window=False,
+             sliding_window=4096,
+             hidden_act='silu',
+             torch_dtype='float32')
+LLAMA3 = dict(rope_type='llama3',
+              factor=8.0,
+              low_freq_factor=1.0,
+              high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+
+
+def _config(changes):
+  """config.json of the test's model; a change to None removes the key."""
+  items = QWEN2 | changes
+  return {name: value for name, value in items.items() if value is not None}
+
+
+def _read(changes):
+  return hugging_face.from_config_json(_config(changes), 'config.json')
+
+
+def _tensors(model, seed=0, dtype=np.float32):
+  """Random tensors, shapes written out by hand from the published layout."""
+  rng = np.random.default_rng(seed)
+  d, f, hd = model.width, model.mlp_width, model.head_dim
+  shapes = {'model.embed_tokens.weight': (model.vocabulary, d)}
+  for i in range(model.layers):
+    prefix = f'model.layers.{i}'
+    shapes |= {
+        f'{prefix}.self_attn.q_proj.weight': (model.heads * hd, d),
+        f'{prefix}.self_attn.k_proj.weight': (model.kv_heads * hd, d),
+        f'{prefix}.self_attn.v_proj.weight': (model.kv_heads * hd, d),
+        f'{prefix}.self_attn.o_proj.weight': (d, model.heads * hd),
+        f'{prefix}.mlp.gate_proj.weight': (f, d),
+        f'{prefix}.mlp.up_proj.weight': (f, d),
+        f'{prefix}.mlp.down_proj.weight': (d, f),
+        f'{prefix}.input_layernorm.weight': (d,),
+        f'{prefix}.post_attention_layernorm.weight': (d,),
+    }
+    if model.qkv_bias:
+      shapes |= {
+          f'{prefix}.self_attn.{n}_proj.bias': (heads * hd,)
+          for n, heads in (('q', model.heads), ('k', model.kv_heads),
+                           ('v', model.kv_heads))
+      }
+    if model.qk_norm:
+      shapes |= {
+          f'{prefix}.self_attn.{n}_norm.weight': (hd,) for n in ('q', 'k')
+      }
+  shapes['model.norm.weight'] = (d,)
+  if not model.tied_head:
+    shapes['lm_head.weight'] = (model.vocabulary, d)
+  return {
+      name: rng.normal(size=shape).astype(dtype)
+      for name, shape in shapes.items()
+  }
+
+
+def _save(folder, items, tensors, shards=3):
+  """Writes a folder with the safetensors library; returns tensor -> file."""
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(items))
+  names = list(tensors)
+  where = {}
+  for i in range(shards):
+    file = f'model-{i + 1:05d}-of-{shards:05d}.safetensors'
+    part = {name: tensors[name] for name in names[i::shards]}
+    safetensors.numpy.save_file(part, folder / file)
+    where |= dict.fromkeys(part, file)
+  index = {'metadata': {}, 'weight_map': where}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+  return where
+
+
+def _abstract(model, dtype='float32', place=None):
+  """The parameters' shapes, on one device unless placed."""
+  place = place or (
+      lambda x: sharding.replicated(sharding.make_mesh(MeshConfig(data=1))))
+  init = make_transformer(freeze(model),
+                          freeze(PrecisionConfig(parameters=dtype))).init
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)),
+      jax.eval_shape(init, jax.random.key(0)))
+
+
+def _load(folder, model, dtype='float32', place=None):
+  return pretrained.load_params(str(folder), model,
+                                _abstract(model, dtype, place))
+
+
+@pytest.fixture(name='folder')
+def _folder(tmp_path):
+  """A good folder in three shards; tests damage it."""
+  _save(tmp_path / 'model', _config({}), _tensors(_read({})))
+  return tmp_path / 'model'
+
+
+def _changed_index(folder, change):
+  path = folder / 'model.safetensors.index.json'
+  index = json.loads(path.read_text())
+  change(index['weight_map'])
+  path.write_text(json.dumps(index))
+
+
+def _shard(folder, number):
+  return folder / f'model-{number:05d}-of-00003.safetensors'
+
+
+# ---- config.json -------------------------------------------------------------
+
+
+def test_architectures_are_read():
+  """Law: every field of config.json ends in its own of ModelConfig.
+
+  Mutants: heads and KV heads swapped; Qwen3 without its norm; head_dim from
+  width / heads where it is given.
+  """
+  model = _read({})
+  assert (model.vocabulary, model.layers, model.width, model.heads,
+          model.kv_heads, model.head_dim, model.mlp_width,
+          model.max_positions) == (11, 2, 12, 4, 2, 6, 10, 256)
+  assert (model.rope_theta, model.norm_epsilon) == (1e6, 1e-5)
+  assert (model.qkv_bias, model.qk_norm, model.tied_head) == (True, False,
+                                                              False)
+  llama = _read({
+      'architectures': ['LlamaForCausalLM'],
+      'model_type': 'llama',
+      'num_key_value_heads': None,
+      'tie_word_embeddings': True
+  })
+  assert (llama.kv_heads, llama.qkv_bias, llama.qk_norm,
+          llama.tied_head) == (4, False, False, True)
+  qwen3 = _read({
+      'architectures': None,
+      'model_type': 'qwen3',
+      'head_dim': None
+  })
+  assert (qwen3.head_dim, qwen3.qkv_bias, qwen3.qk_norm) == (128, False, True)
+  assert _read({'hidden_size': 16, 'head_dim': None}).head_dim == 4
+
+
+@pytest.mark.parametrize('changes', [
+    {
+        'rope_theta': 5e5,
+        'rope_scaling': LLAMA3
+    },
+    {
+        'rope_theta': None,
+        'rope_parameters': LLAMA3 | {
+            'rope_theta': 5e5
+        }
+    },
+    {
+        'rope_theta': 5e5,
+        'rope_scaling': LLAMA3,
+        'rope_parameters': LLAMA3 | {
+            'rope_theta': 5e5
+        }
+    },
+],
+                         ids=['old', 'new', 'both'])
+def test_both_layouts_of_rope_are_read(changes):
+  """Law: the old and the new layout say the same.
+
+  Mutants: the base of rope_parameters dropped; low and high swapped.
+  """
+  model = _read(changes)
+  assert (model.rope_theta, model.rope_scaling, model.rope_factor,
+          model.rope_low, model.rope_high,
+          model.rope_original) == (5e5, 'llama3', 8.0, 1.0, 4.0, 64)
+  linear = _read({'rope_scaling': {'type': 'linear', 'factor': 2}})
+  assert (linear.rope_theta, linear.rope_scaling,
+          linear.rope_factor) == (1e6, 'linear', 2.0)
+  plain = _read({'rope_parameters': {'rope_type': 'default'}})
+  assert (plain.rope_theta, plain.rope_scaling) == (1e6, 'none')
+
+
+BAD_CONFIGS = [
+    ({
+        'architectures': ['Qwen2MoeForCausalLM']
+    }, ["'Qwen2MoeForCausalLM'", "did you mean 'Qwen2ForCausalLM'"]),
+    ({
+        'architectures': ['LlamaForCausalLM', 'Qwen2ForCausalLM']
+    }, ['a list of one']),
+    ({
+        'model_type': 'llama'
+    }, ["'llama'", 'Qwen2ForCausalLM', "'qwen2'"]),
+    ({
+        'architectures': None,
+        'model_type': None
+    }, ["'model_type'"]),
+    ({
+        'hidden_size': None
+    }, ["'hidden_size'"]),
+    ({
+        'hidden_size': '12'
+    }, ["hidden_size='12'", 'whole number']),
+    ({
+        'num_hidden_layers': 0
+    }, ['num_hidden_layers=0', 'above 0']),
+    ({
+        'tie_word_embeddings': 1
+    }, ['tie_word_embeddings=1', 'bool']),
+    ({
+        'use_sliding_window': True
+    }, ['use_sliding_window=True', 'sliding window']),
+    ({
+        'layer_types': ['full_attention', 'sliding_attention']
+    }, ["'sliding_attention'"]),
+    ({
+        'architectures': ['LlamaForCausalLM'],
+        'model_type': 'llama',
+        'attention_bias': True
+    }, ['attention_bias=True', 'output']),
+    ({
+        'architectures': ['LlamaForCausalLM'],
+        'model_type': 'llama',
+        'mlp_bias': True
+    }, ['mlp_bias=True']),
+    ({
+        'hidden_act': 'gelu'
+    }, ["hidden_act='gelu'", 'silu']),
+    ({
+        'quantization_config': {
+            'bits': 4
+        }
+    }, ['quantization_config', 'quantized']),
+    ({
+        'num_key_value_heads': 3
+    }, ['num_attention_heads=4', 'num_key_value_heads=3']),
+    ({
+        'head_dim': 5
+    }, ['head_dim=5', 'even']),
+    ({
+        'hidden_size': 13,
+        'head_dim': None
+    }, ['hidden_size=13', 'no head_dim']),
+    ({
+        'rope_scaling': {
+            'rope_type': 'yarn',
+            'factor': 4.0
+        }
+    }, ["rope_type='yarn'", 'linear and llama3']),
+    ({
+        'rope_scaling': {
+            'type': 'linear'
+        }
+    }, ['rope_scaling', "'factor'"]),
+    ({
+        'rope_scaling': {
+            k: v for k, v in LLAMA3.items() if k != 'low_freq_factor'
+        }
+    }, ["'low_freq_factor'"]),
+    ({
+        'rope_scaling': LLAMA3 | {
+            'low_freq_factor': 4.0
+        }
+    }, ['low_freq_factor=4.0', 'below']),
+    ({
+        'rope_parameters': {
+            'rope_theta': 1e4
+        }
+    }, ['rope_theta', '10000.0', '1000000.0']),
+    ({
+        'rope_scaling': LLAMA3,
+        'rope_parameters': LLAMA3 | {
+            'factor': 4.0
+        }
+    }, ['differ', 'keep one']),
+    ({
+        'rope_parameters': {
+            'full_attention': {
+                'rope_type': 'default'
+            }
+        }
+    }, ['layer to layer']),
+    ({
+        'rope_parameters': {
+            'partial_rotary_factor': 0.5
+        }
+    }, ['partial_rotary_factor=0.5']),
+    ({
+        'partial_rotary_factor': 0.5
+    }, ['partial_rotary_factor=0.5']),
+]
+
+
+@pytest.mark.parametrize('changes, words',
+                         BAD_CONFIGS,
+                         ids=lambda x: str(x)[:40])
+def test_bad_configs_are_refused(changes, words):
+  """Law: one line that names the file, the key and the value.
+
+  Mutant: any of the checks removed.
+  """
+  with pytest.raises(ConfigError) as caught:
+    _read(changes)
+  for word in ['config.json', *words]:
+    assert word in str(caught.value), caught.value
+  assert '\n' not in str(caught.value)
+
+
+def test_config_json_comes_back():
+  """Law: to_config_json, then from_config_json, is the identity on models.
+
+  Mutants: rope_original dropped; tied_head negated.
+  """
+  for changes in ({}, {
+      'rope_scaling': LLAMA3
+  }, {
+      'rope_scaling': {
+          'type': 'linear',
+          'factor': 3.0
+      },
+      'tie_word_embeddings': True
+  }, {
+      'architectures': None,
+      'model_type': 'qwen3'
+  }, {
+      'architectures': None,
+      'model_type': 'llama'
+  }):
+    model = _read(changes)
+    written = hugging_face.to_config_json(model, 'float32')
+    assert hugging_face.from_config_json(json.loads(json.dumps(written)),
+                                         'x') == model
+  with pytest.raises(ConfigError, match='no published architecture'):
+    hugging_face.to_config_json(ModelConfig(qkv_bias=True, qk_norm=True), '')
+
+
+# ---- Files -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [np.float32, BFLOAT16])
+def test_files_are_those_of_the_library(tmp_path, dtype):
+  """Law: what we write, the safetensors library reads, and the reverse.
+
+  Mutants: offsets from the beginning of the file; a header that is not padded
+  and its length rounded up.
+  """
+  rng = np.random.default_rng(0)
+  tensors = {
+      name: rng.normal(size=shape).astype(dtype)
+      for name, shape in (('a', (3, 5)), ('b.weight', (7,)), ('c', (2, 1, 4)))
+  }
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  safetensors_files.write_file(tmp_path / 'ours', shapes, np.dtype(dtype),
+                               tensors.__getitem__)
+  theirs = safetensors.numpy.load_file(tmp_path / 'ours')
+  safetensors.numpy.save_file(tensors, tmp_path / 'theirs')
+  for path in (tmp_path / 'ours', tmp_path / 'theirs'):
+    header = safetensors_files.read_header(path)
+    assert header.keys() == tensors.keys() == theirs.keys()
+    for name, tensor in tensors.items():
+      got = safetensors_files.read_rows(header[name], slice(0, tensor.shape[0]))
+      np.testing.assert_array_equal(got, tensor)
+      np.testing.assert_array_equal(theirs[name], tensor)
+      part = safetensors_files.read_rows(header[name], slice(1, 2))
+      np.testing.assert_array_equal(part, tensor[1:2])
+
+
+# ---- Import ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'llama'])
+@pytest.mark.parametrize('tied', [False, True])
+def test_tensors_lie_where_the_model_reads_them(tmp_path, family, tied):
+  """Law: every parameter equals its published tensors, written out by hand.
+
+  The projections of x by head equal x @ W.T by head. Mutants: k and v
+  swapped; gate and up swapped; o_proj not transposed.
+  """
+  changes = dict(architectures=None, model_type=family)
+  model = _read(changes | {'tie_word_embeddings': tied})
+  tensors = _tensors(model)
+  _save(tmp_path, _config(changes), tensors)
+  params = jax.device_get(_load(tmp_path, model))
+  np.testing.assert_array_equal(params['embedding'],
+                                tensors['model.embed_tokens.weight'])
+  if not tied:
+    np.testing.assert_array_equal(params['head'], tensors['lm_head.weight'].T)
+  rng = np.random.default_rng(1)
+  for i in range(2):
+    layer, prefix = params[f'layer_{i}'], f'model.layers.{i}'
+    weight = lambda name: tensors[f'{prefix}.{name}.weight']
+    for ours, theirs in (('attention_norm', 'input_layernorm'),
+                         ('mlp_norm', 'post_attention_layernorm')):
+      np.testing.assert_array_equal(layer[ours]['scale'], weight(theirs))
+    if family == 'qwen3':
+      for ours, theirs in (('query_norm', 'q_norm'), ('key_norm', 'k_norm')):
+        np.testing.assert_array_equal(layer[ours]['scale'],
+                                      weight(f'self_attn.{theirs}'))
+    for ours, theirs in (('output', 'self_attn.o_proj'), ('down',
+                                                          'mlp.down_proj')):
+      np.testing.assert_array_equal(layer[ours]['kernel'], weight(theirs).T)
+    x = rng.normal(size=12)
+    joint = np.einsum('d,dkgh->kgh', x, layer['query_key_value']['kernel'])
+    if family == 'qwen2':
+      joint += layer['query_key_value']['bias']
+    for name, got in (('q', joint[:, :2].reshape(-1)),
+                      ('k', joint[:,
+                                  2].reshape(-1)), ('v', joint[:,
+                                                               3].reshape(-1))):
+      want = weight(f'self_attn.{name}_proj') @ x
+      if family == 'qwen2':
+        want += tensors[f'{prefix}.self_attn.{name}_proj.bias']
+      np.testing.assert_allclose(got, want, atol=1e-5)
+    for j, name in enumerate(('gate', 'up')):
+      np.testing.assert_array_equal(layer['gate_up']['kernel'][:, j],
+                                    weight(f'mlp.{name}_proj').T)
+
+
+@pytest.mark.parametrize('stored', [np.float32, BFLOAT16])
+@pytest.mark.parametrize('wanted', ['float32', 'bfloat16'])
+def test_weights_are_cast_to_the_configured_dtype(tmp_path, stored, wanted):
+  """Law: what is loaded is NumPy's cast of what is stored, bit for bit.
+
+  Mutant: bits reinterpreted instead of cast.
+  """
+  model = _read({})
+  tensors = _tensors(model, dtype=stored)
+  _save(tmp_path, _config({}), tensors)
+  exact = {name: t.astype(np.float32) for name, t in tensors.items()}
+  _save(tmp_path / 'exact', _config({}), exact)
+  want = jax.tree.map(lambda x: np.asarray(x).astype(wanted),
+                      _load(tmp_path / 'exact', model))
+  got = _load(tmp_path, model, wanted)
+  assert digest_arrays(got) == digest_arrays(want)
+
+
+def test_every_sharding_loads_the_same_bits(folder):
+  """Law: whatever axis is divided over devices, the parameters are the same,
+  and a device reads no more rows than its part needs.
+
+  Mutants: a shard reads from row 0; the second of the split axes ignored.
+  """
+  model = _read({})
+  want = digest_arrays(_load(folder, model))
+  mesh = sharding.make_mesh(MeshConfig(data=2))
+  for axis in range(4):
+
+    def place(x, axis=axis):
+      spec = [None] * x.ndim
+      if axis < x.ndim and x.shape[axis] % 2 == 0:
+        spec[axis] = 'data'
+      return NamedSharding(mesh, PartitionSpec(*spec))
+
+    params = _load(folder, model, place=place)
+    assert digest_arrays(params) == want
+    if axis == 0:
+      kernel = params['layer_0']['query_key_value']['kernel']
+      assert kernel.addressable_shards[0].data.shape == (6, 2, 4, 6)
+
+
+def test_a_stored_copy_of_a_tied_head_must_be_equal(tmp_path):
+  """Law: an equal copy is accepted, another is refused.
+
+  Mutant: the comparison left out.
+  """
+  changes = {'tie_word_embeddings': True}
+  model = _read(changes)
+  tensors = _tensors(model)
+  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
+  _save(tmp_path, _config(changes), tensors)
+  _load(tmp_path, model)
+  tensors['lm_head.weight'][-1, -1] += 1
+  _save(tmp_path, _config(changes), tensors)
+  with pytest.raises(ConfigError, match='tie_word_embeddings=true'):
+    _load(tmp_path, model)
+
+
+# ---- Folders that do not fit -------------------------------------------------
+
+
+def _rewrite(path, change):
+  tensors = dict(safetensors.numpy.load_file(path))
+  change(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+def _truncate(folder):
+  path = _shard(folder, 2)
+  path.write_bytes(path.read_bytes()[:-4])
+
+
+def _lengthen(folder):
+  path = _shard(folder, 2)
+  path.write_bytes(path.read_bytes() + b'1234')
+
+
+def _double_in_header(folder):
+  path = _shard(folder, 1)
+  header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},' * 2
+  header = header[:-1].replace(b',{', b',') + b'}'
+  path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(4))
+
+
+def _rename(folder):
+  _rewrite(_shard(folder, 1), lambda t: t.update(odd=t.pop(sorted(t)[0])))
+
+
+NORM = 'model.norm.weight'
+BAD_FOLDERS = [
+    (lambda f: _shard(f, 2).unlink(), ['model-00002-of-00003', 'missing']),
+    (_truncate, ['model-00002-of-00003', 'truncated', 'bytes']),
+    (_lengthen, ['model-00002-of-00003', 'too long']),
+    (lambda f: _shard(f, 2).write_bytes(b'abc'), ['00002', 'incomplete']),
+    (lambda f: _shard(f, 2).write_bytes(b'\2' + bytes(7) + b'[]'),
+     ['00002', 'no safetensors header']),
+    (_double_in_header, ['00001', 'names a twice']),
+    (_rename, ['odd', 'belongs to no parameter', 'is not in model-00001']),
+    (lambda f: _rewrite(_shard(f, 1), lambda t: t.update(
+        {NORM: np.zeros(12, np.float32)})),
+     [NORM, 'is in model-00001', 'and in model-000', 'says model-000']),
+    (lambda f: _changed_index(f, lambda m: m.pop(NORM)),
+     [NORM, 'says nothing of it']),
+    (lambda f: _changed_index(f, lambda m: m.update(ghost=_shard(f, 1).name)),
+     ['ghost is not in model-00001']),
+    (lambda f: _changed_index(f, lambda m: m.update(ghost='../x')),
+     ['is no index', 'elsewhere']),
+    (lambda f:
+     (f / 'model.safetensors.index.json').write_text('[]'), ['is no index']),
+    (lambda f: (f / 'model.safetensors.index.json').unlink(),
+     ['neither', 'model-00001-of-00003']),
+    (lambda f: shutil.copy(_shard(f, 1), f / 'stray.safetensors'),
+     ['stray.safetensors is not listed']),
+]
+
+
+@pytest.mark.parametrize('damage, words', BAD_FOLDERS)
+def test_damaged_folders_are_refused(folder, damage, words):
+  """Law: one line that names the file or the tensor; no tensor is read.
+
+  Mutants: sizes not compared; duplicates across shards accepted; files that
+  the index does not list accepted.
+  """
+  model = _read({})
+  pretrained.find_tensors(str(folder), model)
+  damage(folder)
+  with pytest.raises(ConfigError) as caught:
+    pretrained.find_tensors(str(folder), model)
+  message = str(caught.value)
+  assert '\n' not in message and repr(str(folder)) in message
+  for word in words:
+    assert word in message, message
+
+
+def test_all_problems_are_in_one_message(tmp_path):
+  """Law: missing, extra, misshapen and mistyped tensors are named together.
+
+  Mutant: the first problem raises.
+  """
+  model = _read({})
+  tensors = _tensors(model)
+  del tensors['model.layers.1.mlp.up_proj.weight']
+  tensors['model.layers.2.mlp.up_proj.weight'] = np.zeros(3, np.float32)
+  tensors['model.norm.weight'] = np.zeros((12, 1), np.float32)
+  tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(np.float16)
+  _save(tmp_path, _config({}), tensors)
+  with pytest.raises(ConfigError) as caught:
+    pretrained.find_tensors(str(tmp_path), model)
+  for word in ('model.layers.1.mlp.up_proj.weight is missing',
+               'model.layers.2.mlp.up_proj.weight in model-0',
+               'model.norm.weight has shape [12, 1], not [12]',
+               'lm_head.weight is of dtype F16'):
+    assert word in str(caught.value), caught.value
+  assert 'more' not in str(caught.value)
+  _save(tmp_path, _config({}), {'odd': np.zeros(1, np.float32)}, shards=1)
+  with pytest.raises(ConfigError, match=r'and \d+ more'):
+    pretrained.find_tensors(str(tmp_path), model)
+
+
+# ---- Export ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('shards', [1, 4])
+def test_export_then_import_is_bit_equal(tmp_path, folder, dtype, shards):
+  """Law: import, export, import: the same bits, and the tensors are those
+  that were first read; every file is below the limit.
+
+  Mutants: v written where k belongs; the index says the first file of all.
+  """
+  model = _read({})
+  params = _load(folder, model, dtype)
+  total = sum(x.nbytes for x in jax.tree.leaves(params))
+  out = tmp_path / 'deep' / 'out'
+  limit = total if shards == 1 else total // 3
+  export.export_folder(str(out),
+                       model,
+                       params,
+                       token_ids={'eos_token_id': [7]},
+                       files=[folder / 'config.json'][:0],
+                       shard_bytes=limit)
+  files = sorted(out.glob('*.safetensors'))
+  assert (len(files) == 1) == (shards == 1)
+  assert all(path.stat().st_size < limit + 2**13 for path in files)
+  items = pretrained.read_config(str(out))
+  assert items['eos_token_id'] == [7] and items['torch_dtype'] == dtype
+  assert hugging_face.from_config_json(items, 'x') == model
+  again = _load(out, model, dtype)
+  assert digest_arrays(again) == digest_arrays(params)
+  read = {}
+  for path in files:
+    read |= safetensors.numpy.load_file(path)
+  for name, tensor in _tensors(model).items():
+    np.testing.assert_array_equal(read[name], tensor.astype(dtype))
+  assert [p.name for p in out.parent.iterdir()] == ['out']
+
+
+def test_export_gathers_divided_parameters(tmp_path, folder):
+  """Law: parameters divided over devices are exported whole.
+
+  Mutant: only the first shard fetched.
+  """
+  model = _read({})
+  mesh = sharding.make_mesh(MeshConfig(data=2))
+  spec = lambda x: PartitionSpec('data') if x.shape[0] % 2 == 0 else (
+      PartitionSpec())
+  params = _load(folder, model, place=lambda x: NamedSharding(mesh, spec(x)))
+  out = tmp_path / 'out'
+  export.export_folder(str(out), model, params, token_ids={}, files=[])
+  assert digest_arrays(_load(out, model)) == digest_arrays(_load(folder, model))
+
+
+def test_export_appears_whole_or_not_at_all(tmp_path, folder, monkeypatch):
+  """Law: a failure leaves nothing behind; a target with content is refused
+  and stays as it was.
+
+  Mutants: written in place; the check of the target left out.
+  """
+  model = _read({})
+  params = _load(folder, model)
+  out = tmp_path / 'out'
+  write = lambda: export.export_folder(
+      str(out), model, params, token_ids={}, files=[])
+  with monkeypatch.context() as patch:
+    patch.setattr(export, '_write_json', lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      write()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['model']
+  out.mkdir()
+  write()
+  before = {p.name: p.read_bytes() for p in out.iterdir()}
+  with pytest.raises(ConfigError, match='not an empty folder'):
+    write()
+  assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+# ---- Runs --------------------------------------------------------------------
+
+
+def _tiny(folder, **model):
+  config = testing.tiny_config()
+  config.mesh.data = 1
+  config.num_steps = 2
+  config.checkpoint.every = 1
+  config.rollout.drafter, config.rollout.width = 'none', 1
+  fields = dict(pretrained=str(folder), tokenizer=testing.ALPHABET) | model
+  config.model = ModelConfig(**fields)
+  return config
+
+
+def test_a_field_that_disagrees_is_refused(folder):
+  """Law: a field set to what the folder says, or left alone, is accepted;
+  another value is refused. The folder decides the rest.
+
+  Mutants: the user's value wins; the folder's wins without a word.
+  """
+  run = make_run(_tiny(folder, layers=2, rope_theta=1e6))
+  assert run.config.model.heads == 4 and run.model.vocabulary == 11
+  with pytest.raises(ConfigError) as caught:
+    make_run(_tiny(folder, layers=3))
+  for word in ('model.layers=3', 'config.json', 'says 2', 'leave it out'):
+    assert word in str(caught.value)
+  # What was resolved resolves to itself.
+  assert make_run(run.config).config == run.config
+
+
+def test_the_default_tokenizer_depends_on_the_folder(folder):
+  """Law: '' is bytes without a folder and the folder's with one; 'bytes' stays
+  bytes with a folder.
+
+  Mutant: '' is always bytes.
+  """
+  config = testing.tiny_config()
+  config.model.tokenizer = ''
+  assert pretrained.resolve(config).model.tokenizer == 'bytes'
+  config = _tiny(folder, tokenizer='')
+  assert pretrained.resolve(config).model.tokenizer == 'pretrained'
+  with pytest.raises(ConfigError, match='258 ids of the tokenizer'):
+    make_run(_tiny(folder, tokenizer='bytes'))
+
+
+def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
+  """Law: step 0 has the folder's parameters; the manifest records what they
+  were; a continued run needs no weights; the export of step 0 is the folder.
+
+  Mutants: fresh parameters; weights checked in a continued run; export of the
+  newest step whatever --step says.
+  """
+  workdir = str(tmp_path / 'run')
+  config = _tiny(folder)
+  config.checkpoint.keep = 9
+  train.train(config, workdir, display=Progress(io.StringIO()))
+  facts = manifest.read_manifest(workdir)['runs'][0]['pretrained']
+  assert facts == pretrained.fingerprint(str(folder))
+  run = make_run(config)
+  model = _read({})
+  want = _load(folder, model)
+  _, state, _ = run.restore(workdir, step=0)
+  assert digest_arrays(state.params) == digest_arrays(want)
+  out = tmp_path / 'out'
+  assert export.export(workdir, str(out), step=0) == 0
+  assert digest_arrays(_load(out, model)) == digest_arrays(want)
+  assert pretrained.read_config(str(out))['eos_token_id'] == [0]
+  assert export.export(workdir, str(tmp_path / 'last')) == 2
+  assert digest_arrays(_load(tmp_path / 'last', model)) != digest_arrays(want)
+  with pytest.raises(ConfigError, match='no checkpoint of step 7; it has 0, 1'):
+    export.export(workdir, str(tmp_path / 'none'), step=7)
+
+  for path in folder.glob('*.safetensors*'):
+    path.unlink()
+  config.num_steps = 3
+  summary = train.train(config, workdir, display=Progress(io.StringIO()))
+  assert summary['steps'] == 3
+  assert sample.load_config(workdir).model.pretrained == str(folder)
+  with pytest.raises(ConfigError, match='no safetensors file'):
+    train.train(config, str(tmp_path / 'other'))
+  assert not (tmp_path / 'other').exists()
+
+
+def test_the_fingerprint_sees_changes(folder):
+  """Law: another byte in a tensor, another file name or another config.json
+  is another fingerprint; the same content is the same.
+
+  Mutant: only names and sizes are hashed.
+  """
+  first = pretrained.fingerprint(str(folder))
+  assert first == pretrained.fingerprint(str(folder))
+  path = _shard(folder, 2)
+  text = bytearray(path.read_bytes())
+  text[-1] ^= 1
+  path.write_bytes(bytes(text))
+  second = pretrained.fingerprint(str(folder))
+  assert second['weights_sha256'] != first['weights_sha256']
+  assert second['config_sha256'] == first['config_sha256']
+
+
+def test_the_export_command(tmp_path, folder, monkeypatch, capsys):
+  """Law: the command writes the folder and says where; it needs --out.
+
+  Mutant: --out not checked.
+  """
+  workdir = str(tmp_path / 'run')
+  config = _tiny(folder)
+  config.num_steps = 0
+  train.train(config, workdir, display=Progress(io.StringIO()))
+  values = dict(workdir=workdir, out=None, step=None)
+  for name, value in values.items():
+    monkeypatch.setattr(export,
+                        f'_{name.upper()}',
+                        types.SimpleNamespace(value=value),
+                        raising=False)
+  with pytest.raises(ConfigError, match='--out is missing'):
+    export.main([])
+  out = tmp_path / 'out'
+  monkeypatch.setattr(export, '_OUT', types.SimpleNamespace(value=str(out)))
+  export.main([])
+  assert re.search(r'step 0 to .*out', capsys.readouterr().out)
+  assert (pathlib.Path(out) / 'model.safetensors').is_file()
