@@ -21,8 +21,9 @@ from rlax_llm.config import Section
 _CHOICES = {
     'task.prompt_format': ('question', 'short'),
     'task.answer_format':
-        ('tag', 'scratchpad', 'last_line', 'after_equals', 'all'),
-    'task.match': ('numeric', 'exact'),
+        ('tag', 'scratchpad', 'last_line', 'after_equals', 'boxed', 'hashes',
+         'all'),
+    'task.match': ('numeric', 'exact', 'math'),
     'rollout.drafter': DRAFTERS,
     'learning.schedule': ('constant', 'linear', 'cosine'),
     'learning.old_logprobs': ('recompute', 'sampler'),

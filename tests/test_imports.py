@@ -42,7 +42,8 @@ TOP = {
     'testing'
 }
 NO_JIT = ('ops', 'models', 'drafting', 'learning', 'rollout/segment.py')
-OPTIONAL = ('grain', 'tensorflow_datasets', 'reasoning_gym', 'tensorflow')
+OPTIONAL = ('grain', 'tensorflow_datasets', 'array_record', 'reasoning_gym',
+            'math_verify', 'tensorflow')
 
 
 def _modules():

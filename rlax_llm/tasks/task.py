@@ -11,6 +11,8 @@ from rlax_llm import config as config_lib
 
 Split = Literal['train', 'held_out']
 SPLITS: tuple[Split, ...] = ('train', 'held_out')
+# Values of `task.name` that are no names of reasoning-gym.
+OTHERS = ('jsonl', 'tfds', 'gsm8k', 'mixture')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +195,8 @@ def make_task(config: config_lib.TaskConfig, seed: int) -> Task:
   """Returns the task of a config.
 
   Args:
-    config: `name` is a reasoning-gym name, 'jsonl', 'mixture', or
-      'module:Class', constructed as Class(config, seed).
+    config: `name` is a reasoning-gym name, 'jsonl', 'tfds', 'gsm8k',
+      'mixture', or 'module:Class', constructed as Class(config, seed).
     seed: the run's seed; problems are a function of it.
 
   Raises:
@@ -217,6 +219,9 @@ def _make_task(config: config_lib.TaskConfig, seed: int) -> Task:
   if config.name == 'jsonl':
     from rlax_llm.tasks import jsonl_task
     return jsonl_task.JsonlTask(config, seed)
+  if config.name in ('tfds', 'gsm8k'):
+    from rlax_llm.tasks import tfds_task
+    return tfds_task.TfdsTask(config, seed)
   if config.name == 'mixture':
     from rlax_llm.tasks import mixture_task
     return mixture_task.MixtureTask(config, seed)
