@@ -124,6 +124,15 @@ class TaskConfig(Section):
   # The share of the warm start's traces that leave off before the last term
   # and answer with what they reached: an impatient teacher (chain_sum).
   trace_unfinished: float = 0.0
+  # A sample's reward: the sum of weight * reward over correct (the task's
+  # verifier), format (1 where there is an answer in answer_format), length
+  # (DAPO's soft overlong punishment: 0 up to length_limit - length_cache
+  # tokens, then linear to -1 at length_limit), and 'module:function' of your
+  # own (see tasks/rewards.py).
+  rewards: Mapping[str, float] = dataclasses.field(
+      default_factory=lambda: {'correct': 1.0})
+  length_limit: int = 0  # tokens
+  length_cache: int = 0  # tokens
   verifier_processes: int = 1
   verifier_seconds: float = 4.0  # CPU seconds for one sample
   # Control experiment: shuffle rewards among the samples of a step.

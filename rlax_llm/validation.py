@@ -20,9 +20,8 @@ from rlax_llm.config import Section
 # against these.
 _CHOICES = {
     'task.prompt_format': ('question', 'short'),
-    'task.answer_format':
-        ('tag', 'scratchpad', 'last_line', 'after_equals', 'boxed', 'hashes',
-         'all'),
+    'task.answer_format': ('tag', 'scratchpad', 'last_line', 'after_equals',
+                           'boxed', 'hashes', 'all'),
     'task.match': ('numeric', 'exact', 'math'),
     'rollout.drafter': DRAFTERS,
     'learning.schedule': ('constant', 'linear', 'cosine'),
@@ -37,6 +36,8 @@ _AT_LEAST: dict[str, float] = {
     'task.prompts_per_step': 1,
     'task.epoch_prompts': 0,
     'task.trace_unfinished': 0,
+    'task.length_limit': 0,
+    'task.length_cache': 0,
     'task.verifier_processes': 1,
     'model.layers': 1,
     'model.width': 1,
@@ -135,6 +136,13 @@ def validate(config: Config) -> Config:
         f'task.prompts_per_step={config.task.prompts_per_step} is not '
         f'divisible by learning.minibatches={config.learning.minibatches}; '
         'every optimizer step takes whole groups')
+  free = config.task.length_limit - config.task.length_cache
+  if free >= config.rollout.max_new_tokens:
+    raise ConfigError(
+        f'task.length_limit={config.task.length_limit} less task.length_cache='
+        f'{config.task.length_cache} leaves {free} tokens unpunished, all of '
+        f'rollout.max_new_tokens={config.rollout.max_new_tokens}; lower the '
+        'limit or raise the cache')
   longest = config.rollout.prompt_length + config.rollout.max_new_tokens
   if 0 < config.learning.row_length < longest:
     raise ConfigError(
