@@ -54,7 +54,7 @@ def one_line(error):
     ('', None),
 ])
 def test_boxed(text, answer):
-  """Mutants: the first '}' ends a box; an escaped brace counts."""
+  """Mutants: the first '}' ends a box; escaped braces count."""
   assert extract.extract_answer(text, 'boxed') == answer
 
 
@@ -75,7 +75,7 @@ def test_hashes(text, answer):
 @pytest.mark.parametrize(
     'text', [r'\boxed{', r'\boxed{}', '}', r'\boxed  ', '{', '####'])
 def test_extraction_is_linear(text):
-  """Mutant: a search for the closing brace from every box."""
+  """Mutant: the rest of the text is searched from every box."""
   start = time.monotonic()
   extract.extract_answer(text * 200_000, 'boxed')
   extract.extract_answer(text * 200_000, 'hashes')
@@ -84,19 +84,19 @@ def test_extraction_is_linear(text):
 
 # ---- tensorflow-datasets -------------------------------------------------
 
-# The builder of tfds, its download replaced: 40 training, 7 test problems.
+# Before the command that prepares gsm8k: its download becomes local files of 40
+# training and 7 test problems.
 BUILD = textwrap.dedent('''\
     import importlib.resources, json, pathlib, sys
     # What tfds imports under another name; Python's own does for reading.
     sys.modules.setdefault('importlib_resources', importlib.resources)
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.utils import gcs_utils
-    from tensorflow_datasets.text.gsm8k import gsm8k
 
     gcs_utils._is_gcs_disabled = True
     folder = pathlib.Path(sys.argv[1])
     paths = {}
-    for split in gsm8k._URLS:
+    for split in ('train', 'test', 'train_socratic', 'test_socratic'):
       count = 40 if split.startswith('train') else 7
       path = paths[split] = folder / f'{split}.jsonl'
       path.write_text(''.join(
@@ -104,8 +104,7 @@ BUILD = textwrap.dedent('''\
                       'answer': f'Say {i}.\\n#### {i},000'}) + '\\n'
           for i in range(1, count + 1)))
     tfds.download.DownloadManager.download_and_extract = lambda *_: paths
-    builder = gsm8k.Gsm8k(data_dir=folder / 'data', file_format='array_record')
-    builder.download_and_prepare()
+    COMMAND
     assert 'tensorflow' not in sys.modules
     ''')
 
@@ -136,9 +135,14 @@ def python(code, *arguments):
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
+  """Prepared by the command that the error message names."""
   folder = tmp_path_factory.mktemp('gsm8k')
-  python(BUILD, folder)
-  return str(folder / 'data')
+  data_dir = str(folder / 'data')
+  with pytest.raises(config_lib.ConfigError) as error:
+    gsm8k(data_dir)
+  command = re.search('python -c "(.*)"', str(error.value)).group(1)
+  python(BUILD.replace('COMMAND', command), folder)
+  return data_dir
 
 
 def gsm8k(data_dir, seed=0, **changes):
@@ -268,26 +272,23 @@ def test_bad_tfds_options(prepared, options, words):
   one_line(error)
 
 
-def test_a_dataset_that_is_not_prepared_names_the_command(
-    tmp_path, monkeypatch):
-  """Nothing is fetched: no socket is opened.
+def test_a_missing_dataset_names_the_command(tmp_path, monkeypatch):
+  """And nothing is fetched: no address is looked up, nothing is written.
 
-  Mutant: `tfds.data_source(..., download=False)`, which asks the network for
-  the dataset's metadata.
+  Mutant: `tfds.data_source(name)`, which downloads: it tries for minutes.
   """
+  asked = []
 
-  def refuse(*unused):
-    raise AssertionError('a socket was opened')
+  def refuse(*arguments, **unused):
+    asked.append(arguments)
+    raise OSError('no network')
 
   monkeypatch.setattr('socket.socket.connect', refuse)
   monkeypatch.setattr('socket.getaddrinfo', refuse)
   with pytest.raises(config_lib.ConfigError, match='not prepared') as error:
     gsm8k(str(tmp_path))
-  command = ('python -c "import tensorflow_datasets as tfds; '
-             f"tfds.builder('gsm8k', data_dir='{tmp_path}', "
-             "file_format='array_record').download_and_prepare()\"")
-  assert command in one_line(error)
-  assert not os.listdir(tmp_path)
+  assert f"tfds.builder('gsm8k', data_dir='{tmp_path}', " in one_line(error)
+  assert not asked and not os.listdir(tmp_path)
 
 
 def test_a_dataset_in_another_file_format_is_refused(prepared, tmp_path):
@@ -417,6 +418,7 @@ UNEQUAL = [
     ('18 or 19', '18'),
     ('18, 19', '18'),
     (r'18} \boxed{19', '18'),
+    ('18}{', '18'),
     ('(1,2)', '(2,1)'),
     ('[0,1)', '(0,1)'),
     ('west', r'\text{east}'),
@@ -435,7 +437,7 @@ def test_equal_mathematics(math_verify, answer, truth):
 
 @pytest.mark.parametrize('answer, truth', UNEQUAL)
 def test_unequal_mathematics(math_verify, answer, truth):
-  """Mutant: braces that need not balance: the second box joins the first."""
+  """Mutant: equal where math-verify cannot read an answer."""
   del math_verify
   assert not match.is_equal(answer, truth, 'math')
 
@@ -449,7 +451,7 @@ EXPLOSIVE = [
 @pytest.mark.parametrize('answer',
                          [*EXPLOSIVE, '{' * 500 + '1' + '}' * 500, '1' * 10**6])
 def test_what_cannot_be_computed_is_wrong_at_once(math_verify, answer):
-  """Mutant: `_admit` that returns True."""
+  """Mutant: `_admit` that returns True: the first of them hangs."""
   del math_verify
   start = time.monotonic()
   assert not match.is_equal(answer, '5', 'math')
@@ -459,7 +461,7 @@ def test_what_cannot_be_computed_is_wrong_at_once(math_verify, answer):
 def test_no_answer_is_evaluated_as_python(math_verify, monkeypatch, tmp_path):
   """Sympy makes numbers by evaluation; nothing but numerals gets there.
 
-  Mutant: math-verify's reader of plain expressions too.
+  Mutant: `sympy.sympify` of the answer.
   """
   del math_verify
   from sympy.parsing import sympy_parser  # pylint: disable=g-import-not-at-top
@@ -499,8 +501,7 @@ def test_math_verify_leaves_the_alarm_alone(math_verify, monkeypatch):
 def test_the_verifier_scores_mathematics(math_verify, tmp_path):
   """In the worker: right, wrong, a hang in sympy, and right again.
 
-  Mutant: math-verify's default time limits: the hang takes the worker's alarm
-  with it and scores 0.0 as a wrong answer would.
+  Mutant: `_admit` that returns True: the tower of powers hangs too.
   """
   del math_verify
   path = write(tmp_path / 'math.jsonl', MATH)

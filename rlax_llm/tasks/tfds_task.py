@@ -27,9 +27,14 @@ DATASETS: Mapping[str, Mapping[str, str]] = {
 
 
 def _prepare_command(options: Mapping[str, str]) -> str:
-  """Returns the command that downloads and prepares the dataset."""
+  """Returns the command that downloads and prepares the dataset.
+
+  tfds knows its builders by the modules imported so far; those of questions
+  with answers are in `text`. No TensorFlow is needed, unlike for `tfds build`.
+  """
   place = f', data_dir={options["data_dir"]!r}' if options['data_dir'] else ''
-  return ('python -c "import tensorflow_datasets as tfds; '
+  return ('python -c "import tensorflow_datasets as tfds, '
+          'tensorflow_datasets.text; '
           f'tfds.builder({options["dataset"]!r}{place}, '
           'file_format=\'array_record\').download_and_prepare()"')
 
@@ -37,8 +42,9 @@ def _prepare_command(options: Mapping[str, str]) -> str:
 def _open(options: Mapping[str, str]) -> Any:
   """Returns the builder of a prepared dataset; downloads nothing.
 
-  `tfds.data_source` would make the builder from its code, which looks for
-  metadata on the network; the files say all that reading needs.
+  `tfds.data_source` would make the builder from its code, where that is
+  imported, which asks Google's storage for metadata; the files say all that
+  reading needs.
   """
   name, data_dir = options['dataset'], options['data_dir']
   try:
