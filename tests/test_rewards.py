@@ -150,7 +150,7 @@ def test_the_sum_does_not_depend_on_the_order(own):
 def test_the_default_is_the_verifier_alone(own):
   """Law: with {'correct': 1.0} a reward is the task's score, bit for bit.
 
-  Mutant: the weight applied twice.
+  Mutant: `only_correct` with a weight of 2.
   """
   config = own_config()
   texts = ['<answer>ok</answer>', 'no', 'x<answer>ok</answer>']
