@@ -95,9 +95,14 @@ class AlgorithmConfig(Section):
 @dataclasses.dataclass(unsafe_hash=True)
 class TaskConfig(Section):
   """Which problems, how they are put to the model, how they are verified."""
-  # A reasoning-gym name, 'jsonl', 'mixture', or 'module:Class' of your own.
+  # A reasoning-gym name, 'jsonl', 'tfds' (any dataset of tensorflow-datasets
+  # with questions and answers), 'gsm8k', 'mixture', or 'module:Class' of your
+  # own.
   name: str = 'chain_sum'
   # Arguments of the reasoning-gym dataset; for a mixture, by task name.
+  # jsonl and tfds: question_field, answer_field, gold_format (where the answer
+  # stands in its field: all | boxed | hashes). tfds also: dataset, data_dir,
+  # train_split, held_out_split.
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # mixture: task name -> weight.
   mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -109,7 +114,8 @@ class TaskConfig(Section):
   prompt_format: str = 'question'
   # Where the answer stands in a completion: tag (the last <answer>...
   # </answer>), scratchpad (behind the last ')'), last_line, after_equals
-  # (behind the last '='), all.
+  # (behind the last '='), boxed (the last \boxed{...}), hashes (the line
+  # behind the last ####), all.
   answer_format: str = 'tag'
   # Appended to every prompt after a line break; tells a pretrained model the
   # answer format.
@@ -124,10 +130,21 @@ class TaskConfig(Section):
   # jsonl: the file, and the held-out file ('': split by the question's hash).
   path: str = ''
   held_out_path: str = ''
-  match: str = 'numeric'  # jsonl: numeric | exact
+  # jsonl, tfds: numeric | exact | math (the same mathematical object by
+  # math-verify, of the extra [math]).
+  match: str = 'numeric'
   # The share of the warm start's traces that leave off before the last term
   # and answer with what they reached: an impatient teacher (chain_sum).
   trace_unfinished: float = 0.0
+  # A sample's reward: the sum of weight * reward over correct (the task's
+  # verifier), format (1 where there is an answer in answer_format), length
+  # (DAPO's soft overlong punishment: 0 up to length_limit - length_cache
+  # tokens, then linear to -1 at length_limit), and 'module:function' of your
+  # own (see tasks/rewards.py).
+  rewards: Mapping[str, float] = dataclasses.field(
+      default_factory=lambda: {'correct': 1.0})
+  length_limit: int = 0  # tokens
+  length_cache: int = 0  # tokens
   verifier_processes: int = 1
   verifier_seconds: float = 4.0  # CPU seconds for one sample
   # Control experiment: shuffle rewards among the samples of a step.

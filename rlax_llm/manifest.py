@@ -38,7 +38,9 @@ SPEED_FIELDS = ('rollout.slots', 'rollout.drafter', 'rollout.width',
                 'rollout.min_capacity', 'control.*', 'task.verifier_processes')
 MAY_DIFFER = EXTENT_FIELDS + SPEED_FIELDS
 
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+# What training values depend on; the last three verify answers.
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
+             'reasoning-gym', 'sympy', 'math-verify')
 _NAMED = 3  # differing fields named in one message
 
 

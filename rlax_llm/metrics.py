@@ -34,6 +34,12 @@ _T, _S = 'training', 'speed'
 METRICS: dict[str, Metric] = {
     'reward/mean':
         Metric('1', _T, 'mean reward of the step'),
+    'reward/correct':
+        Metric('1', _T, "mean of the task's own reward, before its weight"),
+    'reward/format':
+        Metric('fraction', _T, 'completions with an answer in its place'),
+    'reward/length':
+        Metric('1', _T, 'mean punishment of length, before its weight'),
     'reward/std':
         Metric('1', _T, 'standard deviation of the reward'),
     'reward/unscorable':
@@ -126,6 +132,7 @@ METRICS: dict[str, Metric] = {
         Metric('bytes', _S, 'peak device memory in use'),
 }
 _PASS_AT = re.compile(r'evaluate/pass_at_[1-9]\d*')
+_OWN_REWARD = re.compile(r'reward/[\w.]+:\w+')
 
 METRICS_FILE = 'metrics.jsonl'
 TIMING_FILE = 'timing.jsonl'
@@ -138,7 +145,8 @@ def describe(name: str) -> Metric:
   """Returns the vocabulary's entry for a metric name.
 
   Args:
-    name: a key of `METRICS`, or evaluate/pass_at_K for a positive integer K.
+    name: a key of `METRICS`, evaluate/pass_at_K for a positive integer K, or
+      reward/module:function for a reward of the user's own.
 
   Returns:
     Its unit, kind and meaning.
@@ -151,6 +159,9 @@ def describe(name: str) -> Metric:
   if _PASS_AT.fullmatch(name):
     count = name.rsplit('_', 1)[1]
     return Metric('fraction', _T, f'solved by at least one of {count} samples')
+  if _OWN_REWARD.fullmatch(name):
+    own = name.partition('/')[2]
+    return Metric('1', _T, f'mean of the reward {own}, before its weight')
   raise ValueError(f'{name!r} is not in the vocabulary; add it to '
                    'rlax_llm.metrics.METRICS with its unit and kind')
 

@@ -30,6 +30,7 @@ from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.tasks import rewards
 from rlax_llm.tasks import task as tasks
 from rlax_llm.types import Array
 from rlax_llm.types import Params
@@ -401,6 +402,8 @@ def make_run(config: Config,
   try:
     tokenizer = _make_tokenizer(config)
     task = tasks.make_task(config.task, config.seed)
+    # Workers make their own; a mistake ends the run here.
+    rewards.make_rewards(config.task, task)
   except ValueError as error:
     raise ConfigError(str(error)) from error
   mesh = sharding.make_mesh(config.mesh)

@@ -145,7 +145,10 @@ def train_step(loop: Loop, step: int,
 
   texts = [run.tokenizer.decode(rollout.tokens) for rollout in rollouts]
   repeated = [p for p in problems for _ in range(samples_per_prompt)]
-  scores = loop.verifier.score(repeated, texts)
+  scores = loop.verifier.reward(repeated,
+                                texts,
+                                tokens=[r.length for r in rollouts],
+                                finished=[r.finished for r in rollouts])
   shape = (len(problems), samples_per_prompt)
   rewards = scores.rewards.reshape(shape)
   if config.task.permute_rewards:
@@ -173,7 +176,8 @@ def train_step(loop: Loop, step: int,
   lengths = np.array([rollout.length for rollout in rollouts])
   seconds = watch.seconds
   after = executables.compile_totals()
-  numbers: dict[str, Any] = values | {
+  parts = {f'reward/{name}': np.mean(v) for name, v in scores.parts.items()}
+  numbers: dict[str, Any] = values | parts | {
       'reward/mean':
           np.mean(rewards),
       'reward/std':

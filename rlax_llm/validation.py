@@ -21,9 +21,9 @@ from rlax_llm.config import Section
 # against these.
 _CHOICES = {
     'task.prompt_format': ('question', 'short'),
-    'task.answer_format':
-        ('tag', 'scratchpad', 'last_line', 'after_equals', 'all'),
-    'task.match': ('numeric', 'exact'),
+    'task.answer_format': ('tag', 'scratchpad', 'last_line', 'after_equals',
+                           'boxed', 'hashes', 'all'),
+    'task.match': ('numeric', 'exact', 'math'),
     'model.rope_scaling': ('none', 'linear', 'llama3'),
     'rollout.drafter': DRAFTERS,
     'learning.schedule': ('constant', 'linear', 'cosine'),
@@ -38,6 +38,8 @@ _AT_LEAST: dict[str, float] = {
     'task.prompts_per_step': 1,
     'task.epoch_prompts': 0,
     'task.trace_unfinished': 0,
+    'task.length_limit': 0,
+    'task.length_cache': 0,
     'task.verifier_processes': 1,
     'model.layers': 1,
     'model.width': 1,
@@ -145,6 +147,13 @@ def validate(config: Config) -> Config:
     if _get(config, path) and not config.task.chat_template:
       raise ConfigError(f'{path} is read by the chat template only; set '
                         'task.chat_template=True or leave it empty')
+  free = config.task.length_limit - config.task.length_cache
+  if free >= config.rollout.max_new_tokens:
+    raise ConfigError(
+        f'task.length_limit={config.task.length_limit} less task.length_cache='
+        f'{config.task.length_cache} leaves {free} tokens unpunished, all of '
+        f'rollout.max_new_tokens={config.rollout.max_new_tokens}; lower the '
+        'limit or raise the cache')
   longest = config.rollout.prompt_length + config.rollout.max_new_tokens
   if 0 < config.learning.row_length < longest:
     raise ConfigError(

@@ -48,7 +48,8 @@ TOP = {
     'export', 'testing'
 }
 NO_JIT = ('ops', 'models', 'drafting', 'learning', 'rollout/segment.py')
-OPTIONAL = ('grain', 'tensorflow_datasets', 'reasoning_gym', 'tensorflow')
+OPTIONAL = ('grain', 'tensorflow_datasets', 'array_record', 'reasoning_gym',
+            'math_verify', 'tensorflow')
 
 
 def _modules():

@@ -587,7 +587,7 @@ def test_bad_lines(tmp_path, line, words):
         }
     }, 'do not fit'),
     ({
-        'answer_format': 'boxed'
+        'answer_format': 'circled'
     }, 'task.answer_format'),
     ({
         'prompt_format': 'long'

@@ -1,9 +1,38 @@
 """Where the answer stands in a completion."""
 
-FORMATS = ('tag', 'scratchpad', 'last_line', 'after_equals', 'all')
+import re
+
+FORMATS = ('tag', 'scratchpad', 'last_line', 'after_equals', 'boxed', 'hashes',
+           'all')
+# Formats whose mark a completion either has or lacks.
+MARKED = ('tag', 'boxed', 'hashes')
 
 _OPEN = '<answer>'
 _CLOSE = '</answer>'
+_HASHES = '####'
+# A box, an escaped brace or backslash, a brace. A doubled backslash before a
+# box is a model's way of escaping it, no line break.
+_BRACE = re.compile(r'\\boxed *\{|\\[{}]|\\\\(?!boxed)|[{}]')
+
+
+def _last_box(text: str) -> str:
+  """Returns what the last balanced \\boxed{...} holds, or ''.
+
+  Of boxes in one another the innermost counts. One pass, so that a completion
+  of nothing but boxes takes linear time.
+  """
+  open_at: list[int | None] = []  # where a box's content begins; None: a group
+  begin = end = 0
+  for found in _BRACE.finditer(text):
+    mark = found.group()
+    if mark == '}':
+      if open_at and (start := open_at.pop()) is not None and start > begin:
+        begin, end = start, found.start()
+    elif mark == '{':
+      open_at.append(None)
+    elif mark.endswith('{') and mark != '\\{':
+      open_at.append(found.end())
+  return text[begin:end]
 
 
 def extract_answer(completion: str, answer_format: str) -> str | None:
@@ -14,7 +43,9 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
     answer_format: tag (the last <answer>...</answer>), scratchpad (what
       follows the last ')'; all of it where there is none), last_line (the last
       line that is not blank), after_equals (behind the last '='; all of it
-      where there is none, since the prompt's own '=' stands before it), all.
+      where there is none, since the prompt's own '=' stands before it), boxed
+      (the last \\boxed{...} whose braces balance), hashes (the line behind the
+      last ####), all.
 
   Returns:
     The answer, or None where it is missing or blank.
@@ -32,6 +63,11 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
     answer = completion.rstrip().rpartition('\n')[2]
   elif answer_format == 'after_equals':
     answer = completion.rpartition('=')[2]
+  elif answer_format == 'boxed':
+    answer = _last_box(completion)
+  elif answer_format == 'hashes':
+    _, mark, behind = completion.rpartition(_HASHES)
+    answer = behind.strip().partition('\n')[0] if mark else ''
   elif answer_format == 'all':
     answer = completion
   else:
@@ -51,6 +87,10 @@ def wrap_answer(steps: str, answer: str, answer_format: str) -> str:
   """
   if answer_format == 'tag':
     return f'{steps}{_OPEN}{answer}{_CLOSE}'
+  if answer_format == 'boxed':
+    return f'{steps}\\boxed{{{answer}}}'
+  if answer_format == 'hashes':
+    return f'{steps}\n{_HASHES} {answer}'.lstrip()
   if answer_format == 'scratchpad' and steps:
     return f'({steps}){answer}'
   if answer_format == 'last_line' and steps:

@@ -1,7 +1,11 @@
-"""Whether two short answers are the same number, or the same text."""
+"""Whether two answers are the same number, text or mathematical object."""
 
 import fractions
 import re
+
+from rlax_llm.tasks import equivalence
+
+MATCHES = ('numeric', 'exact', 'math')
 
 _MAX_CHARACTERS = 256
 _NUMBER = r'[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?'
@@ -36,10 +40,15 @@ def is_equal(answer: str, truth: str, match: str) -> bool:
   Args:
     answer: what the model gave.
     truth: the right answer.
-    match: numeric (equal as exact numbers) or exact (equal as text, runs of
-      whitespace counted as one space).
+    match: numeric (equal as exact numbers), exact (equal as text, runs of
+      whitespace counted as one space), or math (either of these, or the same
+      mathematical object: see `equivalence.is_equivalent`).
   """
+  if match != 'numeric' and answer.split() == truth.split():
+    return True
   if match == 'exact':
-    return answer.split() == truth.split()
+    return False
   value = parse_number(answer)
-  return value is not None and value == parse_number(truth)
+  if value is not None and value == parse_number(truth):
+    return True
+  return match == 'math' and equivalence.is_equivalent(answer, truth)

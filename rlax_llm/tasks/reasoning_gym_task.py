@@ -55,8 +55,9 @@ class ReasoningGymTask:
     if config.name not in names:
       raise ValueError(
           f'task.name {config.name!r} is unknown'
-          f'{config_lib.nearest(config.name, [*names, "jsonl", "mixture"])}; '
-          "use a reasoning-gym name, 'jsonl', 'mixture' or 'module:Class'")
+          f'{config_lib.nearest(config.name, [*names, *task_lib.OTHERS])}; use '
+          f'a reasoning-gym name, {", ".join(map(repr, task_lib.OTHERS))} or '
+          "'module:Class'")
     if config.prompt_format not in ('question', 'short'):
       raise ValueError(f'task.prompt_format {config.prompt_format!r} is '
                        "unknown; use 'question' or 'short'")

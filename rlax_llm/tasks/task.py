@@ -11,6 +11,8 @@ from rlax_llm import config as config_lib
 
 Split = Literal['train', 'held_out']
 SPLITS: tuple[Split, ...] = ('train', 'held_out')
+# Values of `task.name` that are no names of reasoning-gym.
+OTHERS = ('jsonl', 'tfds', 'gsm8k', 'mixture')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +195,8 @@ def make_task(config: config_lib.TaskConfig, seed: int) -> Task:
   """Returns the task of a config.
 
   Args:
-    config: `name` is a reasoning-gym name, 'jsonl', 'mixture', or
-      'module:Class', constructed as Class(config, seed).
+    config: `name` is a reasoning-gym name, 'jsonl', 'tfds', 'gsm8k',
+      'mixture', or 'module:Class', constructed as Class(config, seed).
     seed: the run's seed; problems are a function of it.
 
   Raises:
@@ -217,6 +219,9 @@ def _make_task(config: config_lib.TaskConfig, seed: int) -> Task:
   if config.name == 'jsonl':
     from rlax_llm.tasks import jsonl_task
     return jsonl_task.JsonlTask(config, seed)
+  if config.name in ('tfds', 'gsm8k'):
+    from rlax_llm.tasks import tfds_task
+    return tfds_task.TfdsTask(config, seed)
   if config.name == 'mixture':
     from rlax_llm.tasks import mixture_task
     return mixture_task.MixtureTask(config, seed)
@@ -226,16 +231,34 @@ def _make_task(config: config_lib.TaskConfig, seed: int) -> Task:
   return reasoning_gym_task.ReasoningGymTask(config, seed)
 
 
+def imported(path: str, field: str, form: str) -> Any:
+  """Returns what 'module:name' names.
+
+  Args:
+    path: 'module:name'.
+    field: of the config, for the message.
+    form: what the path should look like, for the message.
+
+  Raises:
+    ConfigError: it cannot be imported, here or by a worker process.
+  """
+  module_name, _, name = path.partition(':')
+  if module_name == '__main__':
+    raise config_lib.ConfigError(
+        f'{field} {path!r} is in the running script, which worker processes '
+        'cannot import; move it to a module of its own')
+  try:
+    return getattr(importlib.import_module(module_name), name)
+  except Exception as error:
+    raise config_lib.ConfigError(
+        f'{field} {path!r} cannot be imported ({type(error).__name__}: '
+        f'{error}); it is read as {form} and the module must be on '
+        'PYTHONPATH') from error
+
+
 def _imported_task(config: config_lib.TaskConfig, seed: int) -> Task:
   """Returns an instance of the class that 'module:Class' names."""
-  module_name, _, class_name = config.name.partition(':')
-  try:
-    task_class = getattr(importlib.import_module(module_name), class_name)
-  except Exception as error:
-    raise ValueError(
-        f'task.name {config.name!r} cannot be imported '
-        f'({type(error).__name__}: {error}); it is read as module:Class and '
-        'the module must be on PYTHONPATH') from error
+  task_class = imported(config.name, 'task.name', 'module:Class')
   missing = [
       name for name in ('problem', 'score', 'num_problems')
       if not callable(getattr(task_class, name, None))

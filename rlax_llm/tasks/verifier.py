@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from absl import logging
 import numpy as np
@@ -22,12 +22,15 @@ from rlax_llm.tasks import verifier_worker
 _START_SECONDS = 180.0  # a cold import of reasoning-gym on a network disk
 _WINDOW = 32  # samples handed to a worker before the first is answered
 _MAX_FAILED_STARTS = 3
+_FIELDS = tuple(f.name for f in dataclasses.fields(task_lib.Problem))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
   """What the verifier says of n samples."""
   rewards: np.ndarray  # float32[n]; 0.0 where unscorable
+  # By name, `correct` always among them: float32[n]; 0.0 where unscorable.
+  parts: Mapping[str, np.ndarray]
   unscorable: np.ndarray  # bool[n]: hung, crashed or raised in the verifier
 
 
@@ -132,6 +135,7 @@ class Verifier:
       raise ValueError(f'task.verifier_seconds={config.verifier_seconds}; it '
                        'must be above 0')
     self._seconds = config.verifier_seconds
+    self._names = tuple(dict.fromkeys(['correct', *config.rewards]))
     self._setup = json.dumps({
         'config': config_lib.to_dict(config),
         'seed': seed
@@ -157,7 +161,7 @@ class Verifier:
 
   def score(self, problems: Sequence[task_lib.Problem],
             completions: Sequence[str]) -> Scores:
-    """Returns the rewards of completions.
+    """Returns what the task's own verifier says: the reward `correct`.
 
     Args:
       problems: n problems; the samples of one problem repeat it.
@@ -170,13 +174,37 @@ class Verifier:
       ValueError: different numbers of problems and completions.
       RuntimeError: the workers cannot start, or the verifier is closed.
     """
-    if len(problems) != len(completions):
-      raise ValueError(f'{len(problems)} problems and {len(completions)} '
-                       'completions; repeat each problem for its samples')
+    return self._run(_Batch(problems, completions, None, ('correct',)))
+
+  def reward(self, problems: Sequence[task_lib.Problem],
+             completions: Sequence[str], *, tokens: Sequence[int],
+             finished: Sequence[bool]) -> Scores:
+    """Returns the weighted rewards of completions, by `config.rewards`.
+
+    Args:
+      problems: n problems; the samples of one problem repeat it.
+      completions: n texts, without the prompts.
+      tokens: n lengths, EOS included.
+      finished: n times, whether EOS was emitted.
+
+    Returns:
+      Scores of n samples, in their order.
+
+    Raises:
+      ValueError: different numbers of these.
+      RuntimeError: the workers cannot start, or the verifier is closed.
+    """
+    if not len(completions) == len(tokens) == len(finished):
+      raise ValueError(f'{len(completions)} completions, {len(tokens)} lengths '
+                       f'and {len(finished)} ends; give one of each a sample')
+    ends = [(int(t), bool(f)) for t, f in zip(tokens, finished)]
+    return self._run(_Batch(problems, completions, ends, self._names))
+
+  def _run(self, batch: '_Batch') -> Scores:
+    """Returns the scores of a batch."""
     with self._lock:
       if not self._workers:
         raise RuntimeError('the verifier is closed')
-      batch = _Batch(problems, completions)
       try:
         while batch.unanswered:
           self._advance(batch)
@@ -187,7 +215,7 @@ class Verifier:
       if batch.error and not self._logged:
         self._logged = True
         logging.warning('the verifier raised; the first time:\n%s', batch.error)
-      return Scores(batch.rewards, batch.unscorable)
+      return Scores(batch.rewards, batch.parts, batch.unscorable)
 
   def _advance(self, batch: '_Batch') -> None:
     """Hands out samples, waits for one event, takes the answers."""
@@ -234,7 +262,7 @@ class Verifier:
     index = worker.pending.popleft()
     assert index == message['index'], 'answers come in the order of samples'
     worker.alone = False
-    batch.answer(index, message.get('reward', 0.0), message.get('error'))
+    batch.answer(index, message)
 
   def _recover(self, worker: _Worker, batch: '_Batch') -> _Worker:
     """Replaces a worker that died or hung; returns the new one."""
@@ -251,7 +279,7 @@ class Verifier:
       # Samples are answered in order: the first is the one in flight.
       suspect = worker.pending.popleft()
       if worker.alone:
-        batch.answer(suspect, 0.0, None, unscorable=True)
+        batch.answer(suspect, None)
       else:
         self._retry(suspect, fresh, batch)
     batch.queue.extendleft(reversed(worker.pending))
@@ -270,39 +298,48 @@ class _Batch:
   """The samples of one call and what is known of them."""
 
   def __init__(self, problems: Sequence[task_lib.Problem],
-               completions: Sequence[str]) -> None:
+               completions: Sequence[str], ends: list[tuple[int, bool]] | None,
+               names: Sequence[str]) -> None:
+    """Args: ends: (tokens, finished); None: only `correct` is asked for."""
+    count = len(problems)
+    if count != len(completions):
+      raise ValueError(f'{count} problems and {len(completions)} completions; '
+                       'repeat each problem for its samples')
     self._problems = problems
     self._completions = completions
-    self._entries: dict[int, str] = {}  # by the problem's identity
-    count = len(problems)
+    self._ends = ends
+    self._texts: dict[int, str] = {}  # by the problem's identity
     self.queue = collections.deque(range(count))
     self.unanswered = count
     self.rewards = np.zeros(count, np.float32)
+    self.parts = {name: np.zeros(count, np.float32) for name in names}
     self.unscorable = np.zeros(count, np.bool_)
     self.error: str | None = None
 
   def line(self, index: int) -> bytes:
     """Returns the request for a sample."""
     problem = self._problems[index]
-    entry = self._entries.get(id(problem))
-    if entry is None:
+    text = self._texts.get(id(problem))
+    if text is None:
       try:
-        entry = json.dumps(problem.entry)
+        text = json.dumps({name: getattr(problem, name) for name in _FIELDS})
       except (TypeError, ValueError) as error:
         raise ValueError(f'the entry of a {problem.source!r} problem is no '
                          f'JSON ({error}); use JSON types') from error
-      self._entries[id(problem)] = entry
-    completion = json.dumps(self._completions[index])
-    return (f'{{"index": {index}, "entry": {entry}, '
-            f'"completion": {completion}}}\n').encode()
+      self._texts[id(problem)] = text
+    sample: dict[str, Any] = {'completion': self._completions[index]}
+    if self._ends is not None:
+      sample['tokens'], sample['finished'] = self._ends[index]
+    return (f'{{"index": {index}, "problem": {text}, '
+            f'{json.dumps(sample)[1:]}\n').encode()
 
-  def answer(self,
-             index: int,
-             reward: float,
-             error: str | None,
-             unscorable: bool = False) -> None:
-    """Records the outcome of a sample."""
-    self.rewards[index] = reward
-    self.unscorable[index] = unscorable or error is not None
-    self.error = self.error or error
+  def answer(self, index: int, message: Mapping[str, Any] | None) -> None:
+    """Records a worker's answer on a sample; None: it never came."""
+    if message is not None and 'reward' in message:
+      self.rewards[index] = message['reward']
+      for name, values in self.parts.items():
+        values[index] = message['parts'][name]
+    else:
+      self.unscorable[index] = True
+      self.error = self.error or (message or {}).get('error')
     self.unanswered -= 1

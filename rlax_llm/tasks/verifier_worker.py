@@ -7,7 +7,6 @@ code it is in. End of input ends the process.
 
 import dataclasses
 import json
-import math
 import os
 import resource
 import signal
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 import warnings
 
 from rlax_llm import config as config_lib
+from rlax_llm.tasks import rewards as rewards_lib
 from rlax_llm.tasks import task as task_lib
 
 _MEMORY = 2 * 2**30  # bytes a sample may add to the process
@@ -38,17 +38,23 @@ def _limit_memory() -> None:
     pass  # Not Linux, or a lower limit is in force already.
 
 
-def _score(task: task_lib.Task, sample: dict[str, Any],
+def _score(rewards: rewards_lib.Rewards, sample: dict[str, Any],
            seconds: float) -> dict[str, Any]:
-  """Returns {'reward': float} or {'error': the traceback}."""
+  """Returns {'reward': float, 'parts': dict} or {'error': the traceback}.
+
+  A sample without its number of tokens is scored by `correct` alone.
+  """
   # The default action of both signals ends the process, inside C code too.
   signal.setitimer(signal.ITIMER_PROF, seconds)
   signal.setitimer(signal.ITIMER_REAL, wall_seconds(seconds))
   try:
-    reward = float(task.score(sample['entry'], sample['completion']))
-    if not math.isfinite(reward):
-      raise ValueError(f'score returned {reward}')
-    return {'reward': reward}
+    problem = task_lib.Problem(**sample['problem'])
+    completion, tokens = sample['completion'], sample.get('tokens')
+    if tokens is None:
+      rewards = rewards.only_correct()
+    reward, parts = rewards(problem, completion, tokens or 0,
+                            sample.get('finished', False))
+    return {'reward': reward, 'parts': parts}
   except (Exception, SystemExit):  # pylint: disable=broad-exception-caught
     return {'error': traceback.format_exc(limit=20)[-4000:]}
   finally:
@@ -69,6 +75,7 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
   config = dataclasses.replace(config, epoch_prompts=0)
   try:
     task = task_lib.make_task(config, setup['seed'])
+    rewards = rewards_lib.make_rewards(config, task)
   except Exception:  # pylint: disable=broad-exception-caught
     reply({'failed': traceback.format_exc(limit=20)[-4000:]})
     return
@@ -78,7 +85,7 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     sample = json.loads(line)
     reply({
         'index': sample['index'],
-        **_score(task, sample, config.verifier_seconds)
+        **_score(rewards, sample, config.verifier_seconds)
     })
 
 

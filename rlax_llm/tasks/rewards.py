@@ -1,0 +1,173 @@
+"""What a completion is worth: named rewards, weighted and summed."""
+
+import dataclasses
+import inspect
+import math
+from typing import Callable, Mapping
+
+from rlax_llm import config as config_lib
+from rlax_llm.tasks import extract
+from rlax_llm.tasks import task as task_lib
+
+# A reward: (problem, completion, tokens, finished) -> float.
+#   problem: `task.Problem`; of a mixture, its entry is {'task', 'entry'}.
+#   completion: the text the model wrote, without the prompt.
+#   tokens: int, the completion's length, EOS included.
+#   finished: bool, whether it emitted EOS.
+# It is a function of these alone: a resumed run must see the same rewards. It
+# runs in the verifier's processes, within `task.verifier_seconds`; where it
+# raises, or returns no finite number, the sample is unscorable.
+Reward = Callable[[task_lib.Problem, str, int, bool], float]
+
+BUILT_IN = ('correct', 'format', 'length')
+_LARGEST = 3e38  # a reward is kept as float32
+
+
+def soft_overlong(tokens: int, limit: int, cache: int) -> float:
+  """Returns DAPO's soft overlong punishment.
+
+      0                              where tokens <= limit - cache
+      (limit - cache - tokens) / cache   up to limit
+      -1                             beyond
+
+  DAPO: An Open-Source LLM Reinforcement Learning System at Scale, equation 13
+  (https://arxiv.org/abs/2503.14476), with limit = L_max, cache = L_cache.
+
+  Args:
+    tokens: the completion's length.
+    limit: tokens, at which it reaches -1.
+    cache: tokens over which it falls, from 1.
+  """
+  return max(-1.0, min(0.0, (limit - cache - tokens) / cache))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+  """Rewards by name, and their weights. `correct` is always among them."""
+  functions: Mapping[str, Reward]
+  weights: Mapping[str, float]
+
+  def only_correct(self) -> 'Rewards':
+    """Returns the reward of the task's verifier alone."""
+    return Rewards({'correct': self.functions['correct']}, {'correct': 1.0})
+
+  def __call__(self, problem: task_lib.Problem, completion: str, tokens: int,
+               finished: bool) -> tuple[float, dict[str, float]]:
+    """Returns (sum of weight * reward, every reward by name).
+
+    The sum is rounded once: it does not depend on the order of the names.
+
+    Raises:
+      ValueError: a reward, or the sum, that is no finite number.
+    """
+    values = {}
+    for name, function in self.functions.items():
+      value = function(problem, completion, tokens, finished)
+      try:
+        values[name] = float(value)
+      except (TypeError, ValueError) as error:
+        raise ValueError(f'reward {name!r} returned {value!r}; return a '
+                         'number') from error
+      if not abs(values[name]) < _LARGEST:
+        raise ValueError(f'reward {name!r} returned {values[name]}; return a '
+                         'finite number')
+    total = math.fsum(w * values[name] for name, w in self.weights.items())
+    if not abs(total) < _LARGEST:
+      raise ValueError(f'the weighted rewards {values} sum to {total}; lower '
+                       'task.rewards')
+    return total, values
+
+
+def make_rewards(config: config_lib.TaskConfig, task: task_lib.Task) -> Rewards:
+  """Returns the rewards of a config.
+
+  Args:
+    config: `rewards`, `answer_format`, `length_limit` and `length_cache` are
+      read.
+    task: whose `score` is the reward `correct`.
+
+  Raises:
+    ConfigError: an unknown name, a weight that is not finite, or a reward that
+      the rest of the config does not fit.
+  """
+  if not config.rewards:
+    raise config_lib.ConfigError(
+        "task.rewards is empty; the default is {'correct': 1.0}")
+  functions = {'correct': _correct(task)}
+  for name, weight in config.rewards.items():
+    if (isinstance(weight, bool) or not isinstance(weight, (int, float)) or
+        not math.isfinite(weight)):
+      raise config_lib.ConfigError(
+          f'task.rewards[{name!r}]={weight!r} is no weight; give a finite '
+          'number')
+    if name != 'correct':
+      functions[name] = _make_reward(name, config)
+  unused = config.length_limit or config.length_cache
+  if unused and 'length' not in config.rewards:
+    raise config_lib.ConfigError(
+        f'task.length_limit={config.length_limit} and length_cache='
+        f"{config.length_cache} are for the reward 'length', which is not in "
+        'task.rewards; add it, or set both to 0')
+  return Rewards(functions, dict(config.rewards))
+
+
+def _make_reward(name: str, config: config_lib.TaskConfig) -> Reward:
+  if name == 'format':
+    return _format(config.answer_format)
+  if name == 'length':
+    return _length(config.length_limit, config.length_cache)
+  if ':' not in name:
+    raise config_lib.ConfigError(
+        f'task.rewards[{name!r}] is unknown'
+        f'{config_lib.nearest(name, BUILT_IN)}; use {", ".join(BUILT_IN)} or '
+        "'module:function'")
+  function = task_lib.imported(name, 'task.rewards', 'module:function')
+  try:
+    inspect.signature(function).bind(None, '', 0, True)
+  except (TypeError, ValueError) as error:
+    raise config_lib.ConfigError(
+        f'task.rewards[{name!r}] does not take (problem, completion, tokens, '
+        f'finished): {error}') from error
+  return function
+
+
+def _correct(task: task_lib.Task) -> Reward:
+
+  def correct(problem: task_lib.Problem, completion: str, tokens: int,
+              finished: bool) -> float:
+    del tokens, finished
+    return task.score(problem.entry, completion)
+
+  return correct
+
+
+def _format(answer_format: str) -> Reward:
+  """Returns the reward 1.0 for an answer, right or wrong, in its place."""
+  if answer_format not in extract.MARKED:
+    raise config_lib.ConfigError(
+        f"task.rewards['format'] does not fit task.answer_format="
+        f'{answer_format!r}, which every text has; use one of '
+        f'{", ".join(extract.MARKED)}, or remove the reward')
+
+  def has_answer(problem: task_lib.Problem, completion: str, tokens: int,
+                 finished: bool) -> float:
+    del problem, tokens, finished
+    answer = extract.extract_answer(completion, answer_format)
+    return float(answer is not None)
+
+  return has_answer
+
+
+def _length(limit: int, cache: int) -> Reward:
+  if not 1 <= cache <= limit:
+    raise config_lib.ConfigError(
+        f"task.rewards['length'] falls over task.length_cache={cache} tokens "
+        f'to -1 at task.length_limit={limit}; set both, the cache from 1 to '
+        'the limit')
+
+  def length(problem: task_lib.Problem, completion: str, tokens: int,
+             finished: bool) -> float:
+    del problem, completion, finished
+    return soft_overlong(tokens, limit, cache)
+
+  return length
