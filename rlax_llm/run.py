@@ -315,9 +315,10 @@ def make_run(config: Config,
     raise ConfigError(str(error)) from error
   vocabulary = config.model.vocabulary or tokenizer.vocab_size
   if vocabulary < tokenizer.vocab_size:
-    raise ConfigError(
-        f'model.vocabulary={vocabulary} is less than the '
-        f'{tokenizer.vocab_size} ids of the tokenizer; raise it or set 0')
+    remedy = ("leave model.tokenizer at '' for the folder's own"
+              if config.model.pretrained else 'raise it or set 0')
+    raise ConfigError(f'model.vocabulary={vocabulary} is less than the '
+                      f'{tokenizer.vocab_size} ids of the tokenizer; {remedy}')
   mesh = sharding.make_mesh(config.mesh)
   ways = sharding.ways(mesh)
   for path, value in (('rollout.slots', config.rollout.slots),
