@@ -164,7 +164,7 @@ def _shard(folder, number):
 def test_architectures_are_read():
   """Law: every field of config.json ends in its own of ModelConfig.
 
-  Mutants: heads and KV heads swapped; Qwen3 without its norm; head_dim from
+  Mutants: as many KV heads as heads; Qwen3 without its norm; head_dim from
   width / heads where it is given.
   """
   model = _read({})
