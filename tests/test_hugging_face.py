@@ -164,7 +164,7 @@ def _shard(folder, number):
 def test_architectures_are_read():
   """Law: every field of config.json ends in its own of ModelConfig.
 
-  Mutants: heads and KV heads swapped; Qwen3 without its norm; head_dim from
+  Mutants: as many KV heads as heads; Qwen3 without its norm; head_dim from
   width / heads where it is given.
   """
   model = _read({})
@@ -343,7 +343,8 @@ BAD_CONFIGS = [
 def test_bad_configs_are_refused(changes, words):
   """Law: one line that names the file, the key and the value.
 
-  Mutant: any of the checks removed.
+  Mutants: mlp_bias not looked at; layer_types not looked at; rope_parameters
+  that differ from rope_scaling accepted; whole numbers may be 0.
   """
   with pytest.raises(ConfigError) as caught:
     _read(changes)
@@ -387,8 +388,7 @@ def test_config_json_comes_back():
 def test_files_are_those_of_the_library(tmp_path, dtype):
   """Law: what we write, the safetensors library reads, and the reverse.
 
-  Mutants: offsets from the beginning of the file; a header that is not padded
-  and its length rounded up.
+  Mutants: offsets that do not begin at 0; a header length that is too large.
   """
   rng = np.random.default_rng(0)
   tensors = {
@@ -420,7 +420,7 @@ def test_tensors_lie_where_the_model_reads_them(tmp_path, family, tied):
   """Law: every parameter equals its published tensors, written out by hand.
 
   The projections of x by head equal x @ W.T by head. Mutants: k and v
-  swapped; gate and up swapped; o_proj not transposed.
+  swapped; gate and up swapped.
   """
   changes = dict(architectures=None, model_type=family)
   model = _read(changes | {'tie_word_embeddings': tied})
@@ -631,7 +631,7 @@ def test_export_then_import_is_bit_equal(tmp_path, folder, dtype, shards):
   """Law: import, export, import: the same bits, and the tensors are those
   that were first read; every file is below the limit.
 
-  Mutants: v written where k belongs; the index says the first file of all.
+  Mutants: axes not turned back; the index says the first file of all.
   """
   model = _read({})
   params = _load(folder, model, dtype)
@@ -740,7 +740,7 @@ def test_the_default_tokenizer_depends_on_the_folder(folder):
   assert pretrained.resolve(config).model.tokenizer == 'bytes'
   config = _tiny(folder, tokenizer='')
   assert pretrained.resolve(config).model.tokenizer == 'pretrained'
-  with pytest.raises(ConfigError, match='258 ids of the tokenizer'):
+  with pytest.raises(ConfigError, match="258 ids of the tokenizer; leave"):
     make_run(_tiny(folder, tokenizer='bytes'))
 
 
@@ -780,6 +780,37 @@ def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   with pytest.raises(ConfigError, match='no safetensors file'):
     train.train(config, str(tmp_path / 'other'))
   assert not (tmp_path / 'other').exists()
+
+
+def test_a_published_tokenizer_is_exported_too(tmp_path, folder):
+  """Law: with the folder's tokenizer its files and token ids go along, byte for
+  byte, and nothing else of the folder; with another tokenizer none do.
+
+  Mutants: the index of the folder's weights copied too; ids that are 0.
+  """
+  (folder / 'tokenizer.json').write_text('{"a": 1}')
+  (folder / 'chat_template.jinja').write_text('x')
+  (folder / 'config.json').write_text(json.dumps(QWEN2 | {'eos_token_id': 9}))
+  run = make_run(_tiny(folder))
+  assert export.tokenizer_facts(run) == ({
+      'eos_token_id': [0],
+      'bos_token_id': 1
+  }, [])
+  own = pretrained.resolve(_tiny(folder, tokenizer=''))
+  ids, files = export.tokenizer_facts(types.SimpleNamespace(config=own))
+  assert ids == {'eos_token_id': 9}
+  out, model = tmp_path / 'out', _read({})
+  export.export_folder(str(out),
+                       model,
+                       _load(folder, model),
+                       token_ids=ids,
+                       files=files)
+  assert sorted(p.name for p in out.iterdir()) == [
+      'chat_template.jinja', 'config.json', 'model.safetensors',
+      'tokenizer.json'
+  ]
+  assert (out / 'tokenizer.json').read_text() == '{"a": 1}'
+  assert pretrained.read_config(str(out))['eos_token_id'] == 9
 
 
 def test_the_fingerprint_sees_changes(folder):
