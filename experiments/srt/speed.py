@@ -72,6 +72,7 @@ def make_engines(run: Run, rows: int, width: int) -> dict[str, RolloutEngine]:
 
   return {
       'W = 1': make(width=1),
+      'W = 1 again': make(width=1),  # the noise of the comparison
       'tree cache': make(width=width),
       'policy': make(width=0),
       'constant': make(constant_drafter(width)),
@@ -87,9 +88,9 @@ def measure(run: Run, params: Any, rows: int, width: int,
   """
   engines = make_engines(run, rows, width)
   stores = {name: run.rollout_store() for name in engines}
-  prompts = max(2 * rows // _SAMPLES, 4)
+  prompts = max(4 * rows // _SAMPLES, 16)
   seconds: dict[tuple[int, str], list[float]] = {}
-  totals: dict[tuple[int, str], list[int]] = {}
+  totals: dict[tuple[int, str], list[float]] = {}
 
   def generate(name: str, epoch: int, first: int) -> Any:
     problems = [
@@ -113,22 +114,26 @@ def measure(run: Run, params: Any, rows: int, width: int,
     for step in range(pairs):
       names = list(engines)
       want = None
-      for name in names[step % 4:] + names[:step % 4]:
+      first = step % len(names)
+      for name in names[first:] + names[:first]:
         spent, stats, tokens = generate(name, epoch, step)
         want = want or tokens
         if tokens != want:
           raise RuntimeError(f'{name} changed a token in step {step}')
         seconds.setdefault((epoch, name), []).append(spent)
-        total = totals.setdefault((epoch, name), [0, 0, 0])
-        for i, value in enumerate(
-            (stats.tokens, stats.row_forwards, stats.forwards)):
+        total = totals.setdefault((epoch, name), [0, 0, 0, 0])
+        for i, value in enumerate((stats.tokens, stats.row_forwards,
+                                   stats.forwards, stats.segment_seconds)):
           total[i] += value
   table = []
   for (epoch, name), mine in sorted(seconds.items()):
     plain = seconds[epoch, 'W = 1']
     low, middle, high = common.ratio_bounds(mine, plain)
-    forward = lambda n, e=epoch: sum(seconds[e, n]) / totals[e, n][2]
-    tokens, row_forwards, _ = totals[epoch, name]
+    # Of segments alone: what the host does between them is in the times.
+    forward = lambda n, e=epoch: totals[e, n][3] / totals[e, n][2]
+    tokens, row_forwards, _, inside = totals[epoch, name]
+    accept = tokens / row_forwards
+    bound = accept / (forward('constant') / forward('W = 1'))
     table.append({
         'rows':
             rows,
@@ -137,12 +142,18 @@ def measure(run: Run, params: Any, rows: int, width: int,
         'arm':
             name,
         'accept_length':
-            round(tokens / row_forwards, 3),
+            round(accept, 3),
         'forward_over_w1':
             round(forward(name) / forward('W = 1'), 3),
         'drafting_share':
             round(1 - forward('constant') / forward(name), 3)
             if name == 'tree cache' else '',
+        'bound':
+            round(bound, 3) if name == 'tree cache' else '',
+        'share_of_bound':
+            round(1 / middle / bound, 3) if name == 'tree cache' else '',
+        'between_segments':
+            round(1 - inside / sum(mine), 3),
         'time_over_w1':
             round(middle, 3),
         'low':

@@ -4,6 +4,7 @@ Speed values only: the width changes how long tokens take, never which they
 are.
 """
 
+import collections
 import dataclasses
 from typing import Sequence
 
@@ -13,19 +14,22 @@ _PROBE_ROWS, _PROBE_LEAST, _PROBE_MOST = 64, 2, 8
 # What probes of one (N, S, W) may lose, as a share of the time spent at
 # (N, S).
 _PROBE_SHARE = 0.02
-_MEMORY = 0.7  # of the moving averages, by segment
+_MEMORY = 0.7  # of the moving average of accept lengths, by segment
 # Once its cost is known, every so many segments of a width are timed: a clock
 # on the device's work makes the host wait for it first.
-_TIMED_EVERY, _TIMED_FIRST = 8, 4
-_MARGIN = 1.03  # a wider draft must promise so much more than W = 1
+_TIMED_EVERY, _TIMED_FIRST, _TIMED_KEPT = 8, 4, 5
+# A wider draft must promise so much more than W = 1: rates are measured with
+# noise, and less is not worth the risk of being slower.
+_MARGIN = 1.1
 
 
 @dataclasses.dataclass
 class _Record:
   """What is known of one (N, S, W); averages move."""
   runs: int = 0
-  timed: int = 0
-  cost: float = 0.0  # seconds of a forward
+  # Seconds of a forward in the last timed segments.
+  costs: collections.deque = dataclasses.field(
+      default_factory=lambda: collections.deque(maxlen=_TIMED_KEPT))
   accept: float = 1.0  # tokens per row and forward
   lost: float = 0.0  # seconds, against the best width
 
@@ -33,16 +37,15 @@ class _Record:
     self.runs += 1
     if self.runs < 2:  # The first run warms up and tells nothing.
       return
-    self.accept = _blend(self.accept, accept, self.runs)
+    memory = _MEMORY if self.runs > 2 else 0.0
+    self.accept = memory * self.accept + (1 - memory) * accept
     if cost is not None:
-      self.timed += 1
-      self.cost = _blend(self.cost, cost, self.timed + 1)
+      self.costs.append(cost)
 
-
-def _blend(old: float, new: float, runs: int) -> float:
-  """Returns the moving average; the second run is the first that counts."""
-  memory = _MEMORY if runs > 2 else 0.0
-  return memory * old + (1 - memory) * new
+  @property
+  def cost(self) -> float:
+    """Seconds of a forward, 0 if unknown: whatever disturbs, adds to it."""
+    return min(self.costs, default=0.0)
 
 
 class WidthPolicy:
@@ -128,7 +131,7 @@ class WidthPolicy:
   def _rate(self, rows: int, capacity: int, width: int) -> float | None:
     """Returns tokens per row and second; None if unknown."""
     record = self._record(rows, capacity, width)
-    if not record.timed or record.cost <= 0:
+    if record.cost <= 0:
       return None
     return record.accept / record.cost
 

@@ -359,6 +359,7 @@ class RolloutEngine:
     spent = read.counters
     forwards, row_forwards = int(spent.forwards), int(spent.row_forwards)
     self.stats.segments += 1
+    self.stats.segment_seconds += seconds
     self.stats.forwards += forwards
     self.stats.node_forwards += forwards * width
     self.stats.row_forwards += row_forwards

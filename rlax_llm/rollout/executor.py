@@ -165,7 +165,8 @@ class Executor:
       done_rows: see `segments.Limits`.
       counted: bool[N], see `segments.Limits`.
     """
-    limits = np.r_[forwards, done_rows, counted].astype(np.int32)
+    limits = np.empty(2 + len(counted), np.int32)
+    limits[:2], limits[2:] = (forwards, done_rows), counted
     run = functools.partial(_segment,
                             model=self._model,
                             drafter=drafter,

@@ -25,6 +25,7 @@ class RolloutStats:
   ahead_tokens: int = 0  # for samples of coming steps
   segments: int = 0
   seconds: float = 0.0
+  segment_seconds: float = 0.0  # of them, in segments
   reshard_seconds: float = 0.0  # of them, bringing parameters in place
   compile_seconds: float = 0.0
 
