@@ -1,17 +1,19 @@
 """A trained policy as a folder that other libraries load.
 
-  python -m rlax_llm.export --workdir=DIR --out=FOLDER [--step=100]
+  python -m rlax_llm.export --workdir=DIR --out=FOLDER [--step=100] [--adapter]
 
 Writes config.json, safetensors of the published layout and, for a run that
-began from a published model, its tokenizer. The folder appears as a whole or
-not at all.
+began from a published model, its tokenizer. Adapters are merged into their
+matrices, or with --adapter written alone, as PEFT reads them. The folder
+appears as a whole or not at all.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 from absl import flags as absl_flags
 import jax
@@ -24,6 +26,7 @@ from rlax_llm import sample
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ModelConfig
 from rlax_llm.models import hugging_face
+from rlax_llm.models import lora
 from rlax_llm.models import weight_layout
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
@@ -74,7 +77,7 @@ def export_folder(out: str,
                   token_ids: Mapping[str, Any],
                   files: list[pathlib.Path],
                   shard_bytes: int = SHARD_BYTES) -> None:
-  """Writes a model as published models are written.
+  """Writes a model as published models are written; adapters are merged.
 
   One parameter at a time is fetched from the devices. Everything is written
   beside the target, synced, and then renamed.
@@ -92,24 +95,77 @@ def export_folder(out: str,
     ConfigError: the target holds something, or no published architecture has
       these settings.
   """
-  check_target(out)
-  flat = {
+  flat = _flatten(lora.merge(params, model.lora))
+  dtype = np.dtype(flat['embedding'].dtype)
+  config = hugging_face.to_config_json(model, dtype.name) | dict(token_ids)
+  with _whole_folder(out) as folder:
+    _write_weights(folder,
+                   weight_layout.leaves(model),
+                   flat,
+                   dtype,
+                   shard_bytes=shard_bytes,
+                   name=pretrained.WEIGHTS_FILE)
+    _write_json(folder / pretrained.CONFIG_FILE, config)
+    for file in files:
+      shutil.copyfile(file, folder / file.name)
+      _sync(folder / file.name)
+
+
+def export_adapter(out: str, model: ModelConfig, params: Params) -> None:
+  """Writes the adapters alone, in PEFT's format.
+
+  Args:
+    out: the folder to make; missing or empty.
+    model: the architecture, with its adapters and the folder of its base.
+    params: of that architecture.
+
+  Raises:
+    ConfigError: the target holds something, or there are no adapters.
+  """
+  if not model.lora.rank:
+    raise ConfigError('--adapter writes adapters and this run has none '
+                      '(model.lora.rank=0); leave it out')
+  config = {
+      'peft_type': 'LORA',
+      'task_type': 'CAUSAL_LM',
+      'base_model_name_or_path': model.pretrained or None,
+      'r': model.lora.rank,
+      'lora_alpha': model.lora.alpha,
+      'lora_dropout': 0.0,
+      'target_modules': list(model.lora.targets),
+      'bias': 'none',
+      'fan_in_fan_out': False,
+      'inference_mode': True,
+  }
+  with _whole_folder(out) as folder:
+    _write_weights(folder,
+                   weight_layout.adapter_leaves(model),
+                   _flatten(params),
+                   np.dtype(np.float32),
+                   shard_bytes=SHARD_BYTES,
+                   name='adapter_model.safetensors')
+    _write_json(folder / 'adapter_config.json', config)
+
+
+def _flatten(params: Params) -> dict[str, jax.Array]:
+  """Returns the parameters by path."""
+  return {
       jax.tree_util.keystr(path, simple=True, separator='/'): leaf
       for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
   }
-  dtype = np.dtype(flat['embedding'].dtype)
-  config = hugging_face.to_config_json(model, dtype.name) | dict(token_ids)
+
+
+@contextlib.contextmanager
+def _whole_folder(out: str) -> Iterator[pathlib.Path]:
+  """Yields a folder that becomes `out` if nothing fails, else nothing."""
+  check_target(out)
   target = pathlib.Path(out).absolute()
   target.parent.mkdir(parents=True, exist_ok=True)
   temporary = target.with_name(f'.{target.name}.partial')
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir()
   try:
-    _write_weights(temporary, model, flat, dtype, shard_bytes)
-    _write_json(temporary / pretrained.CONFIG_FILE, config)
-    for file in files:
-      shutil.copyfile(file, temporary / file.name)
-      _sync(temporary / file.name)
+    yield temporary
     _sync(temporary)
     temporary.rename(target)
     _sync(target.parent)
@@ -117,14 +173,22 @@ def export_folder(out: str,
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_weights(folder: pathlib.Path, model: ModelConfig,
-                   params: Mapping[str, jax.Array], dtype: np.dtype,
-                   shard_bytes: int) -> None:
-  """Writes the tensors of a model, and their index if they take several files.
+def _write_weights(folder: pathlib.Path, leaves: Mapping[str,
+                                                         weight_layout.Leaf],
+                   params: Mapping[str, jax.Array], dtype: np.dtype, *,
+                   shard_bytes: int, name: str) -> None:
+  """Writes tensors, and their index if they take several files.
+
+  Args:
+    folder: where.
+    leaves: what is written, by path.
+    params: the parameters, by path.
+    dtype: theirs.
+    shard_bytes: see `export_folder`.
+    name: of the file, if one holds all.
   """
   pieces = {
-      piece.name: (path, piece)
-      for path, leaf in weight_layout.leaves(model).items()
+      piece.name: (path, piece) for path, leaf in leaves.items()
       for piece in leaf.pieces
   }
   sizes = {
@@ -133,11 +197,11 @@ def _write_weights(folder: pathlib.Path, model: ModelConfig,
   }
   shards: list[list[str]] = [[]]
   used = 0
-  for name, size in sizes.items():
+  for tensor, size in sizes.items():
     if shards[-1] and used + size > shard_bytes:
       shards.append([])
       used = 0
-    shards[-1].append(name)
+    shards[-1].append(tensor)
     used += size
   fetched: dict[str, np.ndarray] = {}
 
@@ -149,7 +213,7 @@ def _write_weights(folder: pathlib.Path, model: ModelConfig,
     return weight_layout.extract(piece, fetched[path]).view(dtype)
 
   if len(shards) == 1:
-    names = [pretrained.WEIGHTS_FILE]
+    names = [name]
   else:
     names = [
         f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
@@ -200,13 +264,18 @@ def _sync(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def export(workdir: str, out: str, *, step: int | None = None) -> int:
+def export(workdir: str,
+           out: str,
+           *,
+           step: int | None = None,
+           adapter: bool = False) -> int:
   """Exports a checkpoint of a run; returns its step.
 
   Args:
     workdir: the run's folder.
     out: the folder to make; missing or empty.
     step: which checkpoint; None: the newest.
+    adapter: write the adapters alone.
 
   Raises:
     ConfigError: whatever the user got wrong.
@@ -218,7 +287,10 @@ def export(workdir: str, out: str, *, step: int | None = None) -> int:
   hugging_face.to_config_json(model, '')
   token_ids, files = tokenizer_facts(run)
   step, state, _ = run.restore(workdir, step=step)
-  export_folder(out, model, state.params, token_ids=token_ids, files=files)
+  if adapter:
+    export_adapter(out, model, state.params)
+  else:
+    export_folder(out, model, state.params, token_ids=token_ids, files=files)
   return step
 
 
@@ -227,7 +299,10 @@ def main(argv: list[str]) -> None:
   del argv
   if not _OUT.value:
     raise ConfigError('--out is missing: the folder to write')
-  step = export(_WORKDIR.value, _OUT.value, step=_STEP.value)
+  step = export(_WORKDIR.value,
+                _OUT.value,
+                step=_STEP.value,
+                adapter=_ADAPTER.value)
   print(f'wrote the policy of step {step} to {_OUT.value}')
 
 
@@ -236,4 +311,6 @@ if __name__ == '__main__':
   _OUT = absl_flags.DEFINE_string('out', None, 'the folder to write')
   _STEP = absl_flags.DEFINE_integer('step', None,
                                     'which checkpoint; the newest when absent')
+  _ADAPTER = absl_flags.DEFINE_boolean('adapter', False,
+                                       'write the adapters alone, for PEFT')
   flags.run(main)

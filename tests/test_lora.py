@@ -1,12 +1,16 @@
 """LoRA: the adapted model, what is trained, and the merge."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from rlax_llm import export
 from rlax_llm import learner as learners
 from rlax_llm import testing
 from rlax_llm import train
@@ -30,6 +34,25 @@ def _config(targets=LORA_TARGETS, rank=3):
   config.mesh.data = 1
   config.checkpoint.every = 1
   return config
+
+
+def _exportable(targets, rank=3):
+  """A Qwen2: biases on queries, keys and values."""
+  config = _config(targets, rank)
+  config.model.qkv_bias = True
+  config.model.tokenizer = testing.ALPHABET
+  return config
+
+
+def _without_gaps(tree):
+  """Returns a tree without its adapters."""
+  if not isinstance(tree, dict):
+    return tree
+  return {
+      k: _without_gaps(v)
+      for k, v in tree.items()
+      if not k.startswith(lora.PREFIX)
+  }
 
 
 def _moved(params, seed=7):
@@ -63,7 +86,7 @@ def test_merged_weights_are_the_adapted_model(targets):
   """Law: logits with adapters are those of W + (alpha / r) A B.
 
   A fresh adapter changes nothing; every target changes the logits. Mutants:
-  alpha not divided by r in `merge`; k_proj's part at v_proj's place.
+  alpha not divided by r in `merge`.
   """
   model, plain = _model(targets), _model((), 0)
   fresh = model.init(jax.random.key(0))
@@ -130,6 +153,63 @@ def test_a_stopped_run_continues(tmp_path):
   config.num_steps = 3
   parts = train.train(config, str(tmp_path / 'parts'))
   assert parts['parameters_sha256'] == whole['parameters_sha256']
+
+
+@pytest.mark.parametrize('targets', [LORA_TARGETS, PARTIAL],
+                         ids=['all', 'some'])
+def test_exported_adapters_add_up(tmp_path, targets):
+  """Law: base + (alpha / r) B A, tensor by published tensor, is the merged
+  export; a run that begins from the base folder has the base's weights and
+  fresh adapters.
+
+  Mutants: k_proj's part at v_proj's place; A not turned; heads before groups
+  in B.
+  """
+  run = make_run(_exportable(targets))
+  params = _moved(run.init_params())
+  model = run.model_config
+  base = dataclasses.replace(model, lora=freeze(LoRAConfig()))
+  _, frozen = lora.split(params, lora.trainable(params))
+  plain = {k: _without_gaps(v) for k, v in frozen.items()}
+  write = functools.partial(export.export_folder, token_ids={}, files=[])
+  write(str(tmp_path / 'base'), base, plain)
+  write(str(tmp_path / 'merged'), model, params)
+  export.export_adapter(str(tmp_path / 'adapter'), model, params)
+  read = lambda name, file: safetensors.numpy.load_file(tmp_path / name / file)
+  want = read('merged', 'model.safetensors')
+  got = read('base', 'model.safetensors')
+  adapter = read('adapter', 'adapter_model.safetensors')
+  settings = json.loads((tmp_path / 'adapter/adapter_config.json').read_text())
+  assert settings['target_modules'] == list(targets)
+  assert len(adapter) == 2 * len(targets) * model.layers
+  scale = settings['lora_alpha'] / settings['r']
+  for name, a in adapter.items():
+    if '.lora_A.' in name:
+      b = adapter[name.replace('lora_A', 'lora_B')]
+      module = name.removeprefix('base_model.model.').replace('.lora_A', '')
+      got[module] = got[module] + scale * (b @ a)
+  assert want.keys() == got.keys()
+  for name, tensor in want.items():
+    np.testing.assert_allclose(got[name], tensor, atol=1e-6, err_msg=name)
+
+  config = _exportable(targets)
+  config.model.pretrained = str(tmp_path / 'base')
+  begun = make_run(config).init_params()
+  trained = lora.trainable(begun)
+  jax.tree.map(np.testing.assert_array_equal,
+               lora.split(begun, trained)[1],
+               lora.split(params, trained)[1])
+  added = lora.split(begun, trained)[0]
+  assert all(
+      np.any(x) == ("'a'" in str(path))
+      for path, x in jax.tree_util.tree_leaves_with_path(added))
+
+
+def test_a_run_without_adapters_exports_none(tmp_path):
+  """--adapter without adapters is refused by name."""
+  run = make_run(_exportable(LORA_TARGETS, rank=0))
+  with pytest.raises(ConfigError, match='--adapter.*model.lora.rank=0'):
+    export.export_adapter(str(tmp_path / 'a'), run.model_config, {})
 
 
 @pytest.mark.parametrize('changes, words', [

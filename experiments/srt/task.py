@@ -7,16 +7,16 @@ import numpy as np
 from rlax_llm.config import TaskConfig
 from rlax_llm.tasks import task as tasks
 
-_MEAN_TERMS, _MOST_TERMS = 6.0, 28
+_MEAN_EXTRA, _LONG_SHARE, _LONG_TERMS = 1.5, 0.2, (18, 29)
 _UNFINISHED = 0.3  # of the demonstrations leave off early
 
 
 class LongTail:
   """Add and subtract digits, `4+3-2=` -> `(+3=7-2=5)5`; some are very long.
 
-  The number of terms is 2 and an exponential, cut at 28, so that the longest
-  answers are several times as long as the mean. Demonstrations are by a
-  teacher who leaves off early now and then.
+  Four problems in five have 2 terms and an exponential of mean 1.5, one has 18
+  to 28, so that the longest answers are several times as long as the mean.
+  Demonstrations are by a teacher who leaves off early now and then.
   """
 
   def __init__(self, config: TaskConfig, seed: int) -> None:
@@ -26,8 +26,10 @@ class LongTail:
   def problem(self, split: tasks.Split, index: int) -> tasks.Problem:
     """Returns a problem, a function of (seed, split, index)."""
     rng = np.random.default_rng([self._seed, split == 'train', index])
-    extra = int(rng.exponential(_MEAN_TERMS - 2))
-    terms = rng.integers(1, 10, min(2 + extra, _MOST_TERMS))
+    count = 2 + int(rng.exponential(_MEAN_EXTRA))
+    if rng.random() < _LONG_SHARE:
+      count = int(rng.integers(*_LONG_TERMS))
+    terms = rng.integers(1, 10, count)
     signs = rng.choice([-1, 1], len(terms))
     signs[0] = 1
     values = np.cumsum(terms * signs)

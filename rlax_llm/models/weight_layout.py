@@ -132,6 +132,41 @@ def leaves(model: ModelConfig) -> dict[str, Leaf]:
   return result
 
 
+def adapter_leaves(model: ModelConfig) -> dict[str, Leaf]:
+  """Returns every adapter's parameters by path, as PEFT names and lays them.
+
+  Args:
+    model: with its adapters.
+  """
+  head_dim = model.head_dim or model.width // model.heads
+  group, rank = model.heads // model.kv_heads, model.lora.rank
+  result = {}
+  for i in range(model.layers):
+    for target in model.lora.targets:
+      block = 'self_attn' if target in ('q_proj', 'k_proj', 'v_proj',
+                                        'o_proj') else 'mlp'
+      ours = f'layer_{i}/lora_{target}'
+      theirs = f'base_model.model.model.layers.{i}.{block}.{target}'
+      inputs = {
+          'o_proj': model.heads * head_dim,
+          'down_proj': model.mlp_width
+      }.get(target, model.width)
+      outputs = {
+          'q_proj': (model.kv_heads, group, head_dim),
+          'k_proj': (model.kv_heads, head_dim),
+          'v_proj': (model.kv_heads, head_dim),
+          'gate_proj': (model.mlp_width,),
+          'up_proj': (model.mlp_width,),
+      }.get(target, (model.width,))
+      last = len(outputs)
+      result[f'{ours}/a'] = _transposed(f'{theirs}.lora_A.weight', inputs, rank)
+      result[f'{ours}/b'] = Leaf(
+          (rank, *outputs),
+          (Piece(f'{theirs}.lora_B.weight', (math.prod(outputs), rank), outputs,
+                 (last, *range(last)), _box((rank, *outputs))),))
+  return result
+
+
 class Part(NamedTuple):
   """What a box of a parameter takes of one piece."""
   piece: Piece
