@@ -45,28 +45,31 @@ class ExecutablePool:
                        memory.alias_size_in_bytes)
     return max(sizes)
 
-  def __call__(self, key: Hashable, function: Callable, *args: Any,
-               **jit_options: Any) -> Any:
-    """Runs `jit(function, **jit_options)(*args)`, compiling it if need be.
+  def compile(self, key: Hashable, function: Callable, *args: Any,
+              **jit_options: Any) -> Any:
+    """Returns the executable of `jit(function, **jit_options)` for arguments.
 
     Args:
       key: what the shapes and the function depend on.
       function: a pure function of arrays; traced only at the key's first use.
-      *args: its arguments.
+      *args: its arguments, or their shapes, dtypes and shardings.
       **jit_options: as for `jax.jit`.
-
-    Returns:
-      What the function returns.
-
-    Raises:
-      TypeError: if the key was compiled for other shapes or dtypes.
     """
     if key not in self._compiled:
       start = self._clock()
       jitted = jax.jit(function, **jit_options)
       self._compiled[key] = jitted.lower(*args).compile()
       self.seconds += self._clock() - start
-    return self._compiled[key](*args)
+    return self._compiled[key]
+
+  def __call__(self, key: Hashable, function: Callable, *args: Any,
+               **jit_options: Any) -> Any:
+    """Runs what `compile` returns, and returns what the function returns.
+
+    Raises:
+      TypeError: if the key was compiled for other shapes or dtypes.
+    """
+    return self.compile(key, function, *args, **jit_options)(*args)
 
 
 class _Meter:

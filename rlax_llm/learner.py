@@ -97,16 +97,21 @@ class Learner:
   def update(self, state: TrainState,
              batch: Batch) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step; donates the state."""
-    return self._run.pool(('update', self._name, batch.tokens.shape),
-                          functools.partial(updates.update,
-                                            model=self._run.model,
-                                            optimizer=self._optimizer,
-                                            config=self._config),
-                          state,
-                          batch,
-                          donate_argnums=(0,),
-                          out_shardings=(self._placement(state),
-                                         sharding.replicated(self._run.mesh)))
+    return self.compile_update(state, batch)(state, batch)
+
+  def compile_update(self, state: TrainState, batch: Batch) -> Any:
+    """Returns the executable of `update` for arrays, or for their shapes."""
+    return self._run.pool.compile(
+        ('update', self._name, batch.tokens.shape),
+        functools.partial(updates.update,
+                          model=self._run.model,
+                          optimizer=self._optimizer,
+                          config=self._config),
+        state,
+        batch,
+        donate_argnums=(0,),
+        out_shardings=(self._placement(state),
+                       sharding.replicated(self._run.mesh)))
 
   def _placement(self, state: TrainState) -> Any:
     """Returns the shardings of a state, those it came with."""

@@ -81,10 +81,17 @@ class Run:
                          pool=self.pool)
 
   def _rollout_placement(self) -> Params | None:
-    """Returns where rollouts read parameters; None: where they lie."""
-    if self.mesh.shape['fsdp'] == 1 or not self.config.mesh.gather_for_rollout:
+    """Returns where rollouts read parameters; None: as they are."""
+    abstract = self.abstract_params()
+    rounded = jax.eval_shape(self.model.rounded, abstract)
+    same = jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype, abstract, rounded))
+    gather = (self.mesh.shape['fsdp'] > 1 and
+              self.config.mesh.gather_for_rollout)
+    if same and not gather:
       return None
-    return self.params_placement(sharding.ROLLOUT_TABLE)
+    return self.params_placement(
+        sharding.ROLLOUT_TABLE if gather else sharding.TABLE)
 
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts."""

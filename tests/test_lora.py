@@ -40,6 +40,7 @@ def _exportable(targets, rank=3):
   """A Qwen2: biases on queries, keys and values."""
   config = _config(targets, rank)
   config.model.qkv_bias = True
+  config.model.heads = 8  # four to a KV head
   config.model.tokenizer = testing.ALPHABET
   return config
 

@@ -410,6 +410,36 @@ def test_bfloat16_is_close():
   assert np.abs(cached - want[:, 300:303]).max() < 0.1
 
 
+@pytest.mark.parametrize('head, tied', [('bfloat16', True), ('float32', True),
+                                        ('bfloat16', False)])
+def test_rounded_parameters_change_no_bit(head, tied):
+  """Law: what `rounded` gives is what a forward rounds to anyway.
+
+  Mutants: norms rounded; a tied embedding rounded beside a float32 head.
+  """
+  fields = ModelConfig(vocabulary=VOCABULARY,
+                       layers=2,
+                       width=64,
+                       mlp_width=64,
+                       qkv_bias=True,
+                       qk_norm=True,
+                       tied_head=tied)
+  fields.lora.rank = 2
+  model = _jitted(
+      make_transformer(freeze(fields),
+                       freeze(PrecisionConfig('float32', 'bfloat16', head))))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(1, 0.1, x.shape), x.dtype),
+      jax.eval_shape(model.init, jax.random.key(0)))
+  rounded = model.rounded(params)
+  size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+  assert size(rounded) < (0.7 if head == 'float32' else 0.55) * size(params)
+  tokens = jnp.asarray(_tokens(2, 12))
+  np.testing.assert_array_equal(_uncached(model, params, tokens),
+                                _uncached(model, rounded, tokens))
+
+
 def _numpy_logits(params, tokens, name):
   """The decoder by its definition, one row in float64."""
   setting = dict(kv_heads=2, head_dim=4, rope_theta=1e4) | SETTINGS[name]

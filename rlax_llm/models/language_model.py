@@ -43,6 +43,8 @@ class LanguageModel(NamedTuple):
     place: (tree like params) -> the same values, placed like the parameters;
       for gradients under `jax.jit`.
     trainable: (params) -> the same tree of bools: what is trained.
+    rounded: (params) -> the same tree, in the dtypes to which a forward rounds
+      them anyway: whoever runs many forwards reads less.
   """
   init: Callable
   init_cache: Callable
@@ -54,6 +56,7 @@ class LanguageModel(NamedTuple):
   axes: Callable = _no_axes
   place: Callable = _anywhere
   trainable: Callable = lora.trainable
+  rounded: Callable = _anywhere
 
 
 class TokenScores(NamedTuple):

@@ -412,6 +412,22 @@ def make_transformer(config: ModelConfig,
   def place(tree: Params) -> Params:
     return jax.tree.map(constrain, tree, logical_axes(tree))
 
+  def rounded(params: Params) -> Params:
+    compute, head = jnp.dtype(precision.compute), jnp.dtype(precision.head)
+
+    def cast(path: tuple, leaf: Array) -> Array:
+      name = path[-1].key
+      if name in ('kernel', 'bias', 'a', 'b'):
+        return leaf.astype(compute)
+      if name == 'head':
+        return leaf.astype(head)
+      # A tied embedding is read in both dtypes.
+      if name == 'embedding' and (head == compute or not config.tied_head):
+        return leaf.astype(compute)
+      return leaf  # norms compute in float32
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
   return LanguageModel(init=init,
                        init_cache=init_cache,
                        hidden=hidden,
@@ -420,5 +436,6 @@ def make_transformer(config: ModelConfig,
                        axes=logical_axes,
                        place=place,
                        trainable=lora.trainable,
+                       rounded=rounded,
                        vocabulary=config.vocabulary,
                        max_positions=config.max_positions)

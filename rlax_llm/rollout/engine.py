@@ -83,7 +83,8 @@ class RolloutEngine:
       clock: seconds; read for statistics only.
       drafter: overrides `rollout.drafter`, for instance with your own.
       params_placement: a sharding for every parameter, to which `generate`
-        brings them first; None: used where they lie.
+        brings them first, rounded to what a forward reads; None: used as they
+        are.
       pool: where executables are kept; None makes one.
 
     Raises:
@@ -161,6 +162,17 @@ class RolloutEngine:
             for rows in self._row_counts
             for capacity in self._capacities
             for width in self._widths()]
+
+  def compile_largest(self, params: Params) -> None:
+    """Compiles the segment of the largest N, S and W from shapes alone.
+
+    Args:
+      params: shapes, dtypes and shardings, as `generate` is given them.
+    """
+    if self._params_placement is not None:
+      params = self._executor.gathered_shapes(params, self._params_placement)
+    self._executor.compile_decode(params, self._rollout.slots,
+                                  self._capacities[-1], self._widest)
 
   def generate(
       self,

@@ -42,11 +42,20 @@ class Executor:
     return self.pool(key, function, *args, **jit_options)
 
   def gather_params(self, params: Params, placement: Any) -> Params:
-    """Returns a copy of the parameters that lies as given."""
+    """Returns parameters for many forwards: rounded, and where they are said
+    to lie.
+    """
     return self._run('gather_params', (),
-                     lambda tree: tree,
+                     self._model.rounded,
                      params,
                      out_shardings=placement)
+
+  def gathered_shapes(self, params: Params, placement: Any) -> Params:
+    """Returns the shapes of what `gather_params` makes of such parameters."""
+    place = lambda x, where: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, jax.eval_shape(self._model.rounded, params),
+                        placement)
 
   def empty(self, rows: int, capacity: int) -> Slots:
     """Returns slots that hold nothing."""
@@ -167,19 +176,45 @@ class Executor:
     """
     limits = np.empty(2 + len(counted), np.int32)
     limits[:2], limits[2:] = (forwards, done_rows), counted
-    run = functools.partial(_segment,
-                            model=self._model,
-                            drafter=drafter,
-                            config=self._config)
-    return self._run('segment', (*slots.text.shape, drafter, self._config),
-                     run,
-                     params,
-                     slots,
-                     state,
-                     limits,
-                     donate_argnums=(1, 2),
-                     out_shardings=(self._slots, self._replicated,
-                                    self._replicated))
+    run = self._segment(params, slots, state, drafter, limits)
+    return run(params, slots, state, limits)
+
+  def compile_decode(self, params: Params, rows: int, capacity: int,
+                     drafter: Drafter) -> None:
+    """Compiles a segment from shapes alone.
+
+    Args:
+      params: shapes, dtypes and shardings.
+      rows: N.
+      capacity: S.
+      drafter: gives W.
+    """
+    place = lambda x, where: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=where)
+    slots = jax.eval_shape(
+        functools.partial(slot_ops.empty_slots, self._model, rows, capacity))
+    slots = jax.tree.map(place, slots, self._slots)
+    state = jax.tree.map(lambda x: place(x, self._replicated),
+                         jax.eval_shape(drafter.init, params, slots))
+    self._segment(params, slots, state, drafter, np.zeros(2 + rows, np.int32))
+
+  def _segment(self, params: Params, slots: Slots, state: Any, drafter: Drafter,
+               limits: np.ndarray) -> Any:
+    """Returns the executable of a segment."""
+    key = ('segment', *slots.text.shape, drafter, self._config, self._model,
+           self._mesh)
+    return self.pool.compile(key,
+                             functools.partial(_segment,
+                                               model=self._model,
+                                               drafter=drafter,
+                                               config=self._config),
+                             params,
+                             slots,
+                             state,
+                             limits,
+                             donate_argnums=(1, 2),
+                             out_shardings=(self._slots, self._replicated,
+                                            self._replicated))
 
 
 def _slots_placement(model: LanguageModel, mesh: Mesh) -> Any:
