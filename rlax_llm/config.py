@@ -81,14 +81,16 @@ class AlgorithmConfig(Section):
   The presets are the entries of `learning/algorithms.py`.
   """
   name: str = 'grpo'
-  advantage: str | None = None  # group | group_centred | leave_one_out
-  loss: str | None = None  # clipped | reinforce
+  advantage: str | None = None  # a name of learning/estimators.py
+  loss: str | None = None  # a name of LOSSES in learning/algorithms.py
   # A name of ops.divergences.DIVERGENCES, against the reference.
   divergence: str | None = None
   kl_coefficient: float | None = None
   reduction: str | None = None  # a name of ops.masking.REDUCTIONS
   clip_low: float | None = None  # ratios below 1 - clip_low are clipped
   clip_high: float | None = None  # ratios above 1 + clip_high are clipped
+  # Bounds the loss of bad tokens that have become likely; 0: off.
+  dual_clip: float | None = None
   entropy_coefficient: float | None = None
 
 

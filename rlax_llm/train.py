@@ -10,7 +10,6 @@ import time
 from typing import Any, Callable
 import uuid
 
-import jax
 import numpy as np
 
 from rlax_llm import checkpoint
@@ -26,7 +25,7 @@ from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.learning.batch import Sample
-from rlax_llm.ops.advantages import ADVANTAGES
+from rlax_llm.learning.estimators import ESTIMATORS
 from rlax_llm.progress import Progress
 from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
@@ -71,18 +70,19 @@ def restore_store(store: RolloutStore, text: str | None) -> list[str]:
   return []
 
 
-def group_advantages(run: Run, rewards: np.ndarray,
+def group_advantages(run: Run, rewards: np.ndarray, lengths: np.ndarray,
                      unscorable: np.ndarray) -> np.ndarray:
-  """Returns float32[B, G]: advantages within each prompt's group.
+  """Returns float32[B, G]: advantages of a batch of groups.
 
   Args:
     run: names the estimator.
     rewards: float32[B, G].
+    lengths: int32[B, G], trained tokens.
     unscorable: bool[B, G]: their advantage is 0, whatever the rest says.
   """
-  estimate = ADVANTAGES[run.algorithm.advantage]
-  advantages = run.pool(('advantages', rewards.shape), jax.vmap(estimate),
-                        rewards)
+  estimate = ESTIMATORS[run.algorithm.advantage]
+  advantages = run.pool(('advantages', rewards.shape), estimate,
+                        rewards.astype(np.float32), lengths.astype(np.int32))
   return np.where(unscorable, 0.0, np.asarray(advantages)).astype(np.float32)
 
 
@@ -153,7 +153,9 @@ def train_step(loop: Loop, step: int,
   rewards = scores.rewards.reshape(shape)
   if config.task.permute_rewards:
     rewards = permuted(rewards, config.seed, step)
-  advantages = group_advantages(run, rewards, scores.unscorable.reshape(shape))
+  lengths = np.array([rollout.length for rollout in rollouts])
+  advantages = group_advantages(run, rewards, lengths.reshape(shape),
+                                scores.unscorable.reshape(shape))
   watch.lap('reward')
 
   samples = [
@@ -173,7 +175,6 @@ def train_step(loop: Loop, step: int,
   progression.reward_last = float(np.mean(rewards))
   if progression.reward_first is None:
     progression.reward_first = progression.reward_last
-  lengths = np.array([rollout.length for rollout in rollouts])
   seconds = watch.seconds
   after = executables.compile_totals()
   parts = {f'reward/{name}': np.mean(v) for name, v in scores.parts.items()}

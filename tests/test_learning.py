@@ -15,13 +15,17 @@ import pytest
 from rlax_llm import learner as learners
 from rlax_llm import testing
 from rlax_llm import train
+from rlax_llm.config import AlgorithmConfig
+from rlax_llm.config import ConfigError
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import batch as batches
+from rlax_llm.learning import estimators
 from rlax_llm.learning import sft
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
 from rlax_llm.models import kv_cache
 from rlax_llm.ops import advantages as advantage_ops
+from rlax_llm.ops import batch_advantages
 from rlax_llm.ops import divergences
 from rlax_llm.ops import losses
 from rlax_llm.ops import masking
@@ -211,8 +215,9 @@ def test_on_policy_gradient_matches_the_oracle(name):
   weights = mask / mask.sum()
 
   def loss(x):
-    token = algorithms.LOSSES[name](algorithms.Algorithm(), x, logprobs,
-                                    advantages)
+    tokens = algorithms.Tokens(x, logprobs, advantages, mask > 0,
+                               jnp.ones(mask.shape, jnp.int32))
+    token = algorithms.LOSSES[name](algorithms.Algorithm(), tokens)
     return jnp.sum(weights * token.loss)
 
   np.testing.assert_allclose(
@@ -765,7 +770,8 @@ def test_unscorable_samples_have_no_advantage():
   rewards = np.array([[1, 0, 0, 1], [1, 1, 1, 1]], np.float32)
   unscorable = np.zeros((2, 4), bool)
   unscorable[0, 1] = True
-  advantages = train.group_advantages(run, rewards, unscorable)
+  advantages = train.group_advantages(run, rewards, np.full((2, 4), 7),
+                                      unscorable)
   assert advantages[0, 1] == 0 and advantages[0, 2] < 0 < advantages[0, 0]
   assert np.all(advantages[1] == 0)
 
@@ -823,14 +829,141 @@ def test_choices_of_the_algorithms_are_implemented():
   """
   for preset in (*algorithms.PRESETS.values(), algorithms.SUPERVISED):
     assert preset.loss in algorithms.LOSSES
-    assert preset.advantage in advantage_ops.ADVANTAGES
+    assert preset.advantage in estimators.ESTIMATORS
     assert preset.reduction in masking.REDUCTIONS
     assert preset.divergence in divergences.DIVERGENCES
-  assert set(algorithms.PRESETS) == {'grpo', 'dr_grpo', 'rloo'}
   assert algorithms.PRESETS['grpo'].reduction == 'sequence_mean'
   assert algorithms.PRESETS['rloo'].advantage == 'leave_one_out'
   assert (algorithms.PRESETS['dr_grpo'].reduction ==
           'sequence_sum_token_mean_constant')
+
+
+def _by_paper(name, logprobs, old, advantage):
+  """A preset's loss of one sample's tokens, written from the paper."""
+  ratio = np.exp(logprobs - old)
+  clip = lambda r, low, high: np.minimum(
+      r * advantage,
+      np.clip(r, 1 - low, 1 + high) * advantage)
+  if name in ('gpg', 'opo', 'rloo'):
+    return -ratio * advantage
+  if name == 'gspo':
+    whole = np.exp(np.mean(logprobs - old))
+    return np.full(len(ratio), -clip(whole, 3e-4, 4e-4))
+  if name == 'cispo':
+    return -np.minimum(ratio, 5.0) * advantage
+  if name == 'sapo':
+    tau = 1.0 if advantage > 0 else 1.05
+    return -4 / tau / (1 + np.exp(-tau * (ratio - 1))) * advantage
+  return -clip(ratio, 0.2, 0.28 if name == 'dapo' else 0.2)
+
+
+# Presets whose value is an objective; of the others (REINFORCE's kind) only
+# the gradient means anything, and their loss is -sg(weight) A log pi.
+_BY_LIKELIHOOD = ('gpg', 'opo', 'rloo', 'cispo')
+
+
+@pytest.mark.parametrize('name', algorithms.PRESETS)
+def test_a_preset_is_its_paper(name):
+  """Law: the update's loss is the paper's formula, reduced as its preset says,
+  over packed samples whose old policy is another one.
+
+  Mutants: a sequence's ratio over the whole packed row; clip-higher ignored;
+  the upper bound of CISPO's weight left out; SAPO's temperatures swapped.
+  """
+  run = _run(old_logprobs='sampler')
+  algorithm = algorithms.PRESETS[name]
+  params, samples = _params(run), []
+  for i, sample in enumerate(_samples(12)):
+    logprobs = _plain_logprobs(run, params, sample)
+    rng = np.random.default_rng(i)
+    far = 2.5 if name == 'cispo' else 0.3
+    old = logprobs - rng.normal(0, far, len(logprobs)).astype(np.float32)
+    samples.append(
+        dataclasses.replace(sample,
+                            advantage=float(rng.normal()),
+                            behaviour_logprobs=old))
+  learner = _learner(run, algorithm, SGD)
+  prepared, _ = learner.prepare(params, samples, None)
+  _, values = learner.learn(_state(run, SGD), prepared)
+  total, tokens = 0.0, sum(len(s.completion) for s in samples)
+  for sample in samples:
+    logprobs = _plain_logprobs(run, params, sample)
+    per_token = _by_paper(name, logprobs, sample.behaviour_logprobs,
+                          sample.advantage)
+    if name in _BY_LIKELIHOOD:
+      per_token = per_token * logprobs
+    weight = {
+        'token_mean':
+            1 / tokens,
+        'sequence_mean':
+            1 / len(samples) / len(per_token),
+        'sequence_mean_token_sum':
+            1 / len(samples),
+        'sequence_sum_token_mean_constant':
+            1 / len(samples) / run.config.rollout.max_new_tokens,
+    }[algorithm.reduction]
+    total += weight * per_token.sum()
+  np.testing.assert_allclose(values['learning/loss'], total, rtol=2e-4)
+
+
+def test_estimators_of_a_batch():
+  """Law: by hand, two groups of two; whitening is that of every token.
+
+  Mutants: samples not weighted by length; the batch's deviation replaced by
+  the group's.
+  """
+  rewards, lengths = _floats([[1, 0], [1, 1]]), jnp.asarray([[1, 3], [2, 2]])
+  get = lambda name: np.asarray(estimators.ESTIMATORS[name](rewards, lengths))
+  np.testing.assert_allclose(get('batch_scaled')[0], [1, -1], rtol=1e-3)
+  assert np.all(get('batch_scaled')[1] == 0)
+  np.testing.assert_allclose(get('signal_scaled')[0], [2 / 3, -2 / 3],
+                             rtol=1e-6)
+  np.testing.assert_allclose(get('length_weighted')[0], [.75, -.25], rtol=1e-6)
+  place, ends = jnp.arange(3)[None], lengths.reshape(4, 1)
+  outcome = jnp.where(place == ends - 1, rewards.reshape(4, 1), 0.0)
+  by_token = batch_advantages.reinforce_plus_plus(outcome, place < ends)
+  np.testing.assert_allclose(get('whitened').reshape(4),
+                             by_token[:, 0],
+                             rtol=1e-5)
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(name='cispo', clip_low=0.1), ['clip_low', "'truncated'"]),
+    (dict(name='gpg', clip_high=0.1), ['clip_high', "'reinforce'"]),
+    (dict(name='gspo', dual_clip=3.0), ['dual_clip', "'sequence_clipped'"]),
+    (dict(dual_clip=0.5), ['dual_clip=0.5', 'above 1']),
+    (dict(advantage='grup'), ["'grup'", 'whitened']),
+],
+                         ids=str)
+def test_a_field_that_is_not_read_is_refused(changes, words):
+  """One line that names the field and who reads it."""
+  with pytest.raises(ConfigError) as error:
+    algorithms.resolve(AlgorithmConfig(**changes))
+  assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_loss_of_the_readme(monkeypatch):
+  """Law: a loss is one function and one preset, as README.md writes them.
+
+  Mutant: an argument more in the call of the README.
+  """
+  text = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
+  code = text.split('# ops/losses.py\n')[1].split('```')[0]
+  assert len(code.splitlines()) < 25
+  for table in ('LOSSES', 'PRESETS'):
+    monkeypatch.setattr(algorithms, table, dict(getattr(algorithms, table)))
+  monkeypatch.setattr(updates, 'LOSSES', algorithms.LOSSES)
+  names = vars(losses) | vars(algorithms) | {'losses': losses}
+  exec(code, names)  # pylint: disable=exec-used
+  monkeypatch.setattr(losses,
+                      'squared_ratio',
+                      names['squared_ratio'],
+                      raising=False)
+  algorithm = algorithms.resolve(AlgorithmConfig(name='mine'))
+  gradient, _ = _gradient(_run(), _samples(), algorithm=algorithm)
+  plain = dataclasses.replace(algorithm, loss='reinforce')
+  want, _ = _gradient(_run(), _samples(), algorithm=plain)
+  assert _distance(gradient, want) < 1e-6  # at a ratio of 1
 
 
 def test_padding_fraction_counts_computed_positions():

@@ -69,7 +69,9 @@ def main(argv: list[str]) -> None:
     rollouts, _ = engine.generate(state.params, requests, RolloutState(step))
     middle = time.perf_counter()
     rewards = rng.random(shape, np.float32)
-    advantages = train.group_advantages(run, rewards, np.zeros(shape, bool))
+    lengths = np.array([r.length for r in rollouts]).reshape(shape)
+    advantages = train.group_advantages(run, rewards, lengths,
+                                        np.zeros(shape, bool))
     samples = [
         Sample(r.request.prompt, r.tokens, float(a), r.behaviour_logprobs)
         for r, a in zip(rollouts, advantages.reshape(-1))

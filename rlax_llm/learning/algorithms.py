@@ -5,13 +5,13 @@ in a preset.
 """
 
 import dataclasses
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
+from rlax_llm.learning.estimators import ESTIMATORS
 from rlax_llm.ops import losses
-from rlax_llm.ops.advantages import ADVANTAGES
 from rlax_llm.ops.divergences import DIVERGENCES
 from rlax_llm.ops.losses import TokenLoss
 from rlax_llm.ops.masking import REDUCTIONS
@@ -28,51 +28,126 @@ class Algorithm:
   kl_coefficient: float = 0.0
   clip_low: float = 0.2
   clip_high: float = 0.2
+  dual_clip: float = 0.0
   entropy_coefficient: float = 0.0
 
   @property
   def linear_in_advantage(self) -> bool:
     """Whether a token of advantage 0 adds nothing to the gradient."""
-    return (self.loss in ('clipped', 'reinforce') and
+    return (self.loss != 'negative_log_likelihood' and
             self.kl_coefficient == 0 and self.entropy_coefficient == 0)
 
 
 PRESETS: dict[str, Algorithm] = {
-    # https://arxiv.org/abs/2402.03300
+    # DeepSeekMath, https://arxiv.org/abs/2402.03300
     'grpo':
         Algorithm(reduction='sequence_mean'),
-    # https://arxiv.org/abs/2503.20783
+    # Understanding R1-Zero-Like Training, https://arxiv.org/abs/2503.20783
     'dr_grpo':
         Algorithm(advantage='group_centred',
                   reduction='sequence_sum_token_mean_constant'),
-    # https://arxiv.org/abs/2402.14740
+    # Back to Basics, https://arxiv.org/abs/2402.14740
     'rloo':
         Algorithm(advantage='leave_one_out',
                   loss='reinforce',
                   reduction='sequence_mean_token_sum'),
+    # DAPO, https://arxiv.org/abs/2503.14476: clip-higher and token mean; its
+    # overlong punishment is `task.rewards['length']`.
+    'dapo':
+        Algorithm(clip_high=0.28),
+    # Group Sequence Policy Optimization, https://arxiv.org/abs/2507.18071
+    'gspo':
+        Algorithm(loss='sequence_clipped',
+                  reduction='sequence_mean',
+                  clip_low=3e-4,
+                  clip_high=4e-4),
+    # MiniMax-M1, https://arxiv.org/abs/2506.13585; the bound is ScaleRL's,
+    # https://arxiv.org/abs/2510.13786.
+    'cispo':
+        Algorithm(loss='truncated', clip_high=4.0),
+    # REINFORCE++, https://arxiv.org/abs/2501.03262, without a discount; its
+    # penalty for leaving the reference is kl_coefficient with k2.
+    'reinforce_plus_plus':
+        Algorithm(advantage='whitened', divergence='k2'),
+    # OPO, https://arxiv.org/abs/2505.23585: exactly on-policy.
+    'opo':
+        Algorithm(advantage='length_weighted', loss='reinforce'),
+    # GPG, https://arxiv.org/abs/2504.02546
+    'gpg':
+        Algorithm(advantage='signal_scaled', loss='reinforce'),
+    # Tricks or Traps? (Lite PPO), https://arxiv.org/abs/2508.08221
+    'lite_ppo':
+        Algorithm(advantage='batch_scaled'),
+    # Soft Adaptive Policy Optimization, https://arxiv.org/abs/2511.20347
+    'sapo':
+        Algorithm(loss='soft_gated', reduction='sequence_mean'),
+    # Optimizing Language Models for Inference Time Objectives,
+    # https://arxiv.org/abs/2503.19595: pass@G.
+    'best_of_group':
+        Algorithm(advantage='best_minus_second', reduction='sequence_mean'),
 }
 
 # The warm start, through the same update as everything else.
 SUPERVISED = Algorithm(loss='negative_log_likelihood')
 
-LOSSES: dict[str, Callable[[Algorithm, Array, Array, Array], TokenLoss]] = {
+
+class Tokens(NamedTuple):
+  """What a loss is made of, by token; 0 where nothing is trained on."""
+  logprobs: Array  # float32[R, L], nats, of the current policy
+  old_logprobs: Array  # float32[R, L], nats, of the policy before the update
+  advantages: Array  # float32[R, L]
+  mask: Array  # bool[R, L]: tokens that are trained on
+  segments: Array  # int32[R, L], samples of a row; see `Batch`
+
+
+def _clipped(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
+  return losses.clipped_surrogate(tokens.logprobs,
+                                  tokens.old_logprobs,
+                                  tokens.advantages,
+                                  clip_low=algorithm.clip_low,
+                                  clip_high=algorithm.clip_high,
+                                  dual_clip=algorithm.dual_clip or None)
+
+
+def _sequence_clipped(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
+  return losses.sequence_clipped_surrogate(tokens.logprobs,
+                                           tokens.old_logprobs,
+                                           tokens.advantages,
+                                           tokens.mask,
+                                           clip_low=algorithm.clip_low,
+                                           clip_high=algorithm.clip_high,
+                                           segments=tokens.segments)
+
+
+LOSSES: dict[str, Callable[[Algorithm, Tokens], TokenLoss]] = {
     'clipped':
-        lambda algorithm, logprobs, old, advantages: losses.clipped_surrogate(
-            logprobs,
-            old,
-            advantages,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high),
+        _clipped,
+    'sequence_clipped':
+        _sequence_clipped,
+    'truncated':
+        lambda algorithm, t: losses.truncated_reinforce(t.logprobs,
+                                                        t.old_logprobs,
+                                                        t.advantages,
+                                                        ratio_high=1 + algorithm
+                                                        .clip_high),
+    'soft_gated':
+        lambda algorithm, t: losses.soft_gated_surrogate(
+            t.logprobs, t.old_logprobs, t.advantages),
     'reinforce':
-        lambda algorithm, logprobs, old, advantages: losses.reinforce(
-            logprobs, old, advantages),
+        lambda algorithm, t: losses.reinforce(t.logprobs, t.old_logprobs, t.
+                                              advantages),
     'negative_log_likelihood':
-        lambda algorithm, logprobs, old, advantages: losses.
-        negative_log_likelihood(logprobs),
+        lambda algorithm, t: losses.negative_log_likelihood(t.logprobs),
+}
+# Which losses read a field; the others refuse it.
+_READ_BY = {
+    'clip_low': ('clipped', 'sequence_clipped'),
+    'clip_high': ('clipped', 'sequence_clipped', 'truncated'),
+    'dual_clip': ('clipped',),
 }
 
 _CHOICES = {
-    'advantage': tuple(ADVANTAGES),
+    'advantage': tuple(ESTIMATORS),
     'loss': tuple(LOSSES),
     'reduction': tuple(REDUCTIONS),
     'divergence': tuple(DIVERGENCES),
@@ -83,6 +158,7 @@ _RANGES = (
     ('kl_coefficient', 0, _LARGEST),
     ('clip_low', 0, 1),
     ('clip_high', 0, _LARGEST),
+    ('dual_clip', 0, _LARGEST),
     ('entropy_coefficient', -_LARGEST, _LARGEST),
 )
 
@@ -111,11 +187,14 @@ def resolve(config: AlgorithmConfig) -> Algorithm:
       raise ConfigError(f'algorithm.{field} {given[field]!r} is unknown; it is '
                         f'one of {", ".join(choices)}')
   algorithm = dataclasses.replace(PRESETS[config.name], **given)
-  for field in ('clip_low', 'clip_high'):
-    if field in given and algorithm.loss != 'clipped':
+  for field, readers in _READ_BY.items():
+    if field in given and algorithm.loss not in readers:
       raise ConfigError(f'algorithm.{field} is set, but the loss '
-                        f'{algorithm.loss!r} does not clip; remove it or use '
-                        "algorithm.loss='clipped'")
+                        f'{algorithm.loss!r} does not read it; remove it or '
+                        f'use algorithm.loss={" or ".join(map(repr, readers))}')
+  if 0 < algorithm.dual_clip <= 1:
+    raise ConfigError(f'algorithm.dual_clip={algorithm.dual_clip} would bind '
+                      'at a ratio of 1; use a value above 1, or 0 for none')
   if 'divergence' in given and not algorithm.kl_coefficient:
     raise ConfigError('algorithm.divergence is set, but '
                       'algorithm.kl_coefficient is 0; set both or neither')

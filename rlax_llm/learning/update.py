@@ -11,6 +11,7 @@ import optax
 from rlax_llm.config import LearningConfig
 from rlax_llm.learning.algorithms import Algorithm
 from rlax_llm.learning.algorithms import LOSSES
+from rlax_llm.learning.algorithms import Tokens
 from rlax_llm.models import language_model
 from rlax_llm.models import lora
 from rlax_llm.models.language_model import LanguageModel
@@ -125,7 +126,9 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
   else:
     old = select_masked(mask, batch.old_logprobs)
   recomputed = logprobs if config.old_is_behaviour else old
-  token = LOSSES[algorithm.loss](algorithm, logprobs, old, advantages)
+  token = LOSSES[algorithm.loss](algorithm,
+                                 Tokens(logprobs, old, advantages, mask,
+                                        batch.segments))
   per_token = token.loss
   divergence = jnp.zeros_like(logprobs)
   if algorithm.kl_coefficient:

@@ -5,6 +5,7 @@ a device they would change the objective with the layout.
 """
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from rlax_llm.ops import masking
@@ -33,6 +34,29 @@ def whiten(advantages: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
   centred = masking.select_masked(mask, centred)
   variance = jnp.sum(jnp.square(centred)) / jnp.maximum(count - 1, 1)
   return centred / jnp.sqrt(variance + epsilon)
+
+
+def whitened_by_length(rewards: Array,
+                       lengths: Array,
+                       *,
+                       epsilon: float = 1e-8) -> Array:
+  """Returns `whiten` over all tokens, where a sample's tokens share its reward.
+
+  (R - mean) / sqrt(var + epsilon) with samples weighted by their lengths, and
+  Bessel's correction over tokens: `reinforce_plus_plus` without a discount, a
+  value for each sample.
+
+  Args:
+    rewards: float[...], of samples.
+    lengths: int[...], trained tokens of each.
+    epsilon: added to the variance.
+  """
+  chex.assert_equal_shape([rewards, lengths])
+  tokens = jnp.maximum(jnp.sum(lengths), 1)
+  centred = rewards - jnp.sum(lengths * rewards) / tokens
+  squares = jnp.sum(lengths * centred**2)
+  variance = squares / jnp.maximum(tokens - 1, 1)
+  return centred * jax.lax.rsqrt(variance + epsilon)
 
 
 def batch_normalised(advantages: Array,
