@@ -119,17 +119,20 @@ def _sequence_clipped(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
                                            segments=tokens.segments)
 
 
+def _truncated(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
+  return losses.truncated_reinforce(tokens.logprobs,
+                                    tokens.old_logprobs,
+                                    tokens.advantages,
+                                    ratio_high=1 + algorithm.clip_high)
+
+
 LOSSES: dict[str, Callable[[Algorithm, Tokens], TokenLoss]] = {
     'clipped':
         _clipped,
     'sequence_clipped':
         _sequence_clipped,
     'truncated':
-        lambda algorithm, t: losses.truncated_reinforce(t.logprobs,
-                                                        t.old_logprobs,
-                                                        t.advantages,
-                                                        ratio_high=1 + algorithm
-                                                        .clip_high),
+        _truncated,
     'soft_gated':
         lambda algorithm, t: losses.soft_gated_surrogate(
             t.logprobs, t.old_logprobs, t.advantages),
