@@ -41,7 +41,7 @@ def get_config() -> Config:
   config.learning.learning_rate = 2e-5
   config.learning.warmup_steps = 5
   config.learning.row_length = 1024
-  config.learning.microbatch_rows = 8
+  config.learning.microbatch_rows = 2
   config.learning.remat = True
   config.learning.precision.parameters = 'bfloat16'
   config.learning.precision.compute = 'bfloat16'

@@ -44,7 +44,7 @@ def get_config() -> Config:
   config.learning.warmup_steps = 5
   config.learning.b2 = 0.99
   config.learning.row_length = 1024
-  config.learning.microbatch_rows = 8
+  config.learning.microbatch_rows = 2
   config.learning.remat = True
   config.learning.precision.parameters = 'float32'
   config.learning.precision.compute = 'bfloat16'

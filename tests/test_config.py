@@ -176,10 +176,10 @@ BAD = [
     }, ['mesh.data=16', '8 devices', 'mesh.data=0']),
     ({
         'rollout.slots': 12
-    }, ['rollout.slots=12', '8 devices', 'multiple']),
+    }, ['rollout.slots=12', '8 ways', 'multiple']),
     ({
         'learning.microbatch_rows': 6
-    }, ['microbatch_rows=6', '8 devices']),
+    }, ['microbatch_rows=6', '8 ways']),
     ({
         'model.vocabulary': 3
     }, ['model.vocabulary=3', '7 ids', 'raise it']),

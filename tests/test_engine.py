@@ -665,6 +665,10 @@ class _Recorder:
     self.used.add(key)
     return self._pool(key, *args, **options)
 
+  def compile(self, key, *args, **options):
+    self.used.add(key)
+    return self._pool.compile(key, *args, **options)
+
 
 @pytest.mark.parametrize('slots', [4, 16])
 def test_prompts_are_prefilled_once(slots, monkeypatch):

@@ -5,8 +5,9 @@
 
 Compiles the widest segment and the update from shapes alone and prints XLA's
 memory analysis: nothing is allocated, no weights are read. Compiled for the
-devices that are there; --devices simulates as many on CPU. CPU widens
-bfloat16 maths to float32, so that its temporaries are upper bounds.
+devices that are there; --devices simulates as many on CPU. There XLA widens
+bfloat16 maths to float32 and drops the barriers by which rematerialisation
+works: the update's figure is then an upper bound.
 """
 
 import os
