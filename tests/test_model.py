@@ -14,7 +14,7 @@ from rlax_llm.config import ModelConfig
 from rlax_llm.config import PrecisionConfig
 from rlax_llm.models import attention
 from rlax_llm.models import kv_cache
-from rlax_llm.models import transformer
+from rlax_llm.models import rotary
 from rlax_llm.models.language_model import score
 from rlax_llm.models.language_model import score_tokens
 from rlax_llm.models.transformer import make_transformer
@@ -534,9 +534,9 @@ def test_rotation_equals_its_definition():
   positions = np.asarray([0, 7, 1000])
   angle = positions[:, None] * 100.0**(-np.arange(4) / 4)
   z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, None]
-  got = transformer.rotate(
+  got = rotary.rotate(
       jnp.asarray(x, jnp.float32),
-      transformer.rotary_table(jnp.asarray(positions, jnp.int32), 8, 100.0))
+      rotary.rotary_table(jnp.asarray(positions, jnp.int32), 8, 100.0))
   np.testing.assert_allclose(got,
                              np.concatenate([z.real, z.imag], -1),
                              atol=1e-3)
@@ -564,8 +564,8 @@ def test_scaled_frequencies_equal_their_definition(kind):
   assert (waves < 16).any() and (waves > 64).any()
   assert ((waves > 16) & (waves < 64)).sum() > 1
   want = [2 * np.pi / _stretched(wave, kind) for wave in waves]
-  got = transformer.rotary_frequencies(
-      24, 500.0, transformer.RopeScaling(kind, 8.0, 1.0, 4.0, 64))
+  got = rotary.rotary_frequencies(24, 500.0,
+                                  rotary.RopeScaling(kind, 8.0, 1.0, 4.0, 64))
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -592,18 +592,16 @@ def test_rotary_angles_are_float32():
 
   Mutant: angles computed in x's dtype, for which 256 and 257 are one.
   """
-  from rlax_llm.models import \
-      transformer  # pylint: disable=import-outside-toplevel
   x = jax.random.normal(jax.random.key(0), (3, 2, 8))
   positions = jnp.asarray([257, 1001, 4095], jnp.int32)
-  table = transformer.rotary_table(positions, 8, 1e4)
-  want = transformer.rotate(x, table)
-  got = transformer.rotate(x.astype(jnp.bfloat16), table)
+  table = rotary.rotary_table(positions, 8, 1e4)
+  want = rotary.rotate(x, table)
+  got = rotary.rotate(x.astype(jnp.bfloat16), table)
   np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.05)
   # Only differences of positions matter to a product.
   a, b = x[:1], x[1:2]
-  turn = lambda x, p: transformer.rotate(
-      x, transformer.rotary_table(jnp.asarray([p]), 8, 1e4))
+  turn = lambda x, p: rotary.rotate(
+      x, rotary.rotary_table(jnp.asarray([p]), 8, 1e4))
   dot = lambda p, q: jnp.sum(turn(a, p) * turn(b, q))
   np.testing.assert_allclose(dot(7, 3), dot(1004, 1000), atol=1e-3)
 

@@ -25,6 +25,7 @@ from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import segment as segments
+from rlax_llm.rollout import shapes
 from rlax_llm.rollout.drafts import Drafts
 from rlax_llm.rollout.executor import Executor
 from rlax_llm.rollout.prompts import Places
@@ -38,20 +39,6 @@ from rlax_llm.rollout.table import Table
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
-
-
-def list_capacities(config: RolloutConfig, width: int) -> list[int]:
-  """Returns the values of S: doubling, the last one just large enough."""
-  # Multiples of 8 keep the inner loops of attention whole.
-  round_up = lambda n: -(-n // 8) * 8
-  total = round_up(config.prompt_length + config.max_new_tokens + width)
-  capacity = round_up(max(config.min_capacity, config.prompt_length + width))
-  capacities = []
-  # A capacity just below the last would cost an executable and save little.
-  while capacity * 5 / 4 < total:
-    capacities.append(capacity)
-    capacity *= 2
-  return capacities + [total]
 
 
 class RolloutEngine:
@@ -105,7 +92,7 @@ class RolloutEngine:
     # of new prompts comes in.
     self._places = rollout.slots + self._block_rows
     width = drafter.width if drafter else drafters.widest(rollout, control)
-    self._capacities = list_capacities(rollout, width)
+    self._capacities = shapes.list_capacities(rollout, width)
     self._drafters = (drafters.by_width(drafter) if drafter else
                       drafters.make_drafters(rollout,
                                              control,
@@ -113,7 +100,8 @@ class RolloutEngine:
                                              capacity=self._capacities[-1]))
     check_positions(rollout, width, model.max_positions)
     self._check_corpus(rollout)
-    self._row_counts = self._list_row_counts()
+    self._row_counts = shapes.list_row_counts(rollout.slots, control,
+                                              self._ways)
     # A width that the config fixes is not chosen.
     self._policy = None if drafter or rollout.width else WidthPolicy(
         list(self._drafters))
@@ -138,15 +126,6 @@ class RolloutEngine:
           f"the drafter's corpus has {corpus.prompts} places of "
           f'{corpus.capacity} tokens; {rollout.slots} slots need {places} '
           f'places of at least {rollout.prompt_length}: enlarge its shape')
-
-  def _list_row_counts(self) -> list[int]:
-    """Returns the values of N that compaction can reach, largest first."""
-    counts = [self._rollout.slots]
-    least = max(self._control.min_slots, self._ways)
-    while (self._control.compact and counts[-1] // 2 >= least and
-           counts[-1] % (2 * self._ways) == 0):
-      counts.append(counts[-1] // 2)
-    return counts
 
   @property
   def _widest(self) -> Drafter:
