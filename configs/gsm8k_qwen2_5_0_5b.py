@@ -33,6 +33,7 @@ def get_config() -> Config:
   config.task.rewards = {'correct': 1.0, 'format': 0.1}
   config.task.verifier_processes = 4
   config.model.pretrained = 'Qwen2.5-0.5B-Instruct'
+  config.mesh.data = 1
   config.rollout.samples_per_prompt = 8
   config.rollout.prompt_length = 320
   config.rollout.max_new_tokens = 512

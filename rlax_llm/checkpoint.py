@@ -151,6 +151,10 @@ class Checkpoints:
       if failures:
         self._warn(f'{"; ".join(failures)}; using {path} instead')
       return candidate, *found
+    if failures and step is not None:
+      raise ConfigError(
+          f'{failures[0]}; leave --step out for the newest one '
+          f'that is whole (there are {", ".join(map(str, steps))})')
     if failures:
       raise ConfigError(
           f'no checkpoint can be used: {"; ".join(failures)}; give another '

@@ -281,7 +281,8 @@ class LearningConfig(Section):
   epsilon: float = 1e-8
   max_grad_norm: float = 1.0
   minibatches: int = 1  # optimizer steps for one batch of rollouts
-  # recompute: by DESIGN's rule; sampler: the behaviour log-probabilities.
+  # recompute: from a pass of its own, or the update's with one update a batch;
+  # sampler: the behaviour log-probabilities.
   old_logprobs: str = 'recompute'
   row_length: int = 0  # L, tokens of a packed row; 0: chosen from P + T
   microbatch_rows: int = 8  # rows in one forward and backward pass
@@ -305,7 +306,7 @@ class MeshConfig(Section):
 @dataclasses.dataclass(unsafe_hash=True)
 class CheckpointConfig(Section):
   """When to save, how much to keep."""
-  every: int = 50  # steps; 0: only at the end
+  every: int = 50  # steps; 0: only at the start and the end
   keep: int = 2
 
 

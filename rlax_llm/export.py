@@ -122,9 +122,7 @@ def export_adapter(out: str, model: ModelConfig, params: Params) -> None:
   Raises:
     ConfigError: the target holds something, or there are no adapters.
   """
-  if not model.lora.rank:
-    raise ConfigError('--adapter writes adapters and this run has none '
-                      '(model.lora.rank=0); leave it out')
+  _check_adapters(model)
   config = {
       'peft_type': 'LORA',
       'task_type': 'CAUSAL_LM',
@@ -145,6 +143,13 @@ def export_adapter(out: str, model: ModelConfig, params: Params) -> None:
                    shard_bytes=SHARD_BYTES,
                    name='adapter_model.safetensors')
     _write_json(folder / 'adapter_config.json', config)
+
+
+def _check_adapters(model: ModelConfig) -> None:
+  """Refuses a model without adapters."""
+  if not model.lora.rank:
+    raise ConfigError('--adapter writes adapters and this run has none '
+                      '(model.lora.rank=0); leave it out')
 
 
 def _flatten(params: Params) -> dict[str, jax.Array]:
@@ -283,6 +288,8 @@ def export(workdir: str,
   check_target(out)
   run = make_run(sample.load_config(workdir))
   model = run.model_config
+  if adapter:
+    _check_adapters(model)
   # Before the checkpoint is read: no architecture may have these settings.
   hugging_face.to_config_json(model, '')
   token_ids, files = tokenizer_facts(run)

@@ -86,13 +86,14 @@ class Learner:
 
   def score(self, params: Params, batch: Batch) -> Array:
     """Returns log-probabilities of the batch's tokens, nats, on the mesh."""
-    return self._run.pool(('score', self._name, batch.tokens.shape),
-                          functools.partial(updates.score_batch,
-                                            model=self._run.model,
-                                            config=self._config),
-                          params,
-                          batch,
-                          out_shardings=sharding.microbatches(self._run.mesh))
+    return self._run.pool(
+        ('score', self._name, self._config, batch.tokens.shape),
+        functools.partial(updates.score_batch,
+                          model=self._run.model,
+                          config=self._config),
+        params,
+        batch,
+        out_shardings=sharding.microbatches(self._run.mesh))
 
   def update(self, state: TrainState,
              batch: Batch) -> tuple[TrainState, Metrics]:
@@ -102,7 +103,7 @@ class Learner:
   def compile_update(self, state: TrainState, batch: Batch) -> Any:
     """Returns the executable of `update` for arrays, or for their shapes."""
     return self._run.pool.compile(
-        ('update', self._name, batch.tokens.shape),
+        ('update', self._name, self._config, batch.tokens.shape),
         functools.partial(updates.update,
                           model=self._run.model,
                           optimizer=self._optimizer,

@@ -22,6 +22,7 @@ import jax
 
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import Section
 from rlax_llm.config import to_dict
 from rlax_llm.metrics import jsonable
 from rlax_llm.metrics import write_atomic
@@ -36,7 +37,9 @@ SPEED_FIELDS = ('rollout.slots', 'rollout.drafter', 'rollout.width',
                 'rollout.branching', 'rollout.draft_least', 'rollout.history',
                 'rollout.cache_megabytes', 'rollout.segment_forwards',
                 'rollout.min_capacity', 'control.*', 'task.verifier_processes')
-MAY_DIFFER = EXTENT_FIELDS + SPEED_FIELDS
+# Tokens stay, near-ties apart; sums are taken in another order.
+MESH_FIELDS = ('mesh.*',)
+MAY_DIFFER = EXTENT_FIELDS + SPEED_FIELDS + MESH_FIELDS
 
 # What training values depend on; the last three verify answers.
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
@@ -90,9 +93,8 @@ def check_workdir(workdir: str | os.PathLike[str],
   if manifest is None:
     return []
   # A field that one side does not know has, for it, the default.
-  defaults = _flatten(to_dict(Config()))
-  old = defaults | _flatten(manifest['config'])
-  new = defaults | _flatten(jsonable(config))
+  old = _with_defaults(manifest['config'])
+  new = _with_defaults(jsonable(config))
   differing = [
       name for name in sorted(old.keys() | new.keys())
       if old.get(name, '(absent)') != new.get(name, '(absent)')
@@ -110,14 +112,38 @@ def check_workdir(workdir: str | os.PathLike[str],
         f'workdir {os.fspath(workdir)!r} holds a run of another config: {shown}'
         f'{f" and {more} more" if more > 0 else ""}; give another --workdir, '
         'or the config of that run to continue it')
+  warnings = []
+  if any(name.startswith('mesh.') for name in differing):
+    warnings.append('the mesh is another one than before: sums are taken in '
+                    'another order, so the curve may part from that of the '
+                    'old mesh')
   schedule = new.get('learning.schedule')
   if 'num_steps' in differing and schedule != 'constant':
-    return [
+    warnings += [
         f'num_steps was {old["num_steps"]} and is {new["num_steps"]}: the '
         f'{schedule} schedule of the learning rate changes with it, so this '
         'run differs from one of that length from the start'
     ]
-  return []
+  return warnings
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns dotted path -> leaf; fields that are not given have defaults.
+
+  A dict of the user's (`task.rewards`) is one field: its default has no part
+  in one that is given.
+  """
+
+  def fill(section: Any, given: Any) -> Any:
+    if not isinstance(section, Section) or not isinstance(given, Mapping):
+      return given
+    known = {
+        name: fill(value, given[name]) if name in given else to_dict(value)
+        for name, value in vars(section).items()
+    }
+    return {**given, **known}
+
+  return _flatten(fill(Config(), config))
 
 
 def environment() -> dict[str, Any]:
@@ -195,7 +221,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
       f'{name} was {flat_old.get(name)!r} in the run continued here and is '
       f'{flat_new[name]!r} now: the continuation may differ in bits'
       for name in sorted(flat_new)
-      if flat_old.get(name) != flat_new[name]
+      if name in flat_old and flat_old[name] != flat_new[name]
   ]
 
 

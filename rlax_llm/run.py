@@ -325,6 +325,13 @@ class Run:
             f'the prompt {problem.prompt[:60]!r} has {length} tokens; '
             f'rollout.prompt_length={longest}: raise it')
 
+  def known_problems(self) -> list[tasks.Problem]:
+    """Returns every training problem, or step 0's where they are generated."""
+    count = self.task.num_problems('train')
+    if count is None:
+      return self.problems(0)
+    return [self.task.problem('train', i) for i in range(min(count, _CHECKED))]
+
   def encode(self, text: str, *, prompt: bool) -> list[int]:
     """Returns token ids; BOS first in a prompt."""
     try:
@@ -356,6 +363,8 @@ class Run:
                 request=i) for i, problem in enumerate(problems)
     ]
 
+
+_CHECKED = 100_000  # training prompts that are looked at before a run
 
 # Reproducible bits on GPU: no atomics, no choice of kernels by timing.
 _DETERMINISTIC = ('--xla_gpu_deterministic_ops=true',
@@ -390,6 +399,17 @@ def _make_tokenizer(config: Config) -> tokenizers.TextTokenizer:
   return tokenizers.make_tokenizer(name)
 
 
+def _check_groups(algorithm: algorithms.Algorithm, config: Config) -> None:
+  """Refuses groups too small for the algorithm's advantage."""
+  group = config.rollout.samples_per_prompt
+  batch = group * config.task.prompts_per_step
+  if (algorithm.advantage == 'best_minus_second' and group < 2 or
+      algorithm.advantage == 'batch_scaled' and batch < 2):
+    raise ConfigError(
+        f'rollout.samples_per_prompt={group} leaves nothing to compare for '
+        f'algorithm.advantage={algorithm.advantage!r}; use at least 2')
+
+
 def make_run(config: Config,
              *,
              clock: Callable[[], float] = time.perf_counter) -> Run:
@@ -406,6 +426,7 @@ def make_run(config: Config,
   if config.deterministic:
     _make_deterministic()
   algorithm = algorithms.resolve(config.algorithm)
+  _check_groups(algorithm, config)
   try:
     tokenizer = _make_tokenizer(config)
     task = tasks.make_task(config.task, config.seed)

@@ -22,6 +22,7 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import from_dict
+from rlax_llm.config import MeshConfig
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
@@ -208,7 +209,7 @@ def load_config(workdir: str) -> Config:
                       'missing); run rlax_llm.train with this --workdir first')
   config = from_dict(recorded['config'])
   # A few rows do not need the devices that the run was trained on.
-  config.mesh.data = 1
+  config.mesh = MeshConfig(data=1)
   return config
 
 

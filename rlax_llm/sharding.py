@@ -93,10 +93,11 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
                       ('mlp_width', 'tensor'), ('vocabulary', 'tensor')):
     value, parts = getattr(config, field), mesh.shape[axis]
     if value % parts:
-      raise ConfigError(
-          f'model.{field}={value} is not divisible by mesh.{axis}={parts}; '
-          f'make it a multiple (the next is {-(-value // parts) * parts}) or '
-          f'lower mesh.{axis}')
+      change = f'make it a multiple (the next is {-(-value // parts) * parts})'
+      # The folder of a published model decides its fields.
+      remedy = '' if config.pretrained else f'{change} or '
+      raise ConfigError(f'model.{field}={value} is not divisible by '
+                        f'mesh.{axis}={parts}; {remedy}lower mesh.{axis}')
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh,

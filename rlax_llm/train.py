@@ -81,8 +81,9 @@ def group_advantages(run: Run, rewards: np.ndarray, lengths: np.ndarray,
     unscorable: bool[B, G]: their advantage is 0, whatever the rest says.
   """
   estimate = ESTIMATORS[run.algorithm.advantage]
-  advantages = run.pool(('advantages', rewards.shape), estimate,
-                        rewards.astype(np.float32), lengths.astype(np.int32))
+  advantages = run.pool(('advantages', run.algorithm.advantage, rewards.shape),
+                        estimate, rewards.astype(np.float32),
+                        lengths.astype(np.int32))
   return np.where(unscorable, 0.0, np.asarray(advantages)).astype(np.float32)
 
 
@@ -186,7 +187,7 @@ def train_step(loop: Loop, step: int,
       'reward/unscorable':
           int(np.sum(scores.unscorable)),
       'reward/groups_with_signal':
-          np.mean(np.any(advantages != 0, axis=-1)),
+          np.mean(np.ptp(rewards, axis=-1) > 0),
       'rollout/length_mean':
           np.mean(lengths),
       'rollout/length_p50':
@@ -257,7 +258,7 @@ def train(config: Config,
   config = run.config
   warnings = manifest.check_workdir(workdir, to_dict(config))
   held_out = evaluation.held_out_problems(run)
-  run.check_prompts([*held_out, *run.problems(0)])
+  run.check_prompts([*held_out, *run.known_problems()])
   if config.sft.steps:
     run.demonstration(0)
   with checkpoint.Checkpoints(workdir) as saved:

@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, and rank promotion as an error."""
 
+import gc
 import os
 
 os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') +
@@ -7,5 +8,20 @@ os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') +
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax  # noqa: E402  pylint: disable=wrong-import-position
+import pytest  # noqa: E402  pylint: disable=wrong-import-position
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _drop_executables(request):
+  """Unloads what a module compiled.
+
+  Every executable takes some maps of the process, of which Linux allows
+  65,530; beyond them loading the next one is a segmentation fault.
+  """
+  yield
+  for value in vars(request.module).values():
+    getattr(value, 'cache_clear', lambda: None)()
+  jax.clear_caches()
+  gc.collect()

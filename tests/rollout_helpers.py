@@ -26,7 +26,7 @@ from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 from rlax_llm.types import UNUSED
 
-NEAR_TIE = 1e-4  # DESIGN section 1: a race won by less is excused, if shown
+NEAR_TIE = 1e-4  # a race won by less is excused, if shown
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -913,12 +913,15 @@ def test_estimators_of_a_batch():
   the group's.
   """
   rewards, lengths = _floats([[1, 0], [1, 1]]), jnp.asarray([[1, 3], [2, 2]])
+  lengths3 = jnp.asarray([[3, 5, 7], [1, 4, 2]])
   get = lambda name: np.asarray(estimators.ESTIMATORS[name](rewards, lengths))
   np.testing.assert_allclose(get('batch_scaled')[0], [1, -1], rtol=1e-3)
   assert np.all(get('batch_scaled')[1] == 0)
   np.testing.assert_allclose(get('signal_scaled')[0], [2 / 3, -2 / 3],
                              rtol=1e-6)
   np.testing.assert_allclose(get('length_weighted')[0], [.75, -.25], rtol=1e-6)
+  for estimate in estimators.ESTIMATORS.values():
+    assert np.all(np.asarray(estimate(jnp.full((2, 3), 1.1), lengths3)) == 0)
   place, ends = jnp.arange(3)[None], lengths.reshape(4, 1)
   outcome = jnp.where(place == ends - 1, rewards.reshape(4, 1), 0.0)
   by_token = batch_advantages.reinforce_plus_plus(outcome, place < ends)

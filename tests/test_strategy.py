@@ -113,6 +113,22 @@ def test_the_last_of_several_widths_can_win():
   assert policy.choose(8, 64, 32)[0] == 8 and plain / spent > 3
 
 
+def test_a_small_gain_is_not_probed_for_ever():
+  """Just above W = 1, below the margin: W = 1 is used, and probed is little.
+
+  Mutant: no rest between probes.
+  """
+  used = []
+
+  def cost(rows, width):
+    used.append((width, rows))
+    return 1e-3 * (1 if width == 1 else 2.0)
+
+  _simulate(cost, lambda s, w: 2.1 if w > 1 else 1.0, rows=(8,), steps=60)
+  wide = sum(width > 1 for width, _ in used)
+  assert 0 < wide < 0.2 * len(used)
+
+
 def test_one_slow_yardstick_is_forgotten():
   """W = 1 is measured again. Mutant: its cost is that of its second run."""
   runs = []

@@ -12,7 +12,6 @@ works: the update's figure is then an upper bound.
 
 import os
 
-from absl import app
 from absl import flags as absl_flags
 import jax
 import numpy as np
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> None:
   """Prints the table."""
   del argv
   if _DEVICES.value:
-    os.environ['JAX_PLATFORMS'] = 'cpu'
+    jax.config.update('jax_platforms', 'cpu')
     os.environ['XLA_FLAGS'] = (
         os.environ.get('XLA_FLAGS', '') +
         f' --xla_force_host_platform_device_count={_DEVICES.value}')
@@ -80,4 +79,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   _CONFIG = flags.DEFINE_config()
-  app.run(main)
+  flags.run(main)

@@ -14,6 +14,7 @@ _PROBE_ROWS, _PROBE_LEAST, _PROBE_MOST = 64, 2, 8
 # What probes of one (N, S, W) may lose, as a share of the time spent at
 # (N, S).
 _PROBE_SHARE = 0.02
+_PROBE_REST = 4  # segments at least between two probes of a known width
 _MEMORY = 0.7  # of the moving average of accept lengths, by segment
 # Once its cost is known, every so many segments of a width are timed: a clock
 # on the device's work makes the host wait for it first.
@@ -32,6 +33,7 @@ class _Record:
       default_factory=lambda: collections.deque(maxlen=_TIMED_KEPT))
   accept: float = 1.0  # tokens per row and forward
   lost: float = 0.0  # seconds, against the best width
+  rest: int = 0  # segments since the last of this width
 
   def add(self, cost: float | None, accept: float) -> None:
     self.runs += 1
@@ -78,7 +80,9 @@ class WidthPolicy:
     best = self._best(rows, capacity)
     budget = _PROBE_SHARE * self._seconds[rows, capacity]
     for width in self._widths:
-      if (width != best and self._record(rows, capacity, width).lost <= budget):
+      record = self._record(rows, capacity, width)
+      rested = not record.costs or record.rest >= _PROBE_REST
+      if width != best and rested and record.lost <= budget:
         wanted = -(-_PROBE_ROWS // rows)
         return width, min(forwards, max(_PROBE_LEAST, min(wanted, _PROBE_MOST)))
     return best, forwards
@@ -114,15 +118,21 @@ class WidthPolicy:
     if not forwards or not row_forwards:
       return
     here = rows, capacity
+    for other in self._widths:
+      self._record(rows, capacity, other).rest += 1
     record = self._record(rows, capacity, width)
+    record.rest = 0
     accept = tokens / row_forwards
     record.add(None if seconds is None else seconds / forwards, accept)
     spent = record.cost * forwards if seconds is None else seconds
     self._seconds[here] = self._seconds.get(here, 0.0) + spent
-    best = self._rate(rows, capacity, self._best(rows, capacity))
+    best_width = self._best(rows, capacity)
+    best = self._rate(rows, capacity, best_width)
     if record.runs > 1 and best:
-      # Against what the best width had taken for the same tokens.
-      gain = accept * forwards / best
+      # Against what the best width had taken for the same tokens. A width that
+      # is not above W = 1 by the margin has not earned its probes.
+      margin = _MARGIN if best_width == 1 < width else 1.0
+      gain = accept * forwards / (best * margin)
       record.lost = max(record.lost + spent + preparation - gain, 0.0)
 
   def _record(self, rows: int, capacity: int, width: int) -> _Record:

@@ -327,15 +327,16 @@ def make_transformer(config: ModelConfig,
     compute, head = jnp.dtype(precision.compute), jnp.dtype(precision.head)
 
     def cast(path: tuple, leaf: Array) -> Array:
-      name = path[-1].key
+      name, dtype = path[-1].key, leaf.dtype
       if name in ('kernel', 'bias', 'a', 'b'):
-        return leaf.astype(compute)
-      if name == 'head':
-        return leaf.astype(head)
-      # A tied embedding is read in both dtypes.
-      if name == 'embedding' and (head == compute or not config.tied_head):
-        return leaf.astype(compute)
-      return leaf  # norms compute in float32
+        dtype = compute
+      elif name == 'head':
+        dtype = head
+      # A tied embedding is read in both dtypes; norms compute in float32.
+      elif name == 'embedding' and (head == compute or not config.tied_head):
+        dtype = compute
+      return leaf.astype(
+          dtype) if dtype.itemsize < leaf.dtype.itemsize else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -80,7 +80,9 @@ def length_weighted(rewards: Array, lengths: Array) -> Array:
   if rewards.shape[0] == 1:
     return rewards
   total = jnp.maximum(jnp.sum(lengths), 1)
-  return rewards - jnp.sum(lengths * rewards) / total
+  centred = rewards - jnp.sum(lengths * rewards) / total
+  # Rounding of the mean must not give equal rewards a signal.
+  return jnp.where(jnp.ptp(rewards) > 0, centred, 0.0)
 
 
 def best_minus_second(rewards: Array,

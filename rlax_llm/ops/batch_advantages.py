@@ -56,7 +56,9 @@ def whitened_by_length(rewards: Array,
   centred = rewards - jnp.sum(lengths * rewards) / tokens
   squares = jnp.sum(lengths * centred**2)
   variance = squares / jnp.maximum(tokens - 1, 1)
-  return centred * jax.lax.rsqrt(variance + epsilon)
+  # Rounding of the mean must not give equal rewards a signal.
+  return jnp.where(
+      jnp.ptp(rewards) > 0, centred * jax.lax.rsqrt(variance + epsilon), 0.0)
 
 
 def batch_normalised(advantages: Array,

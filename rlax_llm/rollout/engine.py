@@ -185,7 +185,8 @@ class RolloutEngine:
     if self._params_placement is not None:
       params = self._executor.gather_params(params, self._params_placement)
       jax.block_until_ready(params)
-      self.stats.reshard_seconds = self._clock() - start
+      self.stats.reshard_seconds = (self._clock() - start -
+                                    (self.pool.seconds - compiled))
     slots = self._executor.empty(self._rollout.slots, self._capacities[0])
     table = Table(slots, Drafts(self._executor, self._widest, params, slots),
                   [None] * self._rollout.slots)

@@ -45,10 +45,22 @@ class Executor:
     """Returns parameters for many forwards: rounded, and where they are said
     to lie.
     """
-    return self._run('gather_params', (),
-                     self._model.rounded,
-                     params,
-                     out_shardings=placement)
+    leaves, tree = jax.tree.flatten(params)
+    wanted = jax.tree.leaves(self.gathered_shapes(params, placement))
+    # What stays as it is is not copied: the base of adapters, for instance.
+    moved = [
+        i for i, (x, want) in enumerate(zip(leaves, wanted))
+        if x.dtype != want.dtype or
+        not x.sharding.is_equivalent_to(want.sharding, x.ndim)
+    ]
+    dtypes = [wanted[i].dtype for i in moved]
+    new = self._run('gather_params', (),
+                    lambda old: [x.astype(d) for x, d in zip(old, dtypes)],
+                    [leaves[i] for i in moved],
+                    out_shardings=[wanted[i].sharding for i in moved])
+    for i, leaf in zip(moved, new):
+      leaves[i] = leaf
+    return jax.tree.unflatten(tree, leaves)
 
   def gathered_shapes(self, params: Params, placement: Any) -> Params:
     """Returns the shapes of what `gather_params` makes of such parameters."""
