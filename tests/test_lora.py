@@ -227,3 +227,24 @@ def test_bad_adapters_are_refused(changes, words):
   with pytest.raises(ConfigError) as error:
     validate(config)
   assert all(word in str(error.value) for word in words), error.value
+
+
+def test_rollouts_copy_no_base():
+  """Law: rollouts round the adapters and read the base where it lies.
+
+  Mutant: every leaf through the executable that rounds.
+  """
+  config = _config()
+  config.learning.precision.parameters = 'bfloat16'
+  config.learning.precision.compute = 'bfloat16'
+  config.learning.precision.head = 'bfloat16'
+  run = make_run(config)
+  params = run.init_params()
+  engine = run.engine(run.sampling)
+  # pylint: disable=protected-access
+  gathered = engine._executor.gather_params(params, run._rollout_placement())
+  trained = lora.trainable(params)
+  same = jax.tree.map(lambda a, b: a is b, params, gathered)
+  assert same == jax.tree.map(lambda x: not x, trained)
+  assert all(x.dtype == jnp.bfloat16
+             for x in jax.tree.leaves(lora.split(gathered, trained)[0]))

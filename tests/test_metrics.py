@@ -241,6 +241,42 @@ def test_field_unknown_to_the_older_run_has_its_default(tmp_path):
     manifest.check_workdir(tmp_path, _config(learning__remat=True))
 
 
+@pytest.mark.parametrize('old, new', [
+    ({
+        'correct': 1.0,
+        'format': 0.1
+    }, {
+        'format': 0.1
+    }),
+    ({
+        'format': 0.1
+    }, {
+        'correct': 1.0,
+        'format': 0.1
+    }),
+],
+                         ids=str)
+def test_a_dict_of_the_users_is_one_value(tmp_path, old, new):
+  """Law: another mix of rewards is another run, also where it leaves out what
+  the default has.
+
+  Mutant: defaults filled in within `task.rewards`.
+  """
+  manifest.write_manifest(tmp_path, _config(task__rewards=old), run_id='a')
+  assert not manifest.check_workdir(tmp_path, _config(task__rewards=old))
+  with pytest.raises(ConfigError, match='task.rewards'):
+    manifest.check_workdir(tmp_path, _config(task__rewards=new))
+
+
+def test_another_mesh_is_allowed_with_a_warning(tmp_path):
+  """Law: a checkpoint restores onto another mesh; the user is told that the
+  curve may part. Mutant: no warning.
+  """
+  manifest.write_manifest(tmp_path, _config(), run_id='a')
+  (line,) = manifest.check_workdir(tmp_path, _config(mesh__fsdp=2))
+  assert 'mesh' in line and 'may part' in line
+
+
 def test_manifest_lists_runs_and_warns_of_another_machine(
     tmp_path, monkeypatch):
   assert not manifest.write_manifest(tmp_path, _config(), run_id='a')
