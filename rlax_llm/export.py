@@ -165,10 +165,13 @@ def _whole_folder(out: str) -> Iterator[pathlib.Path]:
   """Yields a folder that becomes `out` if nothing fails, else nothing."""
   check_target(out)
   target = pathlib.Path(out).absolute()
-  target.parent.mkdir(parents=True, exist_ok=True)
   temporary = target.with_name(f'.{target.name}.partial')
   shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir()
+  try:
+    temporary.mkdir(parents=True)
+  except OSError as error:
+    raise ConfigError(f'--out={out!r} cannot be written ({error.strerror}); '
+                      'give a folder that can') from error
   try:
     yield temporary
     _sync(temporary)

@@ -190,7 +190,11 @@ def write_manifest(workdir: str | os.PathLike[str],
     run before, so that bits may differ.
   """
   root = pathlib.Path(workdir)
-  root.mkdir(parents=True, exist_ok=True)
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f'--workdir={os.fspath(workdir)!r} cannot be written '
+                      f'({error.strerror}); give a folder that can') from error
   manifest = read_manifest(root) if resume_step is not None else None
   now = datetime.datetime.now(datetime.timezone.utc)
   run = {

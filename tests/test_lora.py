@@ -248,3 +248,11 @@ def test_rollouts_copy_no_base():
   assert same == jax.tree.map(lambda x: not x, trained)
   assert all(x.dtype == jnp.bfloat16
              for x in jax.tree.leaves(lora.split(gathered, trained)[0]))
+
+
+def test_a_target_that_cannot_be_made_is_refused(tmp_path):
+  """One line that names the folder. Mutant: the OSError passed on."""
+  (tmp_path / 'file').write_text('')
+  run = make_run(_exportable(LORA_TARGETS))
+  with pytest.raises(ConfigError, match='--out=.*cannot be written'):
+    export.export_adapter(str(tmp_path / 'file' / 'out'), run.model_config, {})

@@ -299,3 +299,10 @@ def test_broken_manifest_is_a_user_error(tmp_path):
   (tmp_path / 'manifest.json').write_text('{"config": {')
   with pytest.raises(ConfigError, match='is not a manifest'):
     manifest.check_workdir(tmp_path, _config())
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+  """One line that names the folder. Mutant: the OSError passed on."""
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ConfigError, match='--workdir=.*cannot be written'):
+    manifest.write_manifest(tmp_path / 'file' / 'run', _config(), run_id='a')

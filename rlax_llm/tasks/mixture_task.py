@@ -39,9 +39,10 @@ class MixtureTask:
     for name, weight in weights.items():
       if name == 'mixture':
         raise ValueError('task.mixture holds a mixture; list its tasks instead')
-      if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f'task.mixture[{name!r}]={weight}; weights are '
-                         'positive: remove the task to leave it out')
+      number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+      if not (number and math.isfinite(weight) and weight > 0):
+        raise ValueError(f'task.mixture[{name!r}]={weight!r}; weights are '
+                         'positive numbers: remove the task to leave it out')
     unknown = sorted(set(config.options) - set(weights))
     if unknown:
       raise ValueError(
