@@ -326,11 +326,21 @@ class Run:
             f'rollout.prompt_length={longest}: raise it')
 
   def known_problems(self) -> list[tasks.Problem]:
-    """Returns every training problem, or step 0's where they are generated."""
+    """Returns every training problem, or step 0's where they are generated.
+
+    Raises:
+      ConfigError: if the task has too few.
+    """
+    first = self.problems(0)
     count = self.task.num_problems('train')
     if count is None:
-      return self.problems(0)
-    return [self.task.problem('train', i) for i in range(min(count, _CHECKED))]
+      return first
+    try:
+      return [
+          self.task.problem('train', i) for i in range(min(count, _CHECKED))
+      ]
+    except ValueError as error:
+      raise ConfigError(str(error)) from error
 
   def encode(self, text: str, *, prompt: bool) -> list[int]:
     """Returns token ids; BOS first in a prompt."""
