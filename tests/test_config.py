@@ -361,6 +361,8 @@ def test_the_shapes_of_a_config_compile(path, tmp_path):
   (tmp_path / name / 'config.json').write_text(json.dumps(items))
   config.rollout.slots = 16
   config.task.prompts_per_step = 4
+  config.learning.microbatch_rows = 8
+  config.mesh.data = 1
   sizes = []
   for fsdp in (1, 8):
     config.mesh.fsdp = fsdp
