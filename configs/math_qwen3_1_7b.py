@@ -8,8 +8,8 @@ Files of one JSON object per line with `problem` and `answer`, as MATH-500 and
 AIME collections have. Answers are compared as mathematical objects by
 math-verify (extra [math]). As in DeepScaleR, the context is short at first: to
 lengthen it, raise rollout.max_new_tokens and go on from the export of the
-first stage. Objective: GRPO with DAPO's token mean, clip-higher and soft
-overlong punishment (https://arxiv.org/abs/2503.14476).
+first stage. Objective: DAPO's token mean, clip-higher and soft overlong
+punishment (https://arxiv.org/abs/2503.14476).
 
 Parameters and optimizer state are divided over fsdp ways, and gathered in
 bfloat16 once for each rollout phase. For 8 accelerators. Not run yet: no
@@ -23,8 +23,7 @@ def get_config() -> Config:
   """Returns the config; `model.pretrained` and the files are to be given."""
   config = Config()
   config.num_steps = 500
-  config.algorithm.clip_high = 0.28
-  config.algorithm.reduction = 'token_mean'
+  config.algorithm.name = 'dapo'
   config.task.name = 'jsonl'
   config.task.path = 'train.jsonl'
   config.task.options = {'question_field': 'problem', 'answer_field': 'answer'}

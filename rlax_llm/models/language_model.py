@@ -41,7 +41,7 @@ class LanguageModel(NamedTuple):
     axes: (params or their shapes) -> the same tree, a tuple of logical axis
       names for each leaf; see `sharding.TABLE`.
     place: (tree like params) -> the same values, placed like the parameters;
-      for gradients under `jax.jit`.
+      for gradients, while tracing.
     trainable: (params) -> the same tree of bools: what is trained.
     rounded: (params) -> the same tree, in the dtypes to which a forward rounds
       them anyway: whoever runs many forwards reads less.
