@@ -909,8 +909,8 @@ def test_a_preset_is_its_paper(name):
 def test_estimators_of_a_batch():
   """Law: by hand, two groups of two; whitening is that of every token.
 
-  Mutants: samples not weighted by length; the batch's deviation replaced by
-  the group's.
+  Equal rewards give exactly 0. Mutants: samples not weighted by length;
+  rounding of the mean passed on by `length_weighted` or `whitened`.
   """
   rewards, lengths = _floats([[1, 0], [1, 1]]), jnp.asarray([[1, 3], [2, 2]])
   lengths3 = jnp.asarray([[3, 5, 7], [1, 4, 2]])
@@ -921,7 +921,9 @@ def test_estimators_of_a_batch():
                              rtol=1e-6)
   np.testing.assert_allclose(get('length_weighted')[0], [.75, -.25], rtol=1e-6)
   for estimate in estimators.ESTIMATORS.values():
-    assert np.all(np.asarray(estimate(jnp.full((2, 3), 1.1), lengths3)) == 0)
+    for reward in (0.1, 0.3, 0.7, 1.1, 1.3):
+      equal = jnp.full((2, 3), reward)
+      assert np.all(np.asarray(estimate(equal, lengths3)) == 0)
   place, ends = jnp.arange(3)[None], lengths.reshape(4, 1)
   outcome = jnp.where(place == ends - 1, rewards.reshape(4, 1), 0.0)
   by_token = batch_advantages.reinforce_plus_plus(outcome, place < ends)
