@@ -6,6 +6,7 @@ Rerunning the same command continues a run that was stopped.
 """
 
 import dataclasses
+import io
 import time
 from typing import Any, Callable
 import uuid
@@ -17,6 +18,7 @@ from rlax_llm import flags
 from rlax_llm import learner as learners
 from rlax_llm import manifest
 from rlax_llm import metrics
+from rlax_llm import processes
 from rlax_llm import report
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
@@ -34,7 +36,7 @@ from rlax_llm.types import Params
 from rlax_llm.warm_start import warm_start
 
 
-def restore_store(store: RolloutStore, text: str | None) -> list[str]:
+def restore_store(store: RolloutStore, texts: list[str]) -> list[str]:
   """Restores past rollouts; returns warnings.
 
   They are hints: a run goes on without them where they cannot be read.
@@ -43,12 +45,18 @@ def restore_store(store: RolloutStore, text: str | None) -> list[str]:
     ConfigError: they are of another tokenizer.
   """
   try:
-    store.restore(text or '')
+    for text in texts:
+      store.restore(text)
   except ValueError as error:
     if isinstance(error, ConfigError):
       raise
     return [f'past rollouts are not restored, drafts start anew: {error}']
   return []
+
+
+def _make_display() -> Progress:
+  """Returns where progress is shown: of several processes one shows it."""
+  return Progress(None if processes.is_writer() else io.StringIO())
 
 
 def train(config: Config,
@@ -94,7 +102,7 @@ def train(config: Config,
         checkpoint.Checkpoints(workdir,
                                keep=config.checkpoint.keep,
                                warn=lambda line: progress.message(line)) as
-        saved, display or Progress() as progress):
+        saved, display or _make_display() as progress):
     # ---- Restore, or start with a warm start ---------------------------------
     found = None
     if saved.steps():
@@ -102,12 +110,13 @@ def train(config: Config,
     first, states, host = found or (0, {}, {})
     progression = Progression(**host.get('progression', {}))
     if found:
-      warnings += restore_store(store, host.get('rollouts'))
-    warnings += manifest.write_manifest(workdir,
-                                        to_dict(config),
-                                        run_id=run_id,
-                                        resume_step=first if found else None,
-                                        extra=facts)
+      warnings += restore_store(store, host.get('rollouts', []))
+    if processes.is_writer():
+      warnings += manifest.write_manifest(workdir,
+                                          to_dict(config),
+                                          run_id=run_id,
+                                          resume_step=first if found else None,
+                                          extra=facts)
     for line in warnings:
       progress.message(f'warning: {line}')
     earlier = progression.wall_seconds
@@ -116,7 +125,7 @@ def train(config: Config,
       progression.wall_seconds = earlier + clock() - started
       host = {
           'progression': dataclasses.asdict(progression),
-          'rollouts': store.dump(),
+          'rollouts': processes.gather(store.dump(), to_writer=True),
       }
       saved.save(step, states, host)
 
@@ -125,9 +134,11 @@ def train(config: Config,
       progression.accuracy_after = values['evaluate/accuracy']
       return values
 
-    with metrics.MetricsWriter(workdir,
-                               resume_step=first if found else None,
-                               run_id=run_id) as writer:
+    make_writer = (metrics.MetricsWriter
+                   if processes.is_writer() else metrics.NoWriter)
+    with make_writer(workdir,
+                     resume_step=first if found else None,
+                     run_id=run_id) as writer:
       if found:
         progress.message(f'continuing {workdir} after step {first}')
       else:
@@ -190,8 +201,9 @@ def train(config: Config,
       'parameters_sha256':
           checkpoint.digest_arrays(states['policy'].params),
   }
-  metrics.write_summary(workdir, summary)
-  report.build_report(workdir)
+  if processes.is_writer():
+    metrics.write_summary(workdir, summary)
+    report.build_report(workdir)
   return summary
 
 
@@ -199,6 +211,8 @@ def main(argv: list[str]) -> None:
   """Trains as the command line says."""
   del argv
   summary = train(_CONFIG.value, _WORKDIR.value)
+  if not processes.is_writer():
+    return
   before, after = summary['accuracy_before'], summary['accuracy_after']
   print(f'held-out accuracy {before:.3f} -> {after:.3f} in '
         f'{summary["wall_seconds"]:.0f} s; see {_WORKDIR.value}/report.html')
@@ -207,4 +221,5 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   _CONFIG = flags.DEFINE_config()
   _WORKDIR = flags.DEFINE_workdir()
+  flags.DEFINE_processes()
   flags.run(main)
