@@ -132,9 +132,11 @@ def share(work: Callable[[Sequence[_Item]], list[_Result]],
 
 def whole(array: Any) -> np.ndarray:
   """Returns all of an array on the host, wherever its parts lie."""
-  if count() == 1 or array.is_fully_addressable or array.is_fully_replicated:
-    return np.asarray(array)
-  return multihost_utils.process_allgather(array, tiled=True)
+  if count() > 1 and isinstance(array, jax.Array):
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+      with jax.transfer_guard_device_to_host('allow'):
+        return multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(array)
 
 
 def put(array: Any, where: Sharding) -> jax.Array:
