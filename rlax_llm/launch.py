@@ -181,7 +181,8 @@ def _tell(error: BaseException) -> None:
   if not isinstance(error, ConfigError):
     text = f'{type(error).__name__}: {text}'
   text = f'process {processes.index()} of {processes.count()} failed: {text}'
-  code = 2 if isinstance(error, ConfigError) else 1
+  codes = {ConfigError: 2, KeyboardInterrupt: 130}  # as alone
+  code = codes.get(type(error), 1)
   # At a normal exit jax waits for the others, who will not come.
   atexit.register(_end, code)
   try:

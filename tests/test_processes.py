@@ -166,31 +166,41 @@ def test_parts_of_a_store_are_the_store():
     np.testing.assert_array_equal(got, want)
 
 
-def _train(workdir, count, *, steps=2, seconds=900, **variables):
+def _train(workdir, count, *, slurm=False, seconds=900, **variables):
   """Runs the train command in processes; returns what each came to.
 
   Args:
+    workdir: of the run.
     count: processes; they have 8 devices together.
-    variables: of the environment of the last one.
+    slurm: they find each other as SLURM says.
+    seconds: after which they are killed.
+    **variables: of the environment of the last one.
   """
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   started = []
   for i in range(count):
-    arguments = [
-        f'--config={process_task.__file__}', f'--workdir={workdir}',
-        f'--config.num_steps={steps}'
-    ]
-    if count > 1:
+    arguments = [f'--config={process_task.__file__}', f'--workdir={workdir}']
+    environment = _environment(8 // count,
+                               **(variables if i == count - 1 else {}))
+    if slurm:
+      arguments.append('--distributed')
+      environment |= {
+          'SLURM_JOB_ID': str(port),
+          'SLURM_STEP_NODELIST': 'localhost',
+          'SLURM_NTASKS': str(count),
+          'SLURM_PROCID': str(i),
+          'SLURM_LOCALID': str(i)
+      }
+    elif count > 1:
       arguments += [
           f'--coordinator=localhost:{port}', f'--processes={count}',
           f'--process={i}'
       ]
-    more = variables if i == count - 1 else {}
     started.append(
         subprocess.Popen(_command('train', *arguments),
-                         env=_environment(8 // count, **more),
+                         env=environment,
                          stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE,
                          text=True))
@@ -205,6 +215,18 @@ def _train(workdir, count, *, steps=2, seconds=900, **variables):
   finally:
     for process in started:
       process.kill()
+
+
+def _prompts(host):
+  """Returns how many prompts each part of the store has in a checkpoint."""
+  sizes = []
+  for text in host['rollouts']:
+    store = RolloutStore(history=8,
+                         megabytes=1,
+                         tokenizer=process_task.get_config().model.tokenizer)
+    store.restore(text)
+    sizes.append(len(store))
+  return sizes
 
 
 def _restore(workdir, step):
@@ -275,53 +297,40 @@ def test_files_are_written_once_and_the_store_in_parts(runs):
     manifest = json.loads((folder / 'manifest.json').read_text())
     assert [run['processes'] for run in manifest['runs']] == [count]
     _, host = _restore(folder, 2)
-    sizes = []
-    for text in host['rollouts']:
-      store = RolloutStore(history=8,
-                           megabytes=1,
-                           tokenizer=process_task.get_config().model.tokenizer)
-      store.restore(text)
-      sizes.append(len(store))
+    sizes = _prompts(host)
     assert len(sizes) == count and sum(sizes) == 4 and min(sizes) > 0
 
 
 @pytest.mark.slow
 def test_one_process_continues_the_run_of_two(runs, tmp_path):
-  """From the same checkpoint of two, one process takes the same third step as
-  two do, past rollouts of both parts in hand.
+  """From the checkpoint of two after step 1, one process ends as one process
+  ends alone, past rollouts of both parts in hand.
 
   Mutant: the checkpoint keeps the first part of the store only.
   """
-  summaries = []
-  for count in (1, 2):
-    folder = tmp_path / str(count)
-    shutil.copytree(runs[2], folder)
-    ended = _train(folder, count, steps=3)
-    for code, _, lines in ended:
-      assert code == 0, lines
-    assert any('after step 2' in line for line in ended[0][2])
-    summaries.append(json.loads((folder / 'summary.json').read_text()))
-    rows = (folder / 'timing.jsonl').read_text().splitlines()
-    prompts = [
-        row['rollout/cached_prompts']
-        for row in map(json.loads, rows)
-        if 'rollout/cached_prompts' in row
-    ]
-    assert prompts[-1] == 4
-  assert summaries[0]['steps'] == summaries[1]['steps'] == 3
-  assert summaries[0]['tokens_sha256'] == summaries[1]['tokens_sha256']
-  assert summaries[0]['reward_last'] == summaries[1]['reward_last']
+  folder = tmp_path / 'run'
+  shutil.copytree(runs[2], folder)
+  shutil.rmtree(folder / 'checkpoints' / '2')
+  (code, _, lines), = _train(folder, 1)
+  assert code == 0 and any('after step 1' in line for line in lines), lines
+  want, got = (
+      json.loads((f / 'summary.json').read_text()) for f in (runs[1], folder))
+  for name in ('steps', 'tokens_sha256', 'reward_last', 'accuracy_after'):
+    assert want[name] == got[name], name
+  _, host = _restore(folder, 2)
+  assert _prompts(host) == [4]
 
 
 @pytest.mark.slow
 def test_a_failure_ends_all(tmp_path):
   """A reward that cannot be computed in process 1 ends process 0 as well,
-  in one line.
+  in one line. They find each other by the environment.
 
   Mutant: nothing watches for the failure of others.
   """
   (code, _, lines), (other, _, trace) = _train(tmp_path / 'run',
                                                2,
+                                               slurm=True,
                                                seconds=400,
                                                REWARD_FAILS='1')
   assert code == 1 and other == 1
