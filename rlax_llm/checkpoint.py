@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlax_llm import processes
 from rlax_llm.config import ConfigError
 
 FOLDER = 'checkpoints'
@@ -39,7 +40,8 @@ def digest_arrays(tree: Any) -> str:
   """SHA-256 over the leaves of a pytree: path, dtype, shape and bytes.
 
   Args:
-    tree: arrays of any dtype; sharded ones must be addressable as a whole.
+    tree: arrays of any dtype, divided over the devices of any process; one
+      leaf at a time is brought together on the host.
 
   Returns:
     64 hexadecimal digits. Leaves are taken in path order, so dicts,
@@ -47,7 +49,7 @@ def digest_arrays(tree: Any) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in _leaves(tree):
-    array = np.asarray(leaf)
+    array = processes.whole(leaf)
     digest.update(f'{path} {array.dtype.name} {array.shape}\n'.encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
@@ -85,9 +87,10 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Returns the steps that have a checkpoint, ascending, readable or not."""
-    if not self._root.is_dir():
-      return []
-    return sorted(int(p.name) for p in self._root.iterdir() if p.name.isdigit())
+    found = list(self._root.iterdir()) if self._root.is_dir() else []
+    # Another process may have begun to save meanwhile.
+    return processes.broadcast(
+        sorted(int(p.name) for p in found if p.name.isdigit()))
 
   def save(self, step: int, states: Mapping[str, Any],
            host: Mapping[str, Any]) -> None:
@@ -159,7 +162,8 @@ class Checkpoints:
         continue
       path = self._root / str(candidate)
       found, reason = self._attempt(candidate, abstract, optional)
-      if found is None:
+      reason = next(filter(None, processes.gather(reason)), '')
+      if found is None or reason:
         failures.append(f'{path} is unreadable ({reason})')
         self._unreadable.append(candidate)
         continue
@@ -209,13 +213,18 @@ class Checkpoints:
   def _clear(self) -> None:
     """Makes room for the steps to come; reading alone changes no file."""
     self.close()
+    if processes.is_writer():
+      self._clear_files()
+    self._unreadable.clear()
+    processes.barrier()
+
+  def _clear_files(self) -> None:
     for step in self._unreadable:
       path = self._root / str(step)
       target = path.with_name(f'{step}.unreadable')
       if path.exists():
         shutil.rmtree(target, ignore_errors=True)
         path.rename(target)
-    self._unreadable.clear()
     for left_over in self._root.glob('*.orbax-checkpoint-tmp*'):
       shutil.rmtree(left_over, ignore_errors=True)
 
@@ -267,7 +276,8 @@ class Checkpoints:
 
 
 def _to_stderr(line: str) -> None:
-  print(f'warning: {line}', file=sys.stderr, flush=True)
+  if processes.is_writer():
+    print(f'warning: {line}', file=sys.stderr, flush=True)
 
 
 def _pass_on(hook: Callable[[Any], Any], unraisable: Any) -> None:

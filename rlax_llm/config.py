@@ -240,7 +240,7 @@ class RolloutConfig(Section):
   branching: int = 1
   draft_least: float = 0.05  # nodes less probable are not counted on
   history: int = 8  # R: earlier rollouts of a prompt that are drafted from
-  cache_megabytes: int = 256  # host memory for earlier rollouts
+  cache_megabytes: int = 256  # memory for earlier rollouts, in every process
   segment_forwards: int = 32  # forwards between two boundaries, at most
   min_capacity: int = 64  # S starts here and doubles
 

@@ -27,6 +27,7 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
+from rlax_llm import launch
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
@@ -36,6 +37,7 @@ from rlax_llm.stopping import Diverged
 FLAGS = flags.FLAGS
 USER_ERROR = 2  # exit code
 INTERRUPTED = 130  # exit code, 128 + SIGINT as shells have it
+_PROCESS_FLAGS = [field.name for field in dataclasses.fields(launch.Launch)]
 
 
 def field_paths(config: Section, prefix: str = '') -> dict[str, Any]:
@@ -134,6 +136,24 @@ def DEFINE_workdir(
   return holder
 
 
+def DEFINE_processes() -> None:
+  """Defines how a process finds the others of its run; `run` joins them."""
+  flags.DEFINE_string('coordinator', None,
+                      'HOST:PORT of process 0, if there are several')
+  flags.DEFINE_integer('processes', None, 'how many processes there are')
+  flags.DEFINE_integer('process', None, 'which of them this is, from 0')
+  flags.DEFINE_boolean(
+      'distributed', False,
+      'find the other processes by the environment: SLURM, TPU pods, Open MPI')
+
+
+def _launch() -> launch.Launch:
+  values: dict[str, Any] = {
+      name: FLAGS[name].value for name in _PROCESS_FLAGS if name in FLAGS
+  }
+  return launch.Launch(**values)
+
+
 def DEFINE_steps(name: str, help_string: str) -> flags.FlagHolder:
   """Defines a flag for a range of steps, `--name=A:B`, both included.
 
@@ -146,6 +166,9 @@ def DEFINE_steps(name: str, help_string: str) -> flags.FlagHolder:
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
   """Parses the command line, calls `main(argv)` and exits.
 
+  With the flags of `DEFINE_processes`, all processes call their `main`
+  together.
+
   Args:
     main: the program; argv holds only the program's name. Its return value is
       the exit code (None: 0). A `ConfigError` it raises is a user error.
@@ -154,8 +177,13 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     SystemExit: always. Code 2 after a user error, 1 when the updates are not
       finite any more, 130 when interrupted.
   """
+
+  def together(argv: list[str]) -> Any:
+    with launch.joined(_launch()):
+      return main(argv)
+
   try:
-    app.run(main, flags_parser=_parse_quietly)
+    app.run(together, flags_parser=_parse_quietly)
   except (ConfigError, flags.Error) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
@@ -220,6 +248,11 @@ def _parse(argv: list[str]) -> list[str]:
   """Parses argv into FLAGS; every refusal is a `ConfigError`."""
   if 'config' in FLAGS:
     _check_overrides(argv)
+  for argument in argv[1:]:
+    name = argument.lstrip('-').split('=')[0]
+    if name in _PROCESS_FLAGS and name not in FLAGS:
+      raise ConfigError(f'--{name}: this program runs in one process; leave '
+                        'it out, or use rlax_llm.train or evaluate')
   try:
     rest = FLAGS(argv)
   except flags.Error as e:

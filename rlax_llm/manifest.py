@@ -20,6 +20,7 @@ from typing import Any, Mapping, Sequence
 
 import jax
 
+from rlax_llm import processes
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import Section
@@ -165,6 +166,7 @@ def environment() -> dict[str, Any]:
       'platform': f'{platform.system()} {platform.machine()}',
       'backend': jax.default_backend(),
       'devices': [device.device_kind for device in jax.devices()],
+      'processes': processes.count(),
       'xla_flags': os.environ.get('XLA_FLAGS', ''),
       'cpu_count': os.cpu_count(),
   }
@@ -217,8 +219,8 @@ def write_manifest(workdir: str | os.PathLike[str],
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  names = ('commit', 'versions', 'platform', 'backend', 'devices', 'xla_flags',
-           'cpu_count')
+  names = ('commit', 'versions', 'platform', 'backend', 'devices', 'processes',
+           'xla_flags', 'cpu_count')
   flat_old = _flatten({name: old.get(name) for name in names})
   flat_new = _flatten({name: new.get(name) for name in names})
   return [

@@ -327,6 +327,23 @@ class MetricsWriter:
     self.close()
 
 
+class NoWriter(MetricsWriter):
+  """Writes nothing: of several processes one writes."""
+
+  def __init__(self, workdir: str | os.PathLike[str], *,
+               resume_step: int | None, run_id: str) -> None:
+    """Takes what `MetricsWriter` takes."""
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Does nothing."""
+
+  def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
 def _write_line(file: IO[str], head: Mapping[str, Any],
                 values: Mapping[str, Any]) -> None:
   row = {**head, **{k: values[k] for k in sorted(values) if k not in head}}

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
-from typing import Any, Literal, Mapping, Protocol
+from typing import Any, Callable, Literal, Mapping, Protocol, Sequence
 
 import numpy as np
 
@@ -136,8 +136,13 @@ def demonstrations(task: Task) -> Task:
   return task.unrestricted if isinstance(task, FiniteTask) else task
 
 
-def problems_for_step(task: Task, config: config_lib.TaskConfig, seed: int,
-                      step: int) -> list[Problem]:
+def problems_for_step(
+    task: Task,
+    config: config_lib.TaskConfig,
+    seed: int,
+    step: int,
+    make: Callable[[Sequence[int]], list[Problem]] | None = None
+) -> list[Problem]:
   """Returns the B problems of a training step.
 
   A function of (task, seed, step): nothing is iterated, so that a resumed
@@ -155,26 +160,28 @@ def problems_for_step(task: Task, config: config_lib.TaskConfig, seed: int,
     config: gives B, `prompts_per_step`.
     seed: the run's seed.
     step: from 0.
+    make: makes the training problems of these indices; None: here, in order.
 
   Raises:
     ValueError: the task has too few problems.
   """
+  make = make or (lambda indices: [task.problem('train', i) for i in indices])
   count = config.prompts_per_step
   available = task.num_problems('train')
   if available is not None:
     indices = _epoch_indices(available, count, seed, step)
-    return [task.problem('train', int(i)) for i in indices]
-  chosen: dict[int, Problem] = {}
+    return make([int(i) for i in indices])
+  chosen = make(range(step * count, (step + 1) * count))
   seen: set[str] = set()
   for i in range(count):
-    for attempt in range(4):
+    for attempt in range(1, 4):
+      if chosen[i].prompt_id not in seen:
+        break
       # Attempts live far beyond the index of any step.
       index = step * count + i + (attempt << 40)
       chosen[i] = task.problem('train', index)
-      if chosen[i].prompt_id not in seen:
-        break
     seen.add(chosen[i].prompt_id)
-  return list(chosen.values())
+  return chosen
 
 
 def _epoch_indices(available: int, count: int, seed: int,
