@@ -75,7 +75,7 @@ def load_config(path: str) -> Config:
   try:
     get_config = runpy.run_path(path).get('get_config')
     config = get_config() if get_config else None
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     message = e.msg if isinstance(e, SyntaxError) else _one_line(e)
     raise ConfigError(f'config file {path!r} fails: {type(e).__name__}: '
                       f'{message}{_line_in(path, e)}') from e
@@ -165,7 +165,10 @@ class _MappingParser(flags.ArgumentParser):
   """A dict field, written as a JSON object."""
 
   def parse(self, argument: Any) -> Any:
-    value = json.loads(argument) if isinstance(argument, str) else argument
+    try:
+      value = json.loads(argument) if isinstance(argument, str) else argument
+    except RecursionError as error:
+      raise ValueError('nested too deeply') from error
     if not isinstance(value, collections.abc.Mapping):
       raise ValueError('not a JSON object')
     return value
@@ -198,8 +201,9 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as e:
     raise ConfigError(_explain(e)) from e
   if len(rest) > 1:
-    raise ConfigError(f'unexpected argument {rest[1]!r}: every argument is a '
-                      'flag, --name=value')
+    raise ConfigError(
+        f'unexpected argument {_short(rest[1])!r}: every argument is a '
+        'flag, --name=value')
   return rest
 
 
@@ -214,8 +218,9 @@ def _check_overrides(argv: list[str]) -> None:
       continue
     path = match[1]
     if path not in paths:
-      raise ConfigError(f'--config.{path}: the config has no field {path!r}'
-                        f'{_near(path, paths)}')
+      raise ConfigError(
+          f'--config.{_short(path)}: the config has no field {_short(path)!r}'
+          f'{_near(path, paths)}')
     if isinstance(paths[path], Section):
       fields = ', '.join(f.name for f in dataclasses.fields(paths[path]))
       raise ConfigError(f'--config.{path} is a section; override one of its '
@@ -254,7 +259,7 @@ def _explain(error: flags.Error) -> str:
                 '', text)
   match = re.match(r'flag --(?:no)?config\.([\w.]+)=(.*?): ', text)
   if match:
-    path, value = match.groups()
+    path, value = match[1], _short(match[2])
     fields = field_paths(Config())
     parent, _, leaf = path.rpartition('.')
     section = type(fields[parent]) if parent else Config
@@ -266,6 +271,10 @@ def _explain(error: flags.Error) -> str:
     return (f'--config.{path}={value} is not of type {kind}; '
             f'its default is {fields[path]!r}')
   return text
+
+
+def _short(text: str) -> str:
+  return text if len(text) <= 80 else f'{text[:80]}...'
 
 
 def _one_line(error: BaseException) -> str:

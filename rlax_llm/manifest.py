@@ -64,10 +64,13 @@ def read_manifest(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
     return None
   try:
     manifest = json.loads(path.read_text(encoding='utf-8'))
-    if manifest['config'] and manifest['runs']:
-      return manifest
-    raise ValueError('it lists no run')
-  except (ValueError, KeyError, TypeError) as e:
+    runs = manifest['runs']
+    if not isinstance(manifest['config'], dict) or not manifest['config']:
+      raise ValueError('it holds no config')
+    if not runs or not all(isinstance(run, dict) for run in list(runs)):
+      raise ValueError('it lists no run')
+    return manifest
+  except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
     raise ConfigError(f'{path} is not a manifest ({type(e).__name__}: {e}); '
                       'give another --workdir') from e
 

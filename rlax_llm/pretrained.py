@@ -60,8 +60,9 @@ def resolve(config: Config) -> Config:
       config sets disagrees with it.
   """
   model = config.model
-  if not isinstance(model, ModelConfig) or not isinstance(
-      model.pretrained, str):
+  if (not isinstance(model, ModelConfig) or
+      not isinstance(model.pretrained, str) or
+      not isinstance(model.tokenizer, str)):
     return config  # the check of types comes later and names it
   fields: dict[str, Any] = {}
   if model.pretrained:

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import importlib
-from typing import Any, Literal, Mapping, Protocol
+import inspect
+from typing import Any, Callable, Literal, Mapping, Protocol
 
 import numpy as np
 
@@ -267,4 +268,22 @@ def _imported_task(config: config_lib.TaskConfig, seed: int) -> Task:
     raise ValueError(
         f'task.name {config.name!r} lacks {", ".join(missing)}; a task has '
         'the methods of rlax_llm.tasks.task.Task')
-  return task_class(config, seed)
+  _check_call(task_class, f'task.name {config.name!r}', config, seed)
+  task = task_class(config, seed)
+  for name, arguments in (('problem', ('train', 0)), ('score', ({}, '')),
+                          ('num_problems', ('train',))):
+    _check_call(getattr(task, name), f'{name} of task.name {config.name!r}',
+                *arguments)
+  return task
+
+
+def _check_call(function: Callable[..., Any], what: str, *arguments:
+                Any) -> None:
+  """Refuses what cannot be called with so many arguments."""
+  try:
+    inspect.signature(function).bind(*arguments)
+  except (TypeError, ValueError) as error:
+    raise config_lib.ConfigError(
+        f'{what} takes other arguments ({error}); a task is constructed as '
+        'Class(config, seed) and has the methods of rlax_llm.tasks.task.Task'
+    ) from error
