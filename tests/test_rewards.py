@@ -210,23 +210,23 @@ def test_weights_and_own_rewards(own):
   np.testing.assert_array_equal(alone.rewards, right)
 
 
-def test_own_rewards_that_break_cost_their_sample_only(own, caplog):
+def test_own_rewards_that_break_cost_their_sample_only(own):
   """Mutant: NaN passed on, which makes NaN of every parameter."""
   config = own_config(rewards={'correct': 1.0, 'own_rewards:broken': 1.0})
   bad = ['nan', 'none', 'raise', 'spin', 'exit']
   texts = ['fine', *bad, '<answer>ok</answer>']
   count = len(texts)
-  with caplog.at_level('WARNING'):
-    with verifier_lib.Verifier(config, 0) as verifier:
-      scores = verifier.reward(problems_of(config, count),
-                               texts,
-                               tokens=[1] * count,
-                               finished=[True] * count)
+  shown = []
+  with verifier_lib.Verifier(config, 0, warn=shown.append) as verifier:
+    scores = verifier.reward(problems_of(config, count),
+                             texts,
+                             tokens=[1] * count,
+                             finished=[True] * count)
   assert scores.unscorable.tolist() == [False] + [True] * 5 + [False]
   assert scores.rewards.tolist() == [0.25] + [0.0] * 5 + [1.25]
   assert scores.parts['own_rewards:broken'].tolist() == ([0.25] + [0.0] * 5 +
                                                          [0.25])
-  assert "'own_rewards:broken' returned nan; return a finite" in caplog.text
+  assert "'own_rewards:broken' returned nan; return a finite" in shown[0]
 
 
 def test_lengths_of_another_batch(own):

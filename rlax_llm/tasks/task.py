@@ -250,7 +250,7 @@ def imported(path: str, field: str, form: str) -> Any:
         'cannot import; move it to a module of its own')
   try:
     return getattr(importlib.import_module(module_name), name)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise config_lib.ConfigError(
         f'{field} {path!r} cannot be imported ({type(error).__name__}: '
         f'{error}); it is read as {form} and the module must be on '
