@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
   problems = held_out_problems(run)
   run.check_prompts(problems)
   executables.enable_compilation_cache()
-  step, state, _ = run.restore(_WORKDIR.value)
+  step, state, _ = run.states.restore(_WORKDIR.value)
   with Verifier(run.config.task, run.config.seed) as verifier:
     values = evaluate(run, run.engine(evaluation_sampling(run)), state.params,
                       verifier, problems)

@@ -243,7 +243,7 @@ def main(argv: list[str]) -> None:
   _make_requests(run, _PROMPT.value, _SAMPLES.value)
   _resized(run, 1, _MAX_NEW_TOKENS.value)
   executables.enable_compilation_cache()
-  _, state, _ = run.restore(_WORKDIR.value)
+  _, state, _ = run.states.restore(_WORKDIR.value)
   completions = sample_texts(run,
                              state.params,
                              _PROMPT.value,

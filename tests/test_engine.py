@@ -591,7 +591,7 @@ def test_one_read_for_each_segment(monkeypatch):
     watch(name)
   with jax.transfer_guard_device_to_host('disallow'):
     _, engine = world.generate(requests, drafter=chain)
-  assert engine.reads == engine.stats.segments == counts['explicit'] > 5
+  assert engine.stats.reads == engine.stats.segments == counts['explicit'] > 5
   assert counts['implicit'] == 0
   assert bool(jnp.ones(())) and counts['implicit'] == 1  # the watch works
 

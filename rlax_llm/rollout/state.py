@@ -24,6 +24,7 @@ class RolloutStats:
   node_forwards: int = 0  # sum over forwards of W
   ahead_tokens: int = 0  # for samples of coming steps
   segments: int = 0
+  reads: int = 0  # of the device by the host
   seconds: float = 0.0
   segment_seconds: float = 0.0  # of them, in segments
   reshard_seconds: float = 0.0  # of them, bringing parameters in place
