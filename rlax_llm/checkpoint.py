@@ -8,11 +8,13 @@ the newest step whose content matches its digests; a later one that does not is
 named and passed over.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 from types import TracebackType
@@ -23,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rlax_llm.config import ConfigError
+from rlax_llm.files import writing
 
 FOLDER = 'checkpoints'
 
@@ -84,7 +87,8 @@ class Checkpoints:
     """Returns the steps that have a checkpoint, ascending, readable or not."""
     if not self._root.is_dir():
       return []
-    return sorted(int(p.name) for p in self._root.iterdir() if p.name.isdigit())
+    return sorted(
+        int(p.name) for p in self._root.iterdir() if p.name.isdecimal())
 
   def save(self, step: int, states: Mapping[str, Any],
            host: Mapping[str, Any]) -> None:
@@ -98,10 +102,12 @@ class Checkpoints:
     Raises:
       ValueError: `host` would not come back from JSON as it is, or the step
         exists already.
+      WriteError: it cannot be written.
     """
     _check_keys(host, 'host')
     if not self._saved:
-      self._clear()
+      with self._writing():
+        self._clear()
       self._saved = True
     record = {
         'leaves': {
@@ -116,8 +122,10 @@ class Checkpoints:
     items = {
         name: ocp.args.StandardSave(state) for name, state in states.items()
     }
-    if not self._open().save(
-        step, args=ocp.args.Composite(host=ocp.args.JsonSave(record), **items)):
+    args = ocp.args.Composite(host=ocp.args.JsonSave(record), **items)
+    with self._writing():
+      saved = self._open().save(step, args=args)
+    if not saved:
       raise ValueError(f'step {step} cannot be saved: {self._root} holds steps '
                        f'{self.steps()}; steps must grow')
 
@@ -174,10 +182,15 @@ class Checkpoints:
     return None
 
   def wait(self) -> None:
-    """Returns once every save has reached the disk; raises if one failed."""
+    """Returns once every save has reached the disk.
+
+    Raises:
+      WriteError: one has not; the checkpoints before it are whole.
+    """
     if self._manager:
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
+      with self._writing():
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
 
   def close(self) -> None:
     """Waits, then lets go of the folder."""
@@ -193,6 +206,18 @@ class Checkpoints:
                error: BaseException | None,
                trace: TracebackType | None) -> None:
     self.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Turns what a full or read-only disk makes Orbax raise into one line."""
+    with writing(self._root):
+      try:
+        yield
+      except ValueError as error:  # TensorStore's, with the system's own code
+        code = re.search(r"\[os_error_code='(\d+)'", str(error))
+        if code is None:
+          raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:

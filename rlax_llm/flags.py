@@ -31,9 +31,11 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
 from rlax_llm.config import Section
+from rlax_llm.files import WriteError
 
 FLAGS = flags.FLAGS
 USER_ERROR = 2  # exit code
+STOPPED = 1  # exit code: by the machine; the same command goes on later
 INTERRUPTED = 130  # exit code, 128 + SIGINT as shells have it
 
 
@@ -141,13 +143,17 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
       the exit code (None: 0). A `ConfigError` it raises is a user error.
 
   Raises:
-    SystemExit: always. Code 2 after a user error, 130 when interrupted.
+    SystemExit: always. Code 2 after a user error, 1 where a file cannot be
+      written, 130 when interrupted.
   """
   try:
     app.run(main, flags_parser=_parse_quietly)
   except (ConfigError, flags.Error) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
+  except WriteError as e:
+    print(f'error: {e}', file=sys.stderr, flush=True)
+    sys.exit(STOPPED)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED)

@@ -24,8 +24,9 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import Section
 from rlax_llm.config import to_dict
+from rlax_llm.files import write_atomic
+from rlax_llm.files import WriteError
 from rlax_llm.metrics import jsonable
-from rlax_llm.metrics import write_atomic
 
 MANIFEST_FILE = 'manifest.json'
 
@@ -215,7 +216,11 @@ def write_manifest(workdir: str | os.PathLike[str],
       'runs': [*earlier, run]
   },
                     indent=2)
-  write_atomic(root / MANIFEST_FILE, text + '\n')
+  try:
+    write_atomic(root / MANIFEST_FILE, text + '\n')
+  except WriteError as error:
+    # Before any work: another folder may do.
+    raise ConfigError(f'--workdir={os.fspath(workdir)!r}: {error}') from error
   return warnings
 
 

@@ -90,7 +90,10 @@ def train(config: Config,
   store = run.rollout_store()
   run_id = uuid.uuid4().hex[:8]
 
-  with (Verifier(config.task, config.seed) as verifier,
+  with (Verifier(config.task,
+                 config.seed,
+                 warn=lambda text: progress.message(f'warning: {text}')) as
+        verifier,
         checkpoint.Checkpoints(workdir,
                                keep=config.checkpoint.keep,
                                warn=lambda line: progress.message(line)) as
@@ -125,9 +128,11 @@ def train(config: Config,
       progression.accuracy_after = values['evaluate/accuracy']
       return values
 
-    with metrics.MetricsWriter(workdir,
-                               resume_step=first if found else None,
-                               run_id=run_id) as writer:
+    with metrics.MetricsWriter(
+        workdir,
+        resume_step=first if found else None,
+        run_id=run_id,
+        warn=lambda line: progress.message(f'warning: {line}')) as writer:
       if found:
         progress.message(f'continuing {workdir} after step {first}')
       else:

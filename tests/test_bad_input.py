@@ -427,7 +427,7 @@ def _checkpoints(folder, damage=lambda path: None, prompt_length=4):
   """Writes a run whose checkpoints hold something else than its model."""
   _manifest(folder, prompt_length=prompt_length)
   with checkpoint.Checkpoints(folder) as saved:
-    saved.save(1, {'w': np.zeros(3)}, {})
+    saved.save(1, {'policy': {'w': np.zeros(3)}}, {})
   for path in (folder / 'checkpoints' / '1').rglob('*'):
     if path.is_file():
       damage(path)
@@ -477,6 +477,8 @@ FOLDERS = [
      'it holds no config'),
     ('train', lambda f: (f / 'manifest.json').mkdir(), [GOOD],
      'is not a manifest', 'IsADirectoryError'),
+    ('train', lambda f: (f / 'manifest.json.tmp').mkdir(), [GOOD],
+     "--workdir='WORKDIR'", 'cannot be written (Is a directory)'),
     ('train', _manifest, [GOOD, '--config.seed=3'], 'seed (0 there, 3 now)',
      'another --workdir'),
     ('train', _checkpoints, [GOOD], 'of another model', 'absent there'),

@@ -11,11 +11,11 @@ import pytest
 
 from rlax_llm import config as config_lib
 from rlax_llm import testing
+from rlax_llm.credit import group_advantages
 from rlax_llm.run import make_run
 from rlax_llm.tasks import rewards as rewards_lib
 from rlax_llm.tasks import task as task_lib
 from rlax_llm.tasks import verifier as verifier_lib
-from rlax_llm.train import group_advantages
 
 # A reward that runs the completion, so that each sample is its own program.
 OWN = textwrap.dedent('''\
