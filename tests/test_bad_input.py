@@ -23,6 +23,7 @@ from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
 from rlax_llm import testing
+from rlax_llm import workdir_lock
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
@@ -248,6 +249,8 @@ FLAGS = [
     (['--config.seed'], 'Missing value for flag --config.seed'),
     (['--config.task.instruction=\udcff'], 'task.instruction=', 'UTF-8'),
     (['--config.rollout.drafter=tree'], "'tree'", 'prompt_lookup'),
+    (['--profile_steps=3'], 'profile_steps', '3'),
+    (['--profile_steps=5:2'], 'profile_steps', '5:2'),
     (['--wrkdir=x'], 'Did you mean: workdir'),
     (['x'], "unexpected argument 'x'", '--name=value'),
 ]
@@ -546,7 +549,9 @@ def test_folders(folder, tmp_path, refusal, module, make, arguments, words):
 
   def content():
     return {
-        path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()
+        path: path.read_bytes()
+        for path in workdir.rglob('*')
+        if path.is_file() and path.name != workdir_lock.FILE
     }
 
   def filled(text):
