@@ -156,6 +156,8 @@ CONFIGS = [
     ("task.name = 'bad_own:Bare'", 'bad_own:Bare', 'Class(config, seed)'),
     ("task.name = 'bad_own:Wide'", "'extra'", 'Class(config, seed)'),
     ("task.name = 'bad_own:Narrow'", 'problem of task.name', 'takes other arg'),
+    ("task.name = 'bad_own:Text'", "'train 0'", 'make_problem'),
+    ("task.name = 'bad_own:Entry'", 'is no JSON', 'use JSON types'),
     ("task.name = 'bad_own:Raising'", 'no such service'),
     ('task.epoch_prompts = 9', 'epoch_prompts=9', '2', 'lower'),
     ('evaluate.problems = 9', '2 different held_out', 'evaluate.problems'),
@@ -196,6 +198,8 @@ CONFIGS = [
 ]
 
 OWN = """
+from rlax_llm.tasks import task
+
 def narrow(problem, completion):
   return 0.0
 
@@ -219,6 +223,18 @@ class Narrow(_Whole):
     pass
   def problem(self, index):
     pass
+
+class Text(_Whole):
+  def __init__(self, config, seed):
+    pass
+  def problem(self, split, index):
+    return f'{split} {index}'
+  def num_problems(self, split):
+    return 4
+
+class Entry(Text):
+  def problem(self, split, index):
+    return task.make_problem('own', 'a', 'a', None, {'a': {1, 2}})
 
 class Raising(_Whole):
   def __init__(self, config, seed):

@@ -1,13 +1,13 @@
 """Full disks, read-only folders, lost and torn files: stop whole, or go on."""
 
-import contextlib
 import errno
 import json
 import os
 import pathlib
-import resource
 import sys
+import tempfile
 
+import file_helpers
 import hypothesis
 from hypothesis import strategies as st
 import jax.numpy as jnp
@@ -24,30 +24,6 @@ from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
 
 
-@contextlib.contextmanager
-def room(size):
-  """No file may grow beyond a size, in bytes, while this lasts."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@contextlib.contextmanager
-def unprivileged():
-  """Permissions bind within, also where the tests run as root."""
-  root = os.geteuid() == 0
-  if root:
-    os.seteuid(65534)
-  try:
-    yield
-  finally:
-    if root:
-      os.seteuid(0)
-
-
 def _lines(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -60,7 +36,7 @@ def test_a_line_is_written_wholly_or_not_at_all(tmp_path):
   path = tmp_path / 'lines'
   file = files.LineFile(path)
   file.write('a' * 10)
-  with room(16):
+  with file_helpers.room(16):
     with pytest.raises(files.WriteError) as error:
       file.write('b' * 10)
   assert path.read_text() == 'a' * 10 + '\n'
@@ -92,7 +68,7 @@ def test_atomic_writing_keeps_the_old_content(tmp_path):
   """
   path = tmp_path / 'summary.json'
   files.write_atomic(path, 'old')
-  with room(100):
+  with file_helpers.room(100):
     with pytest.raises(files.WriteError, match='summary.json cannot be writ'):
       files.write_atomic(path, 'n' * 1000)
   assert path.read_text() == 'old'
@@ -101,10 +77,13 @@ def test_atomic_writing_keeps_the_old_content(tmp_path):
 
 def test_a_read_only_folder(tmp_path):
   """Law: one line that names the folder. Mutant: PermissionError passed on."""
-  folder = tmp_path / 'run'
+  # All of pytest's own folders are closed to others.
+  parent = pathlib.Path(tempfile.mkdtemp(dir=tmp_path.parents[2]))
+  parent.chmod(0o755)
+  folder = parent / 'run'
   folder.mkdir(mode=0o555)
   config = to_dict(testing.tiny_config())
-  with unprivileged():
+  with file_helpers.unprivileged():
     with pytest.raises(ConfigError, match='--workdir=.*run.*Permission denied'):
       manifest.write_manifest(folder, config, run_id='a')
     with pytest.raises(files.WriteError, match='Permission denied'):
@@ -113,6 +92,8 @@ def test_a_read_only_folder(tmp_path):
       with Checkpoints(folder) as saved:
         saved.save(1, {'policy': {'w': np.zeros(3)}}, {})
   assert not list(folder.iterdir())
+  folder.rmdir()
+  parent.rmdir()
 
 
 def _board_in_the_way(folder):
@@ -133,7 +114,7 @@ def test_a_run_goes_on_without_tensorboard(tmp_path, make):
   make(tmp_path)
   warnings = []
   limit = 300 if make is _board_is_full else 10**6
-  with room(limit):
+  with file_helpers.room(limit):
     with metrics.MetricsWriter(tmp_path,
                                resume_step=None,
                                run_id='a',
@@ -167,7 +148,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
   host = {'cursor': 1}
   with Checkpoints(tmp_path, keep=1) as saved:
     saved.save(1, states, host)
-  with room(2**15):
+  with file_helpers.room(2**15):
     with pytest.raises(files.WriteError, match='checkpoints cannot be written'):
       with Checkpoints(tmp_path, keep=1) as saved:
         saved.save(2, states, {'cursor': 2})
@@ -222,9 +203,10 @@ _HOSTILE_LINES = st.one_of(
     max_examples=60,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-@hypothesis.given(st.lists(st.tuples(st.integers(0, 9), _HOSTILE_LINES)),
-                  st.integers(0, 9))
-def test_any_rest_of_a_metrics_file_is_continued(tmp_path, rest, last):
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 9), _HOSTILE_LINES)), st.integers(0, 9),
+    st.sampled_from([b'{"step": 0, "torn', b'{"step": 0, "torn": 1}']))
+def test_any_rest_of_a_metrics_file_is_continued(tmp_path, rest, last, torn):
   """Law: whatever a killed run left, its whole lines up to the restored step
   stay, byte for byte and in order, and all further lines are whole.
 
@@ -237,7 +219,7 @@ def test_any_rest_of_a_metrics_file_is_continued(tmp_path, rest, last):
     for i, (step, line) in enumerate(rest):
       good[i] = b'{"step": %d, "i": %d}\n' % (step, i)
       file.write(good[i] + line.replace(b'\n', b'').replace(b'\r', b'') + b'\n')
-    file.write(b'{"step": 0, "torn')
+    file.write(torn)
   with metrics.MetricsWriter(folder,
                              resume_step=last,
                              run_id='a',

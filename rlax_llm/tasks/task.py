@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import json
 from typing import Any, Callable, Literal, Mapping, Protocol
 
 import numpy as np
@@ -53,6 +54,28 @@ def make_problem(source: str, prompt: str, answer: str | None,
   """Returns a problem, its `prompt_id` computed."""
   digest = hashlib.sha256(f'{source}\n{prompt}'.encode('utf-8', 'replace'))
   return Problem(digest.hexdigest(), prompt, answer, trace, source, entry)
+
+
+def problem_json(problem: Problem) -> str:
+  """Returns a problem as worker processes receive it.
+
+  Raises:
+    ConfigError: a task of the user's own made something else, or an entry that
+      is no JSON.
+  """
+  if not isinstance(problem, Problem) or not isinstance(problem.prompt, str):
+    raise config_lib.ConfigError(
+        f'{str(problem)[:80]!r}, of type {type(problem).__name__}, is no '
+        'problem; make it with rlax_llm.tasks.task.make_problem')
+  try:
+    return json.dumps({f.name: getattr(problem, f.name) for f in _FIELDS})
+  except (TypeError, ValueError) as error:
+    raise config_lib.ConfigError(
+        f'the entry of a {problem.source!r} problem is no JSON ({error}); use '
+        'JSON types') from error
+
+
+_FIELDS = dataclasses.fields(Problem)
 
 
 def with_instruction(prompt: str, config: config_lib.TaskConfig) -> str:

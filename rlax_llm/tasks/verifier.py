@@ -21,7 +21,6 @@ _START_SECONDS = 180.0  # a cold import of reasoning-gym on a network disk
 _WINDOW = 32  # samples handed to a worker before the first is answered
 _MAX_FAILED_STARTS = 3
 _MAX_WARNINGS = 20  # kinds of failures that are shown
-_FIELDS = tuple(f.name for f in dataclasses.fields(task_lib.Problem))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,11 +271,7 @@ class _Batch:
     problem = self._problems[index]
     text = self._texts.get(id(problem))
     if text is None:
-      try:
-        text = json.dumps({name: getattr(problem, name) for name in _FIELDS})
-      except (TypeError, ValueError) as error:
-        raise ValueError(f'the entry of a {problem.source!r} problem is no '
-                         f'JSON ({error}); use JSON types') from error
+      text = task_lib.problem_json(problem)
       self._texts[id(problem)] = text
     sample: dict[str, Any] = {'completion': self._completions[index]}
     if self._ends is not None:
