@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 import sys
+import threading
 from types import TracebackType
 from typing import Any, Callable, Collection, Iterator, Mapping
 
@@ -224,6 +225,11 @@ class Checkpoints:
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
+      # For good: what they are for may come at any later time.
+      if not isinstance(threading.excepthook, functools.partial):
+        threading.excepthook = functools.partial(_pass_on_thread,
+                                                 threading.excepthook)
+        sys.unraisablehook = functools.partial(_pass_on, sys.unraisablehook)
       self._manager = ocp.CheckpointManager(
           self._root,
           options=ocp.CheckpointManagerOptions(max_to_keep=self._keep,
@@ -248,19 +254,13 @@ class Checkpoints:
       self, step: int, abstract: Mapping[str, Any],
       optional: Collection[str]) -> tuple[tuple[dict, Any] | None, str]:
     """Returns ((states, host), ''), or (None, why it cannot be read)."""
-    hook = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_pass_on, hook)
     try:
-      found = self._read(step, abstract, optional)
+      return self._read(step, abstract, optional), ''
     except ConfigError:
-      sys.unraisablehook = hook
       raise
     except Exception as e:  # Orbax raises whatever its readers raise.
-      # The new hook stays: what it is for may come at any later time.
       text = ' '.join(str(e).split()).split(' See full TensorStore')[0]
       return None, f'{type(e).__name__}: {text[:200]}'
-    sys.unraisablehook = hook
-    return found, ''
 
   def _read(self, step: int, abstract: Mapping[str, Any],
             optional: Collection[str]) -> tuple[dict[str, Any], Any]:
@@ -296,10 +296,10 @@ def _to_stderr(line: str) -> None:
 
 
 def _pass_on(hook: Callable[[Any], Any], unraisable: Any) -> None:
-  """Calls `hook`, except for what a failed read leaves behind.
+  """Calls `hook`, except for what a failed read or write leaves behind.
 
-  When one array cannot be read, Orbax closes its event loop under the reads of
-  the others; each would print a traceback in the middle of the run.
+  When one array fails, Orbax closes its event loop under the others; each would
+  print a traceback in the middle of the run.
   """
   code = getattr(unraisable.object, 'cr_code', None)
   abandoned = code is not None and 'orbax' in code.co_filename
@@ -307,6 +307,12 @@ def _pass_on(hook: Callable[[Any], Any], unraisable: Any) -> None:
             'Event loop is closed' in str(unraisable.exc_value))
   if not (abandoned or closed):
     hook(unraisable)
+
+
+def _pass_on_thread(hook: Callable[[Any], Any], raised: Any) -> None:
+  """Calls `hook`, except for Orbax's own threads: `wait` raises the same."""
+  if not type(raised.thread).__module__.startswith('orbax.'):
+    hook(raised)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -215,9 +215,10 @@ def _require(name: str, what: str) -> None:
 def _parse_quietly(argv: list[str]) -> list[str]:
   rest = _parse(argv)
   # absl.app raises a verbosity left at its default to INFO, where Orbax writes
-  # dozens of lines per checkpoint; after that it no longer looks defaulted.
+  # dozens of lines per checkpoint, and as errors what it raises besides; after
+  # that it no longer looks defaulted.
   if FLAGS['verbosity'].using_default_value:
-    FLAGS.verbosity = logging.ERROR  # type: ignore[assignment]
+    FLAGS.verbosity = logging.FATAL  # type: ignore[assignment]
   return rest
 
 

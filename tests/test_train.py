@@ -315,7 +315,9 @@ class _FillingUp(Progress):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['metrics.jsonl', 'checkpoints'])
+@pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnhandledThreadExceptionWarning')
+@pytest.mark.parametrize('name', ['samples.jsonl', 'checkpoints'])
 def test_a_full_disk_stops_a_run_that_goes_on(base, tmp_path, name):
   """Law: where a file fits no more the run stops and names it; with room again
   the same call ends with the bits of the undisturbed run.
@@ -323,7 +325,7 @@ def test_a_full_disk_stops_a_run_that_goes_on(base, tmp_path, name):
   Mutants: a torn line kept; what Orbax raises passed on.
   """
   size = {
-      'metrics.jsonl': lambda: (tmp_path / name).stat().st_size + 9,
+      'samples.jsonl': lambda: (tmp_path / name).stat().st_size + 9,
       'checkpoints': lambda: 2**14,
   }[name]
   with contextlib.ExitStack() as stack:
