@@ -224,12 +224,8 @@ class Checkpoints:
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
   def _open(self) -> ocp.CheckpointManager:
+    _quieten()
     if self._manager is None:
-      # For good: what they are for may come at any later time.
-      if not isinstance(threading.excepthook, functools.partial):
-        threading.excepthook = functools.partial(_pass_on_thread,
-                                                 threading.excepthook)
-        sys.unraisablehook = functools.partial(_pass_on, sys.unraisablehook)
       self._manager = ocp.CheckpointManager(
           self._root,
           options=ocp.CheckpointManagerOptions(max_to_keep=self._keep,
@@ -293,6 +289,15 @@ class Checkpoints:
 
 def _to_stderr(line: str) -> None:
   print(f'warning: {line}', file=sys.stderr, flush=True)
+
+
+def _quieten() -> None:
+  """Installs the filters, for good: their cases may come at any later time."""
+  if getattr(sys.unraisablehook, 'func', None) is not _pass_on:
+    sys.unraisablehook = functools.partial(_pass_on, sys.unraisablehook)
+  if getattr(threading.excepthook, 'func', None) is not _pass_on_thread:
+    threading.excepthook = functools.partial(_pass_on_thread,
+                                             threading.excepthook)
 
 
 def _pass_on(hook: Callable[[Any], Any], unraisable: Any) -> None:

@@ -253,7 +253,9 @@ def _commit() -> str | None:
 
   def git(*arguments: str) -> str:
     return subprocess.run(
-        ['git', '-C', str(here.parent), *arguments],
+        # Only reads: a full disk must leave no lock in the checkout.
+        ['git', '--no-optional-locks', '-C',
+         str(here.parent), *arguments],
         check=True,
         capture_output=True,
         text=True,
@@ -262,6 +264,7 @@ def _commit() -> str | None:
   try:
     # An installed package may lie inside somebody else's checkout.
     git('ls-files', '--error-unmatch', here.name)
-    return git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    return git('rev-parse', 'HEAD') + ('-dirty' if changed else '')
   except (OSError, subprocess.SubprocessError):
     return None
