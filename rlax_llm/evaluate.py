@@ -103,11 +103,13 @@ def main(argv: list[str]) -> None:
   config: Config = _CONFIG.value
   run = make_run(config)
   manifest.check_workdir(_WORKDIR.value, to_dict(run.config))
+  problems = held_out_problems(run)
+  run.check_prompts(problems)
   executables.enable_compilation_cache()
   step, state, _ = run.states.restore(_WORKDIR.value)
   with Verifier(run.config.task, run.config.seed) as verifier:
     values = evaluate(run, run.engine(evaluation_sampling(run)), state.params,
-                      verifier, held_out_problems(run))
+                      verifier, problems)
   if processes.is_writer():
     json.dump({'step': step, **values}, sys.stdout)
     print()

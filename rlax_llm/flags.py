@@ -32,10 +32,12 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
 from rlax_llm.config import Section
+from rlax_llm.files import WriteError
 from rlax_llm.stopping import Diverged
 
 FLAGS = flags.FLAGS
 USER_ERROR = 2  # exit code
+STOPPED = 1  # exit code: not by the user's input
 INTERRUPTED = 130  # exit code, 128 + SIGINT as shells have it
 _PROCESS_FLAGS = [field.name for field in dataclasses.fields(launch.Launch)]
 
@@ -78,7 +80,7 @@ def load_config(path: str) -> Config:
   try:
     get_config = runpy.run_path(path).get('get_config')
     config = get_config() if get_config else None
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     message = e.msg if isinstance(e, SyntaxError) else _one_line(e)
     raise ConfigError(f'config file {path!r} fails: {type(e).__name__}: '
                       f'{message}{_line_in(path, e)}') from e
@@ -175,7 +177,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
   Raises:
     SystemExit: always. Code 2 after a user error, 1 when the updates are not
-      finite any more, 130 when interrupted.
+      finite any more or a file cannot be written, 130 when interrupted.
   """
 
   def together(argv: list[str]) -> Any:
@@ -187,9 +189,9 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
   except (ConfigError, flags.Error) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
-  except Diverged as e:
+  except (Diverged, WriteError) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(STOPPED)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED)
@@ -220,7 +222,10 @@ class _MappingParser(flags.ArgumentParser):
   """A dict field, written as a JSON object."""
 
   def parse(self, argument: Any) -> Any:
-    value = json.loads(argument) if isinstance(argument, str) else argument
+    try:
+      value = json.loads(argument) if isinstance(argument, str) else argument
+    except RecursionError as error:
+      raise ValueError('nested too deeply') from error
     if not isinstance(value, collections.abc.Mapping):
       raise ValueError('not a JSON object')
     return value
@@ -238,9 +243,10 @@ def _require(name: str, what: str) -> None:
 def _parse_quietly(argv: list[str]) -> list[str]:
   rest = _parse(argv)
   # absl.app raises a verbosity left at its default to INFO, where Orbax writes
-  # dozens of lines per checkpoint; after that it no longer looks defaulted.
+  # dozens of lines per checkpoint, and as errors what it raises besides; after
+  # that it no longer looks defaulted.
   if FLAGS['verbosity'].using_default_value:
-    FLAGS.verbosity = logging.ERROR  # type: ignore[assignment]
+    FLAGS.verbosity = logging.FATAL  # type: ignore[assignment]
   return rest
 
 
@@ -258,8 +264,9 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as e:
     raise ConfigError(_explain(e)) from e
   if len(rest) > 1:
-    raise ConfigError(f'unexpected argument {rest[1]!r}: every argument is a '
-                      'flag, --name=value')
+    raise ConfigError(
+        f'unexpected argument {_short(rest[1])!r}: every argument is a '
+        'flag, --name=value')
   return rest
 
 
@@ -274,8 +281,9 @@ def _check_overrides(argv: list[str]) -> None:
       continue
     path = match[1]
     if path not in paths:
-      raise ConfigError(f'--config.{path}: the config has no field {path!r}'
-                        f'{_near(path, paths)}')
+      raise ConfigError(
+          f'--config.{_short(path)}: the config has no field {_short(path)!r}'
+          f'{_near(path, paths)}')
     if isinstance(paths[path], Section):
       fields = ', '.join(f.name for f in dataclasses.fields(paths[path]))
       raise ConfigError(f'--config.{path} is a section; override one of its '
@@ -314,7 +322,7 @@ def _explain(error: flags.Error) -> str:
                 '', text)
   match = re.match(r'flag --(?:no)?config\.([\w.]+)=(.*?): ', text)
   if match:
-    path, value = match.groups()
+    path, value = match[1], _short(match[2])
     fields = field_paths(Config())
     parent, _, leaf = path.rpartition('.')
     section = type(fields[parent]) if parent else Config
@@ -326,6 +334,10 @@ def _explain(error: flags.Error) -> str:
     return (f'--config.{path}={value} is not of type {kind}; '
             f'its default is {fields[path]!r}')
   return text
+
+
+def _short(text: str) -> str:
+  return text if len(text) <= 80 else f'{text[:80]}...'
 
 
 def _one_line(error: BaseException) -> str:

@@ -256,6 +256,8 @@ def make_run(config: Config,
     task = tasks.make_task(config.task, config.seed)
     # Workers make their own; a mistake ends the run here.
     rewards.make_rewards(config.task, task)
+    if ':' in config.task.name:
+      tasks.problem_json(task.problem('train', 0))
   except ValueError as error:
     raise ConfigError(str(error)) from error
   mesh = sharding.make_mesh(config.mesh)

@@ -131,8 +131,11 @@ class _Trainer:
     config, run = self.run.config, self.run
     make_writer = (metrics.MetricsWriter
                    if processes.is_writer() else metrics.NoWriter)
-    with make_writer(self._workdir, resume_step=first,
-                     run_id=self._run_id) as self._writer:
+    with make_writer(self._workdir,
+                     resume_step=first,
+                     run_id=self._run_id,
+                     warn=lambda line: self.progress.message(f'warning: {line}')
+                    ) as self._writer:
       if first is None:
         self._begin()
         first, self._unwritten = 0, {'values': {}, 'rows': []}
@@ -298,7 +301,11 @@ def train(config: Config,
     run_id = uuid.uuid4().hex[:8]
     lock = (lock_workdir(workdir)
             if processes.is_writer() else contextlib.nullcontext())
-    with (lock, Verifier(config.task, config.seed) as verifier,
+    with (lock,
+          Verifier(config.task,
+                   config.seed,
+                   warn=lambda line: progress.message(f'warning: {line}')) as
+          verifier,
           checkpoint.Checkpoints(workdir,
                                  keep=config.checkpoint.keep,
                                  keep_every=config.checkpoint.keep_every,
