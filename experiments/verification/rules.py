@@ -33,11 +33,12 @@ class Rule(NamedTuple):
     draft: race | best | independent; see `ops.draft_trees`.
     verify: what is kept of a draft; the position is that of the token after
       the root, in the completion.
-    chain_only: it has no meaning on trees.
+    works_on: chain | tree | any; a tree's rule works on a chain, and is there
+      the same as a chain's.
   """
   draft: str
   verify: Verify
-  chain_only: bool = False
+  works_on: str = 'any'
 
 
 def _follow(tree: DraftTree, target: Array, draft: Array, noise: Noise,
@@ -77,27 +78,60 @@ def _restart(tokens: Array, target: Array, draft: Array, uniforms: Array,
 
 
 RULES: Mapping[str, Rule] = {
-    'follow, race': Rule('race', _follow),
-    'follow, best': Rule('best', _follow),
-    'follow, independent': Rule('independent', _follow),
-    'chain rejection': Rule('independent',
-                            _rejecting(rejection.chain, chain=True), True),
-    'block': Rule('independent', _rejecting(rejection.block, chain=True), True),
-    'multi-round': Rule('independent',
-                        _rejecting(rejection.multi_round, chain=False)),
-    'traversal': Rule('independent',
-                      _rejecting(rejection.traversal, chain=False)),
+    'follow, race':
+        Rule('race', _follow),
+    'follow, best':
+        Rule('best', _follow),
+    'follow, independent':
+        Rule('independent', _follow),
+    'chain rejection':
+        Rule('independent', _rejecting(rejection.chain, chain=True), 'chain'),
+    'block':
+        Rule('independent', _rejecting(rejection.block, chain=True), 'chain'),
+    'multi-round':
+        Rule('independent', _rejecting(rejection.multi_round, chain=False),
+             'tree'),
+    'traversal':
+        Rule('independent', _rejecting(rejection.traversal, chain=False),
+             'tree'),
 }
-PLANTED = Rule('independent', _rejecting(_restart, chain=True), True)
+PLANTED = 'planted bias'
+# With the planted one: an executable holds them all and is told which, because
+# compiling takes longer than running.
+_ALL: Mapping[str, Rule] = {
+    **RULES, PLANTED:
+        Rule('independent', _rejecting(_restart, chain=True), 'chain')
+}
 
 
-def propose(rule: Rule, root: Array, noise: Noise, position: Array,
+def number(name: str) -> Array:
+  """Returns int32[], what `propose` and `verify` call a rule."""
+  return jnp.int32(list(_ALL).index(name))
+
+
+def verify(rule: Array, tree: DraftTree, target: Array, draft: Array,
+           noise: Noise, position: Array) -> Path:
+  """Returns what a rule keeps of N rows.
+
+  Args:
+    rule: int32[], from `number`.
+    tree: of N rows.
+    target: float32[N, W, V], log p after each node.
+    draft: float32[N, W, V], log q after each node.
+    noise: of N rows.
+    position: int32[N], in the completion, of the token after the root.
+  """
+  return jax.lax.switch(rule, [jax.vmap(rule.verify) for rule in _ALL.values()],
+                        tree, target, draft, noise, position)
+
+
+def propose(rule: Array, root: Array, noise: Noise, position: Array,
             laws: Callable[[DraftTree], tuple[Array, Any]], *,
             branching: Branching) -> tuple[DraftTree, Array, Any]:
   """Draws the drafts of N rows, a level for each evaluation of the drafter.
 
   Args:
-    rule: static.
+    rule: int32[], from `number`.
     root: int32[N], last committed tokens.
     noise: of N rows.
     position: int32[N], in the completion, of the token after the root.
@@ -109,27 +143,25 @@ def propose(rule: Rule, root: Array, noise: Noise, position: Array,
     (trees, log q, what `laws` returned beside it for the whole trees).
   """
 
-  def grow(tree: DraftTree, law: Array, noise: Noise, position: Array,
-           depth: Array) -> DraftTree:
-    if rule.draft == 'best':
-      return draft_trees.grow_best(tree, law, depth, branching=branching)
-    if rule.draft == 'race':
-      return draft_trees.grow_race(tree,
-                                   law,
-                                   noise.target,
-                                   position,
-                                   depth,
-                                   branching=branching)
-    return draft_trees.grow_independent(tree,
-                                        law,
-                                        noise.draft,
-                                        position,
-                                        depth,
-                                        branching=branching)
+  grow: Mapping[str, Callable[..., DraftTree]] = {
+      'best':
+          lambda tree, law, noise, position, depth: draft_trees.grow_best(
+              tree, law, depth, branching=branching),
+      'race':
+          lambda tree, law, noise, position, depth: draft_trees.grow_race(
+              tree, law, noise.target, position, depth, branching=branching),
+      'independent':
+          lambda tree, law, noise, position, depth: draft_trees.
+          grow_independent(
+              tree, law, noise.draft, position, depth, branching=branching),
+  }
+  kinds = list(grow)
+  kind = jnp.asarray([kinds.index(r.draft) for r in _ALL.values()])[rule]
+  branches = [jax.vmap(g, (0, 0, 0, 0, None)) for g in grow.values()]
 
   def level(depth: Array, tree: DraftTree) -> DraftTree:
     law, _ = laws(tree)
-    return jax.vmap(grow, (0, 0, 0, 0, None))(tree, law, noise, position, depth)
+    return jax.lax.switch(kind, branches, tree, law, noise, position, depth)
 
   plant = lambda token: draft_trees.plant(token, branching)
   tree = jax.lax.fori_loop(0, len(branching), level, jax.vmap(plant)(root))

@@ -26,8 +26,7 @@ Branching = tuple[int, ...]
 
 def width(branching: Branching) -> int:
   """Returns W, the nodes of a tree with its root."""
-  return 1 + sum(
-      math.prod(branching[:d + 1]) for d in range(len(branching)))
+  return 1 + sum(math.prod(branching[:d + 1]) for d in range(len(branching)))
 
 
 def _layout(branching: Branching) -> np.ndarray:
@@ -81,7 +80,7 @@ def grow_best(tree: DraftTree, scores: Array, depth: Array, *,
     The tree with tokens down to `depth` + 1.
   """
   _, rank, _ = _layout(branching)
-  _, best = jax.lax.top_k(scores, max(branching))
+  _, best = jax.lax.top_k(scores, max(branching, default=1))
   return _set_level(tree, best[jnp.maximum(tree.parents, 0), rank], depth,
                     branching)
 
