@@ -129,7 +129,9 @@ FIRST = [(name, 'chain' if rule.works_on == 'chain' else 'delayed')
 def test_law(name, shape):
   """Four tokens of several rounds have the target's joint law.
 
-  Mutants:
+  Mutants: the residual is p; multi-round tries every child against the first p;
+  block keeps a prefix with probability w instead of h; siblings are drawn with
+  one noise.
   """
   pvalue, _ = p_value(name, SHAPES[shape], 3)
   assert pvalue > LEAST_P
@@ -138,7 +140,7 @@ def test_law(name, shape):
 def test_planted_bias_fails():
   """The same test refuses a rule that draws from p after a rejection.
 
-  Mutant: the planted rule is `rejection.chain` itself.
+  Mutant: the planted rule is chain rejection itself.
   """
   pvalue, _ = p_value(rules.PLANTED, SHAPES['chain'], 3)
   assert pvalue < 1e-12
@@ -147,7 +149,7 @@ def test_planted_bias_fails():
 def test_follow_has_the_tokens_of_plain_sampling():
   """Tokens are those of races one by one, whatever the draft and its shape.
 
-  Mutants:
+  Mutant: all depths race with the clocks of the root.
   """
   noise = make_noise(512, 5)
   want = np.asarray(decode('follow, independent', (), noise)[0])
@@ -176,7 +178,7 @@ def test_acceptance_of_one_token(name):
 
   For chain rejection that is 1 - TV(p, q).
 
-  Mutants:
+  Mutant: chain rejection keeps a token if and only if p >= q.
   """
   _, first = decode(name, (1, 1, 1), make_noise(SAMPLES, 7))
   kept = int(np.sum(np.asarray(first) > 1))
@@ -189,7 +191,7 @@ def test_tokens_of_a_round():
   P(the first i are kept | x) is prod min(1, p / q) by token and
   w_i = min(1, w_{i-1} p / q) by block; the latter is more.
 
-  Mutants:
+  Mutant: block stops at the first prefix that is not kept.
   """
   expected = {'chain rejection': 1.0, 'block': 1.0}
   for x in itertools.product(range(V), repeat=3):
@@ -232,7 +234,7 @@ def test_race_agreement():
   Within 0.02 by sampling, at least (1 - TV) / (1 + TV), at most 1 - TV; at no
   price where the drafter is sure.
 
-  Mutants:
+  Mutants: the formula leaves out q_j / q_i; TV without the half.
   """
   keys = make_noise(40_000, 9).target
 
@@ -282,7 +284,7 @@ def kept(rule, *args):
 def test_on_a_chain_tree_rules_are_chain_rules():
   """Multi-round is chain rejection and traversal is block, draw by draw.
 
-  Mutants:
+  Mutant: a child's weight without its parent's.
   """
   tree, *rest = random_rows((1,) * 5, 4000, 1)
   for on_tree, on_chain in ((rejection.multi_round, rejection.chain),
@@ -349,7 +351,8 @@ def test_tree_rules_equal_their_definition(branching):
 
   The law alone would not tell a rule that accepts too little.
 
-  Mutants:
+  Mutants: multi-round goes on with the same p after a rejection; traversal
+  leaves a deleted token in q, counts twins, or weighs a bereaved parent by S.
   """
   count = 1500
   tree, *rest = random_rows(branching, count, 2)
@@ -377,7 +380,7 @@ def test_tree_rules_equal_their_definition(branching):
 def test_shapes_by_hand():
   """Parents and W of chains, paths, late branches and full trees.
 
-  Mutant:
+  Mutant: every depth branches as the widest does.
   """
   for branching, parents in {
       (): [-1],
@@ -396,7 +399,8 @@ def test_trees_hold_what_they_were_drawn_from():
   """Children of a race are its first arrivals; twins' children hang on the
   first of them, and nothing else is moved.
 
-  Mutants:
+  Mutants: children of second twins stay where they are; every depth of a race
+  uses the clocks of the root.
   """
   law = jnp.log(random_laws(6, 7, 5, concentration=0.3))
   grow = functools.partial(draft_trees.grow_race, branching=(2, 2))
@@ -421,7 +425,7 @@ def test_trees_hold_what_they_were_drawn_from():
 def test_rules_refuse_wrong_shapes():
   """One q too few, or integers for laws, end while tracing.
 
-  Mutant:
+  Mutant: only ranks are checked.
   """
   tree, p, q, uniforms, clocks = (
       jax.tree.map(lambda x: x[0], part) for part in random_rows((1, 1), 1, 0))

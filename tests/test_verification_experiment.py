@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.verification import decode as decoding
+from experiments.verification import measure
 from experiments.verification import rules
-from experiments.verification import run as experiment
 from experiments.verification import settings
 from experiments.verification.decode import Pair
 from rlax_llm import testing
@@ -17,6 +17,7 @@ from rlax_llm import testing
 WIDTH, ROWS, LONGEST = 4, 24, 15
 
 
+@pytest.mark.slow
 def test_a_drafter_that_is_the_target_is_always_right():
   """p = q: every draft is kept whole, W tokens for each forward.
 
@@ -24,7 +25,7 @@ def test_a_drafter_that_is_the_target_is_always_right():
   stays lossless and is wrong now and then. EOS is out of reach, so that every
   row has T tokens. Prompts are of several lengths.
 
-  Mutants:
+  Mutant: the drafter's cache takes the root at every place.
   """
   model = testing.tiny_model()
   params = model.init(jax.random.key(0))
@@ -65,9 +66,9 @@ def test_the_experiment_runs_tiny(tmp_path):
   """All of it with tiny models: laws pass, the planted one fails, tables add
   up, and `follow` samples the same tokens whatever is drafted.
 
-  Mutant:
+  Mutant: the exact law goes on after EOS.
   """
-  experiment.run('smoke', 0, tmp_path)
+  measure.run('smoke', 0, [4], tmp_path)
 
   def read(name):
     with open(tmp_path / name, encoding='utf-8', newline='') as file:

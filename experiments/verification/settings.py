@@ -16,15 +16,13 @@ SIZES: Mapping[str, dict[str, Any]] = {
         dict(target=dict(layers=4, width=128, mlp_width=384),
              draft=dict(layers=2, width=48, heads=2, kv_heads=1, mlp_width=96),
              sft_steps=300,
-             nodes=(4, 8, 16),
              problems=128,
-             law_samples=3000),
+             law_samples=5000),
     # Of the tests: nothing is learned.
     'smoke':
         dict(target=dict(layers=2, width=16, mlp_width=32, init_scale=9.0),
              draft=dict(layers=1, width=16, heads=2, kv_heads=1, mlp_width=32),
              sft_steps=1,
-             nodes=(4,),
              problems=8,
              law_samples=4096),
 }

@@ -31,7 +31,8 @@ def _draw(clocks: Array, weights: Array) -> Array:
 def _residual(target: Array, draft: Array, weight: Array) -> Array:
   """Returns (weight * p - q)_+, or p where that is 0 everywhere.
 
-  It is 0 only where nothing of the draft can be turned down, but for rounding.
+  Where it is 0, no token is drawn from it but for rounding: either nothing that
+  was drafted can be turned down, or the prefix cannot be where the path ends.
   """
   left = jnp.maximum(weight * target - draft, 0)
   return jnp.where(jnp.any(left > 0), left, target)
@@ -217,8 +218,8 @@ def traversal(tree: DraftTree, target: Array, draft: Array, uniforms: Array,
   _check(tree.tokens, target, draft, uniforms, clocks)
   width = tree.tokens.shape[0]
   weights = jnp.zeros(width).at[0].set(1)
-  waiting = (verification.first_twins(tree) == jnp.arange(width)).at[0].set(
-      False)
+  waiting = (
+      verification.first_twins(tree) == jnp.arange(width)).at[0].set(False)
 
   def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
     here, _, waiting, p, q, weights = state
@@ -233,8 +234,7 @@ def traversal(tree: DraftTree, target: Array, draft: Array, uniforms: Array,
     # siblings have not been entered yet, so no other weight depends on them.
     parent, x = jnp.maximum(tree.parents[here], 0), tree.tokens[here]
     left = _residual(p[parent], q[parent], weights[parent])
-    surplus = jnp.sum(
-        jnp.maximum(weights[parent] * p[parent] - q[parent], 0))
+    surplus = jnp.sum(jnp.maximum(weights[parent] * p[parent] - q[parent], 0))
     rest = q[parent].at[x].set(0)
     total = jnp.sum(rest)
     # 0 / 0 where p = q on all that can be drawn: there w = 1.
