@@ -18,6 +18,7 @@ from rlax_llm import sharding
 from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import list_widths
 from rlax_llm.config import ModelConfig
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
@@ -96,9 +97,9 @@ class Run:
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts."""
     rollout = self.config.rollout
-    width = rollout.width or max(self.config.control.widths)
+    widest = max(list_widths(rollout, self.config.control))
     # Where nobody drafts from it, it keeps nothing.
-    used = rollout.drafter == 'tree_cache' and width > 1
+    used = rollout.drafter == 'tree_cache' and widest > 1
     kept = rollout.history if used else 0
     return RolloutStore(history=kept,
                         megabytes=rollout.cache_megabytes,

@@ -17,6 +17,7 @@ from rlax_llm import testing
 from rlax_llm import validation
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.drafting import arms
 from rlax_llm.drafting import drafters
 from rlax_llm.learning import algorithms
 from rlax_llm.run import make_run
@@ -85,8 +86,68 @@ BAD = [
         'rollout.cache_megabytes': 0
     }, ['cache_megabytes=0', 'at least 1']),
     ({
+        'rollout.branching': -1
+    }, ['branching=-1', 'at least 0']),
+    ({
         'rollout.branching': 0
-    }, ['branching=0', 'at least 1']),
+    }, ['branching=0', 'width=3', 'set the width to 0']),
+    ({
+        'rollout.width': 0,
+        'rollout.branching': 0,
+        'control.branchings': ()
+    }, ['branching=0', 'control.branchings is empty']),
+    ({
+        'control.branchings': (1, 3)
+    }, ['control.branchings=(1, 3)', 'no effect', 'branching=1']),
+    ({
+        'control.strategy': 'costs'
+    }, ["'costs'", 'cost_model']),
+    ({
+        'control.strategy': 'table'
+    }, ["strategy='table'", 'rollout.width=3', 'set the width to 0']),
+    ({
+        'rollout.width': 0,
+        'control.strategy': 'table',
+        'control.widths': (1, 8)
+    }, ['control.widths=(1, 8)', 'no effect', "'table'"]),
+    ({
+        'control.buckets': ((8, 4),)
+    }, ['control.buckets=((8, 4),)', 'no effect', "'cost_model'"]),
+    ({
+        'rollout.width': 0,
+        'control.strategy': 'table',
+        'control.bandit_window': 10
+    }, ['control.bandit_window=10', 'no effect', "'table'"]),
+    ({
+        'rollout.width': 0,
+        'control.strategy': 'bandit'
+    }, ["'bandit'", 'two arms or more', '(1, 48)', 'gives 1']),
+    ({
+        'rollout.width': 0,
+        'control.strategy': 'table',
+        'control.buckets': ((8, 2, 4),)
+    }, ["'table'", 'one width', '(8, 2, 4)', 'gives 2']),
+    ({
+        'rollout.width': 0,
+        'control.strategy': 'table',
+        'control.buckets': ((8, 4), (2, 8))
+    }, ['control.buckets', 'ascending']),
+    ({
+        'rollout.width': 0,
+        'control.strategy': 'table',
+        'control.buckets': ((8, 4.5),)
+    }, ['control.buckets', '(8, 4.5)', 'whole numbers']),
+    ({
+        'rollout.width': 0,
+        'control.strategy': 'bandit',
+        'control.buckets': ((8, 1, 65),)
+    }, ['control.buckets', '65', 'at most 64']),
+    ({
+        'control.bandit_epsilon': 1.5,
+        'rollout.width': 0,
+        'control.strategy': 'bandit',
+        'control.buckets': ((8, 1, 4),)
+    }, ['bandit_epsilon=1.5', 'at most 1']),
     ({
         'rollout.draft_least': 1.5
     }, ['draft_least=1.5', 'at most 1']),
@@ -381,7 +442,9 @@ def test_choices_name_what_is_implemented():
 
   Mutant: a drafter entered in one place only.
   """
-  assert tuple(drafters.DRAFTERS) == config_lib.DRAFTERS
+  assert tuple(arms.SOURCES) == config_lib.DRAFTERS
+  sources = {each for found in arms.SOURCES.values() for each in found}
+  assert sources == set(drafters.DRAFTERS)
   assert Config().algorithm.name in algorithms.PRESETS
   fields = {f.name for f in dataclasses.fields(config_lib.AlgorithmConfig)}
   static = {f.name for f in dataclasses.fields(algorithms.Algorithm)}
