@@ -63,8 +63,8 @@ class Machine:
     nodes = self.reach(len(self.used), rows)[:arm.width - 1]
     self.used.append((rows, arm, most, timed))
     # A deeper node is reached only if the one before it was.
-    draw = self.rng.random((most * n, 1))
-    accepted = [most * n, *(draw < np.asarray(nodes)[None]).sum(axis=0)]
+    draw = np.sort(self.rng.random(most * n))
+    accepted = [most * n, *np.searchsorted(draw, nodes)]
     seconds = most * self.cost(rows, arm)
     seconds *= 1 + self.noise * self.rng.exponential()
     strategy.observe(
