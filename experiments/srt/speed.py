@@ -13,7 +13,6 @@ apart, and what accept length over the cost of verification would allow.
 import functools
 import pathlib
 import statistics
-import time
 from typing import Any
 
 from absl import app
@@ -73,16 +72,17 @@ def measure(run: Run, params: Any, rows: int, width: int,
   """
   engines = make_engines(run, rows, width)
   stores = {name: run.rollout_store() for name in engines}
+  clock = workload.clock()
   seconds: dict[tuple[int, str], list[float]] = {}
   totals: dict[tuple[int, str], list[float]] = {}
 
   def generate(name: str, epoch: int, first: int) -> Any:
     requests = workload.make_requests(run, rows, epoch * pairs + first, first)
     engine = engines[name]
-    compiled, start = run.pool.seconds, time.perf_counter()
+    compiled, start = run.pool.seconds, clock()
     rollouts, _ = engine.generate(params, requests,
                                   RolloutState(store=stores[name]))
-    spent = time.perf_counter() - start - (run.pool.seconds - compiled)
+    spent = clock() - start - (run.pool.seconds - compiled)
     return spent, engine.stats, [r.tokens.tolist() for r in rollouts]
 
   for name in engines:  # compiles; of problems that do not come again
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> None:
   executables.enable_compilation_cache()
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
-  run = make_run(config)
+  run = make_run(config, clock=workload.clock())
   params = warm_start(run, run.init_params(), lambda done, loss: None)
   table: list[dict[str, Any]] = []
   for rows in map(int, _ROWS.value):

@@ -106,17 +106,18 @@ def record(rows: Iterable[int], widths: Sequence[int],
   """Returns the segments of every arm, generated in turn, step by step."""
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
-  run = make_run(config)
+  run = make_run(config, clock=workload.clock())
   params = warm_start(run, run.init_params(), lambda done, loss: None)
   records: list[Record] = []
   for slots in rows:
     recorders = {w: Recorder(_arm(w), slots) for w in widths}
+    # One S for all arms: each engine could draft with the widest.
     engines = {
         w:
             workload.make_engine(run,
                                  slots,
-                                 width=w,
                                  widths=widths,
+                                 width=0,
                                  strategy=recorders[w]) for w in widths
     }
     stores = {w: run.rollout_store() for w in widths}

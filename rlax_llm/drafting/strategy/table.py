@@ -45,7 +45,8 @@ class Table:
 
   The published default of "Taming the Long Tail" (TLT),
   https://arxiv.org/abs/2511.16665: the fewer rows decode, the more nodes are
-  verified, and above a threshold of running rows none are drafted.
+  verified, and above a threshold of running rows none are drafted. There the
+  threshold has to hold for ten forwards in a row; here segments are longer.
   """
 
   def __init__(self, buckets: Buckets) -> None:
