@@ -463,7 +463,8 @@ def test_what_was_learned_survives_as_json(name):
   for _ in range(60):
     for rows in (32, 8):
       machine.run(first, rows, chains(1, 4))
-  saved = json.loads(json.dumps(first.dump()))
+  dump = first.dump()
+  saved = json.loads(json.dumps(dump))
   again = STRATEGIES[name]()
   again.restore(saved)
   dumped = json.loads(json.dumps(again.dump()))
@@ -482,7 +483,7 @@ def test_what_was_learned_survives_as_json(name):
     if name != 'cost_model':
       ways[-1].append(after.used)
   assert ways[0] == ways[1]
-  assert json.loads(json.dumps(saved)) == saved
+  assert json.loads(json.dumps(dump)) == saved
 
 
 def test_a_dump_of_another_strategy_says_nothing():

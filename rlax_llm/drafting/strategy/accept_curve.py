@@ -107,7 +107,7 @@ class AcceptCurve:
 
   def dump(self) -> list[Any]:
     """Returns everything, as JSON can hold it."""
-    fields = lambda counts: [counts.reached, counts.offered, counts.last]
+    fields = lambda c: [[*c.reached], [*c.offered], [*c.last]]
     return [fields(self._all), [[n, fields(c)] for n, c in self._at.items()]]
 
   def restore(self, saved: list[Any]) -> None:
