@@ -106,6 +106,8 @@ METRICS: dict[str, Metric] = {
         Metric('prompts', _S, 'prompts with earlier rollouts'),
     'rollout/segments':
         Metric('segments', _S, 'segments, each with one read of the device'),
+    'rollout/executables':
+        Metric('1', _S, 'segments compiled so far, by rows, capacity and arm'),
     'rollout/occupancy':
         Metric('fraction', _S, 'slots that hold an unfinished sample'),
     'time/rollout':
