@@ -90,7 +90,7 @@ class _Trainer:
     self._saved = saved
     self._started = started
     self._held_out = held_out
-    engine = run.engine(run.sampling)
+    self._engine = engine = run.engine(run.sampling)
     law = evaluation.evaluation_sampling(run)
     self._judge = engine if law == run.sampling else run.engine(law)
     self._learner = learners.make_learner(run)
@@ -112,6 +112,7 @@ class _Trainer:
     self._saved_step = step
     self.progression = Progression(**host['progression'])
     self._earlier = self.progression.wall_seconds
+    self._engine.strategy.restore(host['strategy'])
     self._unwritten = host.get('unwritten')
     if self._unwritten is not None:  # JSON has no NaN
       values = self._unwritten['values']
@@ -247,6 +248,7 @@ class _Trainer:
     host: dict[str, Any] = {
         'progression': dataclasses.asdict(self.progression),
         'rollouts': processes.gather(self._store.dump(), to_writer=True),
+        'strategy': self._engine.strategy.dump(),
     }
     if unwritten is not None:
       host['unwritten'] = unwritten
