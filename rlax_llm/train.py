@@ -18,6 +18,7 @@ from rlax_llm import learner as learners
 from rlax_llm import manifest
 from rlax_llm import metrics
 from rlax_llm import report
+from rlax_llm import teacher as teachers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
@@ -79,6 +80,7 @@ def train(config: Config,
   run.check_prompts([*held_out, *run.known_problems()])
   if config.sft.steps:
     run.demonstration(0)
+  teacher = teachers.find_teacher(run)
   with checkpoint.Checkpoints(workdir) as saved:
     # A continued run has its parameters, and the weights may be gone.
     facts = {} if saved.steps() else run.states.check_pretrained()
@@ -86,7 +88,7 @@ def train(config: Config,
   engine = run.engine(run.sampling)
   law = evaluation.evaluation_sampling(run)
   judge = engine if law == run.sampling else run.engine(law)
-  learner = learners.make_learner(run)
+  learner = learners.make_learner(run, teachers.load_teacher(run, teacher))
   store = run.rollout_store()
   run_id = uuid.uuid4().hex[:8]
 

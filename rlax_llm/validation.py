@@ -27,7 +27,7 @@ _CHOICES = {
     'model.rope_scaling': ('none', 'linear', 'llama3'),
     'rollout.drafter': DRAFTERS,
     'learning.schedule': ('constant', 'linear', 'cosine'),
-    'learning.old_logprobs': ('recompute', 'sampler'),
+    'learning.old_logprobs': ('recompute', 'scored', 'sampler'),
     'learning.precision.parameters': ('float32', 'bfloat16'),
     'learning.precision.compute': ('float32', 'bfloat16'),
     'learning.precision.head': ('float32', 'bfloat16'),
