@@ -310,7 +310,7 @@ def test_nan_outside_the_mask_of_a_preset(name):
 # ---- A critic ----------------------------------------------------------------
 def _segments(batch):
   """Returns {tokens of a sample: its arrays at its targets, by name}."""
-  found = {}
+  batch, found = jax.device_get(batch), {}
   for m, r in np.ndindex(*batch.tokens.shape[:2]):
     for number in range(1, int(batch.segments[m, r].max()) + 1):
       where = batch.segments[m, r] == number
