@@ -34,7 +34,7 @@ BAD = [
     }, ["'cosin'", 'cosine']),
     ({
         'learning.old_logprobs': 'both'
-    }, ["'both'", 'recompute, sampler']),
+    }, ["'both'", 'recompute, scored, sampler']),
     ({
         'learning.precision.compute': 'float16'
     }, ["'float16'", 'bfloat16']),

@@ -143,10 +143,6 @@ def resolve(config: AlgorithmConfig) -> Algorithm:
     if not least <= value <= most:
       raise ConfigError(f'algorithm.{field}={value} must be between {least} '
                         f'and {most}')
-  if algorithm.credit == 'distillation' and not algorithm.teacher:
-    raise ConfigError("algorithm.credit='distillation' learns from a teacher; "
-                      "set algorithm.teacher to a folder of published weights "
-                      "or a run's workdir")
   return algorithm
 
 
@@ -160,6 +156,10 @@ def check(algorithm: Algorithm, config: Config) -> None:
   Raises:
     ConfigError: naming the fields that disagree.
   """
+  if algorithm.credit == 'distillation' and not algorithm.teacher:
+    raise ConfigError("algorithm.credit='distillation' learns from a teacher; "
+                      "set algorithm.teacher to a folder of published weights "
+                      "or a run's workdir")
   group = config.rollout.samples_per_prompt
   batch = group * config.task.prompts_per_step
   alone = algorithm.advantage == 'best_minus_second' or (algorithm.credit
