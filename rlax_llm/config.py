@@ -78,56 +78,40 @@ def freeze(value: Any) -> Any:
 class AlgorithmConfig(Section):
   """Which objective. A field left at None takes the preset's value.
 
-  The presets are the entries of `learning/algorithms.py`.
+  The presets are in `learning/presets.py`; `learning/algorithm.py` says what
+  each field is and which table holds its names.
   """
   name: str = 'grpo'
-  # A name of ESTIMATORS or PART_ESTIMATORS in learning/estimators.py.
   advantage: str | None = None
-  # How a sample's tokens share its advantage; CREDITS in token_credit.py.
   credit: str | None = None
-  loss: str | None = None  # a name of LOSSES in learning/objectives.py
-  reduction: str | None = None  # a name of ops.masking.REDUCTIONS
-  # A name of ops.divergences.DIVERGENCES, against the reference.
+  loss: str | None = None
+  reduction: str | None = None
   divergence: str | None = None
   kl_coefficient: float | None = None
-  # Keep a reference to measure k3 by, even with kl_coefficient 0.
   keep_reference: bool | None = None
-  clip_low: float | None = None  # ratios below 1 - clip_low are clipped
-  clip_high: float | None = None  # ratios above 1 + clip_high are clipped
-  # Bounds the loss of bad tokens that have become likely; 0: off.
+  clip_low: float | None = None
+  clip_high: float | None = None
   dual_clip: float | None = None
   entropy_coefficient: float | None = None
-  # nats; above 0 the term is coefficient * |entropy - target|.
-  entropy_target: float | None = None
-  # Weights pi_old / pi_behaviour of samples of an earlier policy; CORRECTIONS
-  # in learning/objectives.py: none | token | sequence | geometric (truncated
-  # at weight_high) and each with _mask (0 outside of [low, high]).
+  entropy_target: float | None = None  # nats
   correction: str | None = None
   weight_low: float | None = None
   weight_high: float | None = None
-  # Which tokens are dropped; REJECTIONS in learning/objectives.py: none |
-  # stale_failures | (token | sum | mean | max)_(k1 | k2 | k3).
   rejection: str | None = None
   reject_low: float | None = None
   reject_high: float | None = None
-  # Samples out of the loss and its denominators; FILTERS in filters.py: none |
-  # scorable | signal (groups whose rewards differ) | finished.
   filter: str | None = None
-  # verifier | majority: the answer most samples of the group agree on.
   labels: str | None = None
-  # none | effective_samples: VCPO's, of an optimizer step.
   step_scale: str | None = None
-  # credit='gae': a critic is trained beside the policy.
   discount: float | None = None
-  trace: float | None = None  # lambda
-  value_clip: float | None = None  # 0: values move freely
-  critic_learning_rate: float | None = None  # 0: the policy's
-  critic_warmup: int | None = None  # first RL steps, for the critic alone
-  coverage_samples: int | None = None  # loss='coverage': N of pass@N
-  # credit='distillation': a folder of published weights, or a run's workdir.
+  trace: float | None = None
+  value_clip: float | None = None
+  critic_learning_rate: float | None = None
+  critic_warmup: int | None = None  # RL steps
+  coverage_samples: int | None = None
   teacher: str | None = None
   distillation_coefficient: float | None = None
-  distillation_discount: float | None = None  # of later log-ratios
+  distillation_discount: float | None = None
 
 
 @dataclasses.dataclass(unsafe_hash=True)
