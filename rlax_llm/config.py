@@ -260,7 +260,7 @@ class RolloutConfig(Section):
   branching: int = 1
   draft_least: float = 0.05  # nodes less probable are not counted on
   history: int = 8  # R: earlier rollouts of a prompt that are drafted from
-  cache_megabytes: int = 256  # host memory for earlier rollouts
+  cache_megabytes: int = 256  # memory for earlier rollouts, in every process
   segment_forwards: int = 32  # forwards between two boundaries, at most
   min_capacity: int = 64  # S starts here and doubles
 
@@ -309,6 +309,12 @@ class LearningConfig(Section):
   microbatch_rows: int = 8  # rows in one forward and backward pass
   score_chunk: int = 2048  # positions whose logits exist at one time
   remat: bool = False  # recompute each layer in the backward pass
+  # After so many updates in a row whose loss or gradient is not finite, and
+  # which were skipped, the run stops.
+  most_skipped: int = 5
+  # Warns where a token's behaviour log-probability and the recomputed one
+  # differ by more, in nats. 0: chosen by learning.precision.compute.
+  gap_alarm: float = 0.0
   precision: PrecisionConfig = dataclasses.field(
       default_factory=PrecisionConfig)
 
@@ -328,7 +334,8 @@ class MeshConfig(Section):
 class CheckpointConfig(Section):
   """When to save, how much to keep."""
   every: int = 50  # steps; 0: only at the start and the end
-  keep: int = 2
+  keep: int = 2  # the newest
+  keep_every: int = 0  # and those of every so many steps; 0: none
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -414,9 +421,13 @@ def from_dict(items: Mapping[str, Any]) -> Config:
     ConfigError: if a field is unknown, as after an upgrade.
   """
 
-  def fill(section: Any, values: Mapping[str, Any], path: str) -> None:
+  def fill(section: Any, values: Any, path: str) -> None:
+    if not isinstance(values, Mapping):
+      raise ConfigError(f'the recorded config has no fields in {path or "it"}: '
+                        f'{str(values)[:80]!r}; it is damaged')
+    known = {field.name for field in dataclasses.fields(section)}
     for name, value in values.items():
-      if not hasattr(section, name):
+      if name not in known:
         raise ConfigError(f'the recorded config has the unknown field '
                           f'{path}{name}; it is of another version')
       current = getattr(section, name)

@@ -2,6 +2,7 @@
 
 from typing import Sequence
 
+import jax
 import numpy as np
 
 from rlax_llm.experience import Group
@@ -91,7 +92,7 @@ def advantages(run: Run, groups: Sequence[Group],
   estimate = PART_ESTIMATORS[name]
   found = run.pool(('advantages', name, parts.shape), estimate, parts,
                    np.array(list(weights.values()), np.float32))
-  return np.where(unscorable, 0.0, np.asarray(found)).astype(np.float32)
+  return np.where(unscorable, 0.0, jax.device_get(found)).astype(np.float32)
 
 
 def group_advantages(run: Run, rewards: np.ndarray, lengths: np.ndarray,
@@ -108,7 +109,7 @@ def group_advantages(run: Run, rewards: np.ndarray, lengths: np.ndarray,
   found = run.pool(
       ('advantages', run.algorithm.advantage, rewards.shape), estimate,
       rewards.astype(np.float32), lengths.astype(np.int32))
-  return np.where(unscorable, 0.0, np.asarray(found)).astype(np.float32)
+  return np.where(unscorable, 0.0, jax.device_get(found)).astype(np.float32)
 
 
 def trained_samples(run: Run, groups: Sequence[Group],

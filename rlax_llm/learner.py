@@ -269,6 +269,8 @@ class Learner:
     if step >= self._algorithm.critic_warmup:
       states['policy'], more = self.learn(states['policy'], prepared)
       values |= more
+    skipped = values.get('learning/skipped', 0.0)
+    values['learning/skipped'] = max(skipped, values.pop('critic/skipped', 0.0))
     return states, values
 
   def _update_critic(self, state: TrainState,

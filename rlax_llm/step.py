@@ -56,6 +56,7 @@ def train_step(
                                            loop.reference,
                                            critic=critic)
   watch.lap('score')
+  run.on_boundary()  # the last time: `learn_all` takes the states
   states, values = loop.learner.learn_all(states, prepared, step)
   watch.lap('update')
 

@@ -99,7 +99,7 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
                      errors_squared=total(jnp.square(errors)))
     return loss, jax.lax.stop_gradient(totals)
 
-  state, totals, norm = updates.take_step(
+  state, totals, norm, sound = updates.take_step(
       state,
       batch,
       share,
@@ -114,6 +114,7 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   return state, {
       'critic/loss': totals.loss,
       'critic/grad_norm': norm,
+      'critic/skipped': 1.0 - sound,
       'critic/clip_fraction': totals.clipped / count,
       'critic/value_mean': (totals.returns - totals.errors) / count,
       'critic/explained_variance': jnp.where(variance > 1e-8, explained, 0.0),

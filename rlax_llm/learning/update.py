@@ -201,15 +201,16 @@ def microbatch(batch: Batch, i: Array | int) -> Batch:
   return jax.tree.map(lambda x: x[i] if x.ndim else x, batch)
 
 
-def take_step(state: TrainState,
-              batch: Batch,
-              share: Callable[[Params, Batch], tuple[Array, Any]],
-              nothing: Any,
-              merge: Callable[[Any, Any], Any],
-              *,
-              model: LanguageModel,
-              optimizer: optax.GradientTransformation,
-              scale: Array | None = None) -> tuple[TrainState, Any, Array]:
+def take_step(
+    state: TrainState,
+    batch: Batch,
+    share: Callable[[Params, Batch], tuple[Array, Any]],
+    nothing: Any,
+    merge: Callable[[Any, Any], Any],
+    *,
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    scale: Array | None = None) -> tuple[TrainState, Any, Array, Array]:
   """Takes one optimizer step on a sum over the microbatches of a batch.
 
   Gradients are summed over the microbatches that hold anything, in a loop of
@@ -219,14 +220,15 @@ def take_step(state: TrainState,
     state: donated by the caller.
     batch: packed samples, [M, R, L].
     share: (params, microbatch) -> (its share of the loss, totals).
-    nothing: the totals of no microbatch.
+    nothing: the totals of no microbatch; `loss` is among them.
     merge: (totals, totals) -> totals.
     model: static.
     optimizer: static.
     scale: float32[], of the step that the optimizer asks for; None: 1.
 
   Returns:
-    (state, totals, global norm of the gradient).
+    (state, totals, global norm of the gradient, whether loss and norm are
+    finite: if not, only the step count moves).
   """
   trained, frozen = lora.split(state.params, model.trainable(state.params))
   zeros = model.place(
@@ -245,11 +247,19 @@ def take_step(state: TrainState,
                                         (zeros, nothing))
   gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, trained)
   changes, opt_state = optimizer.update(gradients, state.opt_state, trained)
+  norm = optax.global_norm(gradients)
+  # One bad batch must not end a run: nothing but the step count moves then.
+  sound = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
+  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(sound, n, o), new,
+                                       old)
   if scale is not None:
     changes = jax.tree.map(lambda x: (scale * x).astype(x.dtype), changes)
-  params = lora.join(optax.apply_updates(trained, changes), frozen)
-  return (TrainState(step=state.step + 1, params=params,
-                     opt_state=opt_state), totals, optax.global_norm(gradients))
+  params = lora.join(keep(optax.apply_updates(trained, changes), trained),
+                     frozen)
+  return (TrainState(step=state.step + 1,
+                     params=params,
+                     opt_state=keep(opt_state,
+                                    state.opt_state)), totals, norm, sound)
 
 
 def update(state: TrainState, batch: Batch, *, model: LanguageModel,
@@ -271,7 +281,7 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
     (state, metrics under their fixed names; training values).
   """
   scale = batch.extra.get('step_scale')
-  state, totals, norm = take_step(
+  state, totals, norm, sound = take_step(
       state,
       batch,
       lambda params, part: _loss(params, part, model, config),
@@ -284,6 +294,7 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   metrics = {
       'learning/loss': totals.loss,
       'learning/grad_norm': norm,
+      'learning/skipped': 1.0 - sound,
       'policy/entropy': mean(totals.entropy),
       'policy/clip_fraction': mean(totals.clipped),
       'policy/ratio_mean': mean(totals.ratio),

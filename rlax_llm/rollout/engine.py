@@ -43,6 +43,7 @@ class RolloutEngine:
                seed: int,
                mesh: Mesh,
                clock: Callable[[], float] = time.perf_counter,
+               on_boundary: Callable[[], None] = lambda: None,
                drafter: Drafter | None = None,
                params_placement: Any = None,
                pool: ExecutablePool | None = None) -> None:
@@ -57,6 +58,8 @@ class RolloutEngine:
       seed: the run's seed.
       mesh: from `sharding.make_mesh`.
       clock: seconds; read for statistics only.
+      on_boundary: called between segments; to give up a `generate`, it
+        raises.
       drafter: overrides `rollout.drafter`, for instance with your own.
       params_placement: a sharding for every parameter, to which `generate`
         brings them first, rounded to what a forward reads; None: used as they
@@ -68,6 +71,7 @@ class RolloutEngine:
         and draft do not fit the model's positions.
     """
     self._clock = clock
+    self._on_boundary = on_boundary
     self._params_placement = params_placement
     ways = sharding.ways(mesh)
     if rollout.slots % ways:
@@ -166,6 +170,7 @@ class RolloutEngine:
                             self.stats,
                             ahead=ahead)
     while generation.admit():
+      self._on_boundary()
       generation.decode()
     results = generation.results
     if state.store is not None:
