@@ -557,16 +557,18 @@ def test_every_preset_learns(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['decoupled_ppo', 'vcpo'])
-def test_stale_rollouts_teach(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize('name, floor', [('decoupled_ppo', 0.85),
+                                         ('vcpo', 0.7)])
+def test_stale_rollouts_teach(tmp_path, monkeypatch, name, floor):
   """Law: with rollouts of the parameters of four steps before, scored under
-  them, the toy task is still learned, and the weights are seen to spread.
+  them, the toy task is still learned (measured: 0.99, and 0.89 with the steps
+  of VCPO scaled down to 0.28), and the weights are seen to spread.
 
   Mutant: the sign of the advantage.
   """
   make_stale(monkeypatch, 4)
   rewards = _rewards(tmp_path, algorithm__name=name)
-  assert np.mean(rewards[-5:]) > 0.85
+  assert np.mean(rewards[-5:]) > floor
   rows = _rows(tmp_path, 'metrics.jsonl')
   assert min(row.get('policy/effective_tokens', 1) for row in rows[5:]) < 0.9
   if name == 'vcpo':
