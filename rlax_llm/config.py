@@ -78,20 +78,40 @@ def freeze(value: Any) -> Any:
 class AlgorithmConfig(Section):
   """Which objective. A field left at None takes the preset's value.
 
-  The presets are the entries of `learning/algorithms.py`.
+  The presets are in `learning/presets.py`; `learning/algorithm.py` says what
+  each field is and which table holds its names.
   """
   name: str = 'grpo'
-  advantage: str | None = None  # a name of learning/estimators.py
-  loss: str | None = None  # a name of LOSSES in learning/algorithms.py
-  # A name of ops.divergences.DIVERGENCES, against the reference.
+  advantage: str | None = None
+  credit: str | None = None
+  loss: str | None = None
+  reduction: str | None = None
   divergence: str | None = None
   kl_coefficient: float | None = None
-  reduction: str | None = None  # a name of ops.masking.REDUCTIONS
-  clip_low: float | None = None  # ratios below 1 - clip_low are clipped
-  clip_high: float | None = None  # ratios above 1 + clip_high are clipped
-  # Bounds the loss of bad tokens that have become likely; 0: off.
+  keep_reference: bool | None = None
+  clip_low: float | None = None
+  clip_high: float | None = None
   dual_clip: float | None = None
   entropy_coefficient: float | None = None
+  entropy_target: float | None = None  # nats
+  correction: str | None = None
+  weight_low: float | None = None
+  weight_high: float | None = None
+  rejection: str | None = None
+  reject_low: float | None = None
+  reject_high: float | None = None
+  filter: str | None = None
+  labels: str | None = None
+  step_scale: str | None = None
+  discount: float | None = None
+  trace: float | None = None
+  value_clip: float | None = None
+  critic_learning_rate: float | None = None
+  critic_warmup: int | None = None  # RL steps
+  coverage_samples: int | None = None
+  teacher: str | None = None
+  distillation_coefficient: float | None = None
+  distillation_discount: float | None = None
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -293,6 +313,7 @@ class LearningConfig(Section):
   max_grad_norm: float = 1.0
   minibatches: int = 1  # optimizer steps for one batch of rollouts
   # recompute: from a pass of its own, or the update's with one update a batch;
+  # scored: of the weights that sampled the token, where they are not today's;
   # sampler: the behaviour log-probabilities.
   old_logprobs: str = 'recompute'
   row_length: int = 0  # L, tokens of a packed row; 0: chosen from P + T

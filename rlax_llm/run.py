@@ -222,17 +222,6 @@ def _make_tokenizer(config: Config) -> tokenizers.TextTokenizer:
   return tokenizers.make_tokenizer(name)
 
 
-def _check_groups(algorithm: algorithms.Algorithm, config: Config) -> None:
-  """Refuses groups too small for the algorithm's advantage."""
-  group = config.rollout.samples_per_prompt
-  batch = group * config.task.prompts_per_step
-  if (algorithm.advantage == 'best_minus_second' and group < 2 or
-      algorithm.advantage == 'batch_scaled' and batch < 2):
-    raise ConfigError(
-        f'rollout.samples_per_prompt={group} leaves nothing to compare for '
-        f'algorithm.advantage={algorithm.advantage!r}; use at least 2')
-
-
 def make_run(config: Config,
              *,
              clock: Callable[[], float] = time.perf_counter,
@@ -251,7 +240,7 @@ def make_run(config: Config,
   if config.deterministic:
     _make_deterministic()
   algorithm = algorithms.resolve(config.algorithm)
-  _check_groups(algorithm, config)
+  algorithms.check(algorithm, config)
   try:
     tokenizer = _make_tokenizer(config)
     task = tasks.make_task(config.task, config.seed)

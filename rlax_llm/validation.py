@@ -30,7 +30,7 @@ _CHOICES = {
     'rollout.drafter': DRAFTERS,
     'control.strategy': ('cost_model', 'table', 'bandit'),
     'learning.schedule': ('constant', 'linear', 'cosine'),
-    'learning.old_logprobs': ('recompute', 'sampler'),
+    'learning.old_logprobs': ('recompute', 'scored', 'sampler'),
     'learning.precision.parameters': ('float32', 'bfloat16'),
     'learning.precision.compute': ('float32', 'bfloat16'),
     'learning.precision.head': ('float32', 'bfloat16'),

@@ -37,7 +37,7 @@ CONFIGS = [
     # Names.
     ("rollout.drafter = 'promt_lookup'", "did you mean 'prompt_lookup'"),
     ("learning.schedule = 'cosin'", "'cosin'", 'cosine'),
-    ("learning.old_logprobs = 'both'", "'both'", 'recompute, sampler'),
+    ("learning.old_logprobs = 'both'", "'both'", 'recompute, scored, sampler'),
     ("learning.precision.compute = 'float16'", "'float16'", 'bfloat16'),
     ("task.prompt_format = 'long'", "'long'", 'question, short'),
     ("task.answer_format = 'tags'", "'tags'", "did you mean 'tag'"),
