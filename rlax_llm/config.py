@@ -247,7 +247,20 @@ class RolloutConfig(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ControlConfig(Section):
-  """What the engine decides at segment boundaries. Speed values only."""
+  """What is decided at segment boundaries.
+
+  The first block decides which samples a step learns from, in logical time;
+  the second changes speed and no token.
+  """
+  # APRIL: so many times the groups of a step are asked for; sampling stops
+  # when those of a step are complete, the rest is continued in the next. 1: off.
+  over_provision: float = 1.0
+  # Steps after which a group that was put off must be complete.
+  max_staleness: int = 4
+  # Slots of logical time, by which it is judged who completes first; 0: as many
+  # as rollout.slots.
+  logical_slots: int = 0
+
   # With requests pending, a segment ends when this share of rows is done.
   refill_threshold: float = 0.25
   compact: bool = True  # halve N when half of the rows are done

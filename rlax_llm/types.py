@@ -93,6 +93,12 @@ class Rollout:
   forwards: int  # forwards spent (a speed value)
   request: Request
   index: int  # which of the request's samples
+  # Not at its end: a later step may continue it.
+  suspended: bool = False
+  # float32[length] nats, from a pass of fixed shape under the weights that
+  # sampled each token: a training value. None: not scored; shorter: up to
+  # where the last scored step got.
+  scored_logprobs: np.ndarray | None = None
 
 
 class Batch(flax.struct.PyTreeNode):

@@ -48,11 +48,13 @@ def make_drafters(rollout: RolloutConfig, control: ControlConfig, *,
   if width == 1:
     return {1: drafting.no_drafter()}
   group = rollout.samples_per_prompt
+  # What ran ahead, or beyond a cut, foretells the samples of a later step.
+  hinted = control.run_ahead_rows or control.over_provision > 1
   shape = CorpusShape(prompts=places,
                       capacity=capacity,
                       history=rollout.history,
                       group=group,
-                      hints=group if control.run_ahead_rows else 0)
+                      hints=group if hinted else 0)
   make = DRAFTERS[rollout.drafter]
   made: dict[int, Drafter] = {}
   for w in (rollout.width,) if rollout.width else control.widths:

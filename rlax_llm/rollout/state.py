@@ -1,8 +1,10 @@
 """What outlives a `generate`: the state of rollouts, and its speed values."""
 
 import dataclasses
+from typing import Mapping
 
 from rlax_llm.drafting.store import RolloutStore
+from rlax_llm.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +14,9 @@ class RolloutState:
   # Past rollouts to draft from; `generate` adds those it makes. None: nothing
   # is remembered.
   store: RolloutStore | None = None
+  # What samples of the requests have come to before, by `table.sample_key`:
+  # those that are suspended are continued, the others left as they are.
+  earlier: Mapping[tuple, Rollout] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -23,6 +28,7 @@ class RolloutStats:
   slot_forwards: int = 0  # sum over forwards of N
   node_forwards: int = 0  # sum over forwards of W
   ahead_tokens: int = 0  # for samples of coming steps
+  discarded_tokens: int = 0  # beyond a cut in logical time
   segments: int = 0
   reads: int = 0  # of the device by the host
   seconds: float = 0.0
@@ -41,6 +47,7 @@ class RolloutStats:
         'rollout/occupancy': self.row_forwards / max(self.slot_forwards, 1),
         'rollout/width_mean': self.node_forwards / max(self.forwards, 1),
         'rollout/ahead_tokens': self.ahead_tokens,
+        'rollout/discarded_tokens': self.discarded_tokens,
         'rollout/segments': self.segments,
         'time/reshard': self.reshard_seconds,
     }
