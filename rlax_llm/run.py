@@ -42,6 +42,7 @@ class Run:
   pool: ExecutablePool
   clock: Callable[[], float]
   states: States
+  on_boundary: Callable[[], None]
 
   @property
   def sampling(self) -> Sampling:
@@ -69,6 +70,7 @@ class Run:
                          seed=self.config.seed,
                          mesh=self.mesh,
                          clock=self.clock,
+                         on_boundary=self.on_boundary,
                          params_placement=self.states.rollout_placement(),
                          pool=self.pool)
 
@@ -217,12 +219,14 @@ def _check_groups(algorithm: algorithms.Algorithm, config: Config) -> None:
 
 def make_run(config: Config,
              *,
-             clock: Callable[[], float] = time.perf_counter) -> Run:
+             clock: Callable[[], float] = time.perf_counter,
+             on_boundary: Callable[[], None] = lambda: None) -> Run:
   """Checks a config against itself and the machine, and makes its parts.
 
   Args:
     config: as a config file returned it, or frozen.
     clock: seconds; read for statistics only.
+    on_boundary: called where the work at hand may be given up, by raising.
 
   Raises:
     ConfigError: whatever can be wrong before a device works.
@@ -258,4 +262,4 @@ def make_run(config: Config,
                                                        mesh=mesh))
   pool = ExecutablePool(clock)
   return Run(config, algorithm, mesh, tokenizer, task, model, pool, clock,
-             States(config, algorithm, mesh, model, pool))
+             States(config, algorithm, mesh, model, pool), on_boundary)

@@ -44,6 +44,7 @@ class RolloutEngine:
                seed: int,
                mesh: Mesh,
                clock: Callable[[], float] = time.perf_counter,
+               on_boundary: Callable[[], None] = lambda: None,
                drafter: Drafter | None = None,
                params_placement: Any = None,
                pool: ExecutablePool | None = None) -> None:
@@ -58,6 +59,8 @@ class RolloutEngine:
       seed: the run's seed.
       mesh: from `sharding.make_mesh`.
       clock: seconds; read for statistics only.
+      on_boundary: called between segments; to give up a `generate`, it
+        raises.
       drafter: overrides `rollout.drafter`, for instance with your own.
       params_placement: a sharding for every parameter, to which `generate`
         brings them first, rounded to what a forward reads; None: used as they
@@ -69,6 +72,7 @@ class RolloutEngine:
         and draft do not fit the model's positions.
     """
     self._clock = clock
+    self._on_boundary = on_boundary
     self._params_placement = params_placement
     ways = sharding.ways(mesh)
     if rollout.slots % ways:
@@ -178,6 +182,7 @@ class RolloutEngine:
                             policies=policies,
                             limit=limit)
     while generation.admit():
+      self._on_boundary()
       generation.decode()
     if state.store is not None:
       state.store.add(generation.outcomes.new(requests))
