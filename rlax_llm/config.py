@@ -252,11 +252,21 @@ class ControlConfig(Section):
   The first block decides which samples a step learns from, in logical time;
   the second changes speed and no token.
   """
-  # APRIL: so many times the groups of a step are asked for; sampling stops
-  # when those of a step are complete, the rest is continued in the next. 1: off.
+  # APRIL: so many times the groups of a step are asked for; sampling stops when
+  # those of a step are complete, the rest is continued in the next. 1: off.
   over_provision: float = 1.0
   # Steps after which a group that was put off must be complete.
   max_staleness: int = 4
+  # DAPO: a step takes groups whose rewards differ only, and asks for more until
+  # it has enough of them, at most so many times. 0: it takes what comes.
+  dynamic_sampling: int = 0
+  # Step t learns from what the parameters of step t - staleness sampled, as an
+  # asynchronous trainer would; the first steps from those of step 0.
+  staleness: int = 0
+  # So many groups of a step are taken again from those of the last
+  # replay_steps steps, if their rewards differ.
+  replay: int = 0
+  replay_steps: int = 4
   # Slots of logical time, by which it is judged who completes first; 0: as many
   # as rollout.slots.
   logical_slots: int = 0
@@ -295,6 +305,7 @@ class LearningConfig(Section):
   max_grad_norm: float = 1.0
   minibatches: int = 1  # optimizer steps for one batch of rollouts
   # recompute: from a pass of its own, or the update's with one update a batch;
+  # scored: of the weights that sampled the token, where they are not today's;
   # sampler: the behaviour log-probabilities.
   old_logprobs: str = 'recompute'
   row_length: int = 0  # L, tokens of a packed row; 0: chosen from P + T

@@ -4,7 +4,7 @@ from typing import Sequence
 
 import numpy as np
 
-from rlax_llm.experience import Group
+from rlax_llm.groups import Group
 from rlax_llm.learning.batch import Sample
 from rlax_llm.learning.estimators import ESTIMATORS
 from rlax_llm.run import Run
@@ -63,6 +63,7 @@ def training_samples(groups: Sequence[Group],
       Sample(prompt=rollout.request.prompt,
              completion=rollout.tokens,
              advantage=float(advantage),
-             behaviour_logprobs=rollout.behaviour_logprobs)
+             behaviour_logprobs=rollout.behaviour_logprobs,
+             scored_logprobs=rollout.scored_logprobs)
       for rollout, advantage in zip(rollouts, advantages.reshape(-1))
   ]

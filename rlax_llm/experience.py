@@ -1,15 +1,32 @@
-"""What a step learns from: problems -> rollouts -> rewards, by group."""
+"""What a step learns from: problems -> rollouts -> rewards, by group.
+
+By default a step asks for its groups, samples them and takes them. `control`
+changes who is taken: APRIL puts groups off that are not complete when enough
+are, dynamic sampling passes groups by whose rewards are equal, a queue makes
+steps learn from an earlier policy, and past groups may come again. All of them
+work on one state, `groups.Experience`, and decide on training values alone.
+"""
 
 import dataclasses
-from typing import Sequence
+import functools
+import math
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
+from rlax_llm import groups as records
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
+from rlax_llm.groups import Experience
+from rlax_llm.groups import Group
+from rlax_llm.groups import Pending
+from rlax_llm.learning.batch import Sample
 from rlax_llm.progression import Stopwatch
+from rlax_llm.rollout import control
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
+from rlax_llm.rollout.state import RolloutStats
+from rlax_llm.rollout.table import sample_key
 from rlax_llm.run import Run
 from rlax_llm.tasks.task import Problem
 from rlax_llm.tasks.verifier import Verifier
@@ -18,28 +35,15 @@ from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
 
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """The samples of one problem, scored."""
-  problem: Problem
-  rollouts: tuple[Rollout, ...]
-  texts: tuple[str, ...]  # the rollouts' tokens, decoded
-  rewards: np.ndarray  # float32[G]
-  unscorable: np.ndarray  # bool[G]: the verifier gave no reward
-  parts: dict[str, np.ndarray]  # float32[G] by name, what rewards are made of
-
-  @property
-  def lengths(self) -> np.ndarray:
-    """int32[G], tokens."""
-    return np.array([rollout.length for rollout in self.rollouts], np.int32)
+# (params, samples) -> the log-probability of each token of each completion.
+Score = Callable[[Params, Sequence[Sample]], list[np.ndarray]]
 
 
 class Collector:
   """Samples and scores the groups of a step."""
 
   def __init__(self, run: Run, engine: RolloutEngine, verifier: Verifier,
-               store: RolloutStore) -> None:
+               store: RolloutStore, score: Score) -> None:
     """Makes a collector.
 
     Args:
@@ -47,80 +51,307 @@ class Collector:
       engine: of the law that the policy is trained under.
       verifier: gives rewards.
       store: past rollouts, drafted from.
+      score: gives the log-probabilities of what a later step trains on.
     """
     self._run = run
+    self._control = run.config.control
     self._engine = engine
     self._verifier = verifier
     self._store = store
+    self._score = score
+    self._state = Experience()  # after the last step that was learned
+    self._next = self._state  # after the one under way
+    self._values: dict[str, float] = {}  # of the last `collect`
+    self._stats = RolloutStats()  # likewise
+    # A step's problems are drawn together.
+    self._problems = functools.lru_cache(4)(run.problems)
+
+  def dump(self) -> dict[str, Any]:
+    """Returns what the steps after the last learned one depend on."""
+    return records.dump(self._state)
+
+  def restore(self, record: Mapping[str, Any]) -> None:
+    """Takes over what `dump` of an earlier process returned."""
+    self._state = self._next = records.restore(
+        record, self._problem,
+        lambda prompt: self._run.encode(prompt, prompt=True),
+        self._run.tokenizer.decode, TRAIN)
 
   def collect(self, params: Params, step: int, watch: Stopwatch) -> list[Group]:
-    """Returns the groups that a step learns from, in the order of requests.
+    """Returns the groups that a step learns from, the oldest first.
+
+    Nothing is remembered of it before `learned` says that it was learned: a
+    step that is given up is collected again.
 
     Args:
       params: the policy's.
       step: from 0.
-      watch: told of rollout and reward.
+      watch: told of rollout, reward and score.
     """
-    problems = self._run.problems(step)
-    requests = self._requests(problems, step)
-    rollouts, _ = self._engine.generate(params,
-                                        requests,
-                                        RolloutState(version=step,
-                                                     store=self._store),
-                                        ahead=self._coming(step + 1))
-    self._store.drop_hints(step)
-    watch.lap('rollout')
-    groups = self._score(problems, rollouts)
-    watch.lap('reward')
+    self._next, self._values = self._state, {}
+    self._stats = RolloutStats()
+    while len(self._next.queue) <= self._control.staleness:
+      batch = self._round(params, step, step + len(self._next.queue), watch)
+      self._update(queue=(*self._next.queue, batch))
+    batch, *queue = self._next.queue
+    fresh = sum(group.tokens for group in batch if not group.replayed)
+    self._update(queue=tuple(queue),
+                 past=self._past(batch, step),
+                 trained_tokens=self._next.trained_tokens + fresh)
+    groups = self._keep_scores(params, step, batch)
+    watch.lap('score')
+    self._values |= {
+        'rollout/trained_tokens':
+            fresh,
+        'rollout/buffered_tokens':
+            self._next.buffered_tokens,
+        'rollout/dropped_tokens':
+            self._next.dropped_tokens - self._state.dropped_tokens,
+        'rollout/pending_groups':
+            len(self._next.pending),
+    }
     return groups
 
+  def learned(self) -> None:
+    """Says that the step of the last `collect` was learned."""
+    self._state = self._next
+
   def metrics(self) -> dict[str, float]:
-    """Returns the speed values of the last `collect`."""
-    return self._engine.stats.metrics() | {
+    """Returns what the last `collect` tells besides its groups."""
+    return self._stats.metrics() | self._values | {
         'rollout/cache_bytes': self._store.bytes,
         'rollout/cached_prompts': len(self._store),
     }
 
-  def _requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
-    return self._run.requests(
-        problems,
+  def _update(self, **changes: Any) -> None:
+    self._next = dataclasses.replace(self._next, **changes)
+
+  # ---- Who is taken ----------------------------------------------------------
+  def _round(self, params: Params, step: int, number: int,
+             watch: Stopwatch) -> tuple[Group, ...]:
+    """Returns the batch of a step, sampled as far as it is not there.
+
+    Args:
+      params: the policy's.
+      step: their version.
+      number: the step that the batch is for; its requests carry it.
+      watch: told of rollout and reward.
+    """
+    again = self._replayed(number)
+    wanted = self._run.config.task.prompts_per_step - len(again)
+    limit = self._control.dynamic_sampling
+    chosen = list(self._next.surplus)
+    without: list[Group] = []  # signal
+    first = refills = 0
+    while len(chosen) < wanted and refills <= limit:
+      missing = wanted - len(chosen)
+      seen = len(chosen) + len(without)
+      if refills and chosen:  # As few of those to come will have a signal.
+        missing = math.ceil(missing * seen / len(chosen))
+      before = self._next.cursor
+      got = self._sample(params, step, number, first, min(missing, wanted),
+                         watch)
+      first += self._next.cursor - before
+      for group in got:
+        (without if limit and not group.has_signal else chosen).append(group)
+      refills += 1
+    oldest_first = lambda group: group.age_order
+    chosen.sort(key=oldest_first)
+    without.sort(key=oldest_first)
+    short = max(wanted - len(chosen), 0)
+    batch = sorted(chosen[:wanted] + without[:short], key=oldest_first)
+    self._count('rollout/refills', max(refills - 1, 0))
+    self._update(surplus=tuple(chosen[wanted:]),
+                 dropped_tokens=self._next.dropped_tokens +
+                 sum(group.tokens for group in without[short:]))
+    return (*batch, *again)
+
+  def _replayed(self, number: int) -> list[Group]:
+    """Returns past groups for the batch of a step."""
+    past = [group for group in self._next.past if group.has_signal]
+    count = min(self._control.replay, len(past))
+    rng = np.random.default_rng([self._run.config.seed, number, count])
+    chosen = sorted(rng.permutation(len(past))[:count])
+    return [dataclasses.replace(past[i], replayed=True) for i in chosen]
+
+  def _past(self, batch: Sequence[Group], step: int) -> tuple[Group, ...]:
+    """Returns the groups that may be replayed after a step."""
+    if not self._control.replay:
+      return ()
+    least = step + 1 - self._control.replay_steps
+    known = [*self._next.past, *(g for g in batch if not g.replayed)]
+    return tuple(g for g in known if g.request.step >= least)
+
+  # ---- Sampling --------------------------------------------------------------
+  def _sample(self, params: Params, step: int, number: int, first: int,
+              target: int, watch: Stopwatch) -> list[Group]:
+    """Returns complete groups: `target`, or more that came with the last.
+
+    Args:
+      params: the policy's.
+      step: their version.
+      number: of the step that asks.
+      first: number of its first new request.
+      target: groups wanted.
+      watch: told of rollout and reward.
+    """
+    pending, over = self._next.pending, self._control.over_provision
+    # Rounded: 1.1 * 10 is above 11.
+    asked = math.ceil(round(over * target, 6))
+    new = self._pending(number, first, max(asked - len(pending), 0))
+    self._update(cursor=self._next.cursor + len(new))
+    groups = [*pending, *new]
+    policies = []
+    if over > 1:
+      policies.append(
+          control.stop_at_groups(min(target, len(groups)),
+                                 number + 1 - self._control.max_staleness))
+    state = RolloutState(version=step,
+                         store=self._store,
+                         earlier={
+                             sample_key(r.request, r.index): r
+                             for group in pending for r in group.rollouts
+                         })
+    rollouts, _ = self._engine.generate(params, [g.request for g in groups],
+                                        state,
+                                        ahead=self._coming(number + 1),
+                                        policies=policies)
+    self._stats += self._engine.stats
+    ends = np.cumsum([group.request.samples for group in groups])
+    groups = [
+        dataclasses.replace(group,
+                            rollouts=tuple(rollouts[end -
+                                                    group.request.samples:end]))
+        for group, end in zip(groups, ends)
+    ]
+    complete = [g for g in groups if not any(r.suspended for r in g.rollouts)]
+    left = [g for g in groups if any(r.suspended for r in g.rollouts)]
+    left.sort(key=lambda g: (g.request.step, g.request.request))
+    sampled = (sum(g.tokens for g in groups) - sum(g.tokens for g in pending))
+    self._count('rollout/sampled_tokens', sampled)
+    self._update(pending=tuple(left),
+                 sampled_tokens=self._next.sampled_tokens + sampled)
+    self._store.drop_hints(number, [group.request for group in left])
+    watch.lap('rollout')
+    scored = self._reward(complete)
+    watch.lap('reward')
+    return scored
+
+  def _pending(self, number: int, first: int, count: int) -> list[Pending]:
+    """Returns new requests of a step, for the next problems of the stream."""
+    cursor = self._next.cursor
+    requests = self._run.requests(
+        [self._problem(cursor + i) for i in range(count)],
         samples=self._run.config.rollout.samples_per_prompt,
         domain=TRAIN,
-        step=step)
+        step=number,
+        first=first)
+    return [Pending(cursor + i, request) for i, request in enumerate(requests)]
 
-  def _coming(self, step: int) -> list[Request]:
+  def _problem(self, number: int) -> Problem:
+    count = self._run.config.task.prompts_per_step
+    return self._problems(number // count)[number % count]
+
+  def _coming(self, number: int) -> list[Request]:
     """Returns the requests of a coming step, if any use can be made of them.
 
     They are for hints only: whatever is wrong with them is reported in their
     own step, not here.
     """
-    if not self._engine.runs_ahead or step >= self._run.config.num_steps:
+    config = self._run.config
+    if (not self._engine.runs_ahead or
+        number >= config.num_steps + config.control.staleness):
       return []
     try:
-      return self._requests(self._run.problems(step), step)
+      new = self._pending(number, 0, config.task.prompts_per_step)
     except ConfigError:
       return []
+    return [pending.request for pending in new]
 
-  def _score(self, problems: Sequence[Problem],
-             rollouts: Sequence[Rollout]) -> list[Group]:
-    """Returns the groups of rollouts, in the order of their problems."""
+  def _reward(self, complete: Sequence[Pending]) -> list[Group]:
+    """Returns complete groups with their rewards, in order."""
+    if not complete:
+      return []
     decode = self._run.tokenizer.decode
+    problems = [self._problem(pending.number) for pending in complete]
+    rollouts = [r for pending in complete for r in pending.rollouts]
     texts = [decode(rollout.tokens) for rollout in rollouts]
-    size = len(rollouts) // len(problems)
-    scores = self._verifier.reward([p for p in problems for _ in range(size)],
-                                   texts,
-                                   tokens=[r.length for r in rollouts],
-                                   finished=[r.finished for r in rollouts])
+    sizes = [len(pending.rollouts) for pending in complete]
+    scores = self._verifier.reward(
+        [p for p, size in zip(problems, sizes) for _ in range(size)],
+        texts,
+        tokens=[r.length for r in rollouts],
+        finished=[r.finished for r in rollouts])
     groups = []
-    for i, problem in enumerate(problems):
-      mine = slice(i * size, (i + 1) * size)
+    for pending, problem, end in zip(complete, problems, np.cumsum(sizes)):
+      mine = slice(end - len(pending.rollouts), end)
       groups.append(
           Group(problem=problem,
-                rollouts=tuple(rollouts[mine]),
+                rollouts=pending.rollouts,
                 texts=tuple(texts[mine]),
                 rewards=scores.rewards[mine],
                 unscorable=scores.unscorable[mine],
                 parts={
                     k: v[mine] for k, v in scores.parts.items()
-                }))
+                },
+                number=pending.number))
     return groups
+
+  # ---- Log-probabilities -----------------------------------------------------
+  def _keep_scores(self, params: Params, step: int,
+                   batch: Sequence[Group]) -> list[Group]:
+    """Scores what this step sampled and a later one may train on.
+
+    It is scored under the weights that sampled it, before they change. In the
+    batch of this step that is needed where older tokens stand beside new ones:
+    what is on-policy as a whole needs no scores.
+    """
+    state = self._next
+    kept: list[Group | Pending] = [*state.pending, *state.surplus, *state.past]
+    kept += [group for queued in state.queue for group in queued]
+    rollouts = [r for group in kept for r in group.rollouts]
+    rollouts += [
+        r for group in batch for r in group.rollouts
+        if (r.token_version < step).any()
+    ]
+    missing = {
+        sample_key(r.request, r.index): r
+        for r in rollouts
+        if r.length > _scored(r)
+    }
+    if not missing:
+      return list(batch)
+    logprobs = self._score(params, [
+        Sample(prompt=r.request.prompt, completion=r.tokens)
+        for r in missing.values()
+    ])
+    for (key, rollout), new in zip(missing.items(), logprobs):
+      old = rollout.scored_logprobs
+      old, known = new[:0] if old is None else old, _scored(rollout)
+      if (rollout.token_version[known:] != step).any():
+        raise AssertionError(f'{key} has unscored tokens of an earlier policy')
+      missing[key] = dataclasses.replace(rollout,
+                                         scored_logprobs=np.concatenate(
+                                             [old, new[known:]]))
+    renewed = lambda groups: tuple(_with(group, missing) for group in groups)
+    self._update(pending=renewed(state.pending),
+                 surplus=renewed(state.surplus),
+                 past=renewed(state.past),
+                 queue=tuple(map(renewed, state.queue)))
+    return list(renewed(batch))
+
+  def _count(self, name: str, value: float) -> None:
+    self._values[name] = self._values.get(name, 0) + value
+
+
+def _scored(rollout: Rollout) -> int:
+  """Returns how many tokens of a rollout have been scored."""
+  return 0 if rollout.scored_logprobs is None else len(rollout.scored_logprobs)
+
+
+def _with(group: Any, scored: Mapping[tuple, Rollout]) -> Any:
+  """Returns a group, complete or not, with the rollouts that were scored."""
+  return dataclasses.replace(group,
+                             rollouts=tuple(
+                                 scored.get(sample_key(r.request, r.index), r)
+                                 for r in group.rollouts))

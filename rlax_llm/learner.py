@@ -95,6 +95,12 @@ class Learner:
         batch,
         out_shardings=sharding.microbatches(self._run.mesh))
 
+  def score_samples(self, params: Params,
+                    samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Returns the log-probabilities of each completion's tokens, nats."""
+    scores = self.score(params, self.put(self.pack(samples)))
+    return batches.unpack(jax.device_get(scores), samples)
+
   def update(self, state: TrainState,
              batch: Batch) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step; donates the state."""
@@ -144,6 +150,11 @@ class Learner:
       placed = [b.replace(old_logprobs=b.behaviour_logprobs) for b in placed]
     elif not self.old_is_current:
       placed = [b.replace(old_logprobs=self.score(params, b)) for b in placed]
+    if self._learning.old_logprobs == 'scored':
+      placed = [
+          b.replace(old_logprobs=jax.numpy.where(
+              b.scored, b.scored_logprobs, b.old_logprobs)) for b in placed
+      ]
     if reference is not None:
       model = self._run.model
       reference = lora.join(reference,

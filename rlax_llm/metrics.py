@@ -50,6 +50,18 @@ METRICS: dict[str, Metric] = {
         Metric('fraction', _T, 'optimizer steps skipped: not finite'),
     'rollout/tokens':
         Metric('tokens', _T, 'completion tokens of the step'),
+    'rollout/sampled_tokens':
+        Metric('tokens', _T, 'sampled in the step, up to the cut'),
+    'rollout/trained_tokens':
+        Metric('tokens', _T, 'trained on for the first time'),
+    'rollout/buffered_tokens':
+        Metric('tokens', _T, 'sampled, and kept for coming steps'),
+    'rollout/dropped_tokens':
+        Metric('tokens', _T, 'of groups that are never trained on'),
+    'rollout/pending_groups':
+        Metric('groups', _T, 'put off, to be continued in the next step'),
+    'rollout/refills':
+        Metric('1', _T, 'times that more groups were asked for'),
     'rollout/length_mean':
         Metric('tokens', _T, 'mean completion length'),
     'rollout/length_p50':
@@ -74,6 +86,8 @@ METRICS: dict[str, Metric] = {
         Metric('nats', _T, 'mean of old - new log-probability, per token'),
     'policy/staleness_mean':
         Metric('steps', _T, 'age of the policy that sampled a token'),
+    'policy/staleness_max':
+        Metric('steps', _T, 'age of the oldest policy that sampled a token'),
     'learning/loss':
         Metric('1', _T, 'the loss'),
     'learning/grad_norm':
@@ -98,6 +112,8 @@ METRICS: dict[str, Metric] = {
         Metric('nodes', _S, 'nodes verified in one forward, mean'),
     'rollout/ahead_tokens':
         Metric('tokens', _S, 'sampled for a coming step, as hints to drafts'),
+    'rollout/discarded_tokens':
+        Metric('tokens', _S, 'beyond the cut, as hints to drafts'),
     'rollout/cache_bytes':
         Metric('bytes', _S, 'host memory of the earlier rollouts'),
     'rollout/cached_prompts':

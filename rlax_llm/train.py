@@ -91,7 +91,8 @@ class _Trainer:
     self._judge = engine if law == run.sampling else run.engine(law)
     self._learner = learners.make_learner(run)
     self._store = run.rollout_store()
-    self._collector = Collector(run, engine, verifier, self._store)
+    self._collector = Collector(run, engine, verifier, self._store,
+                                self._learner.score_samples)
     self.states: dict[str, TrainState] = {}
     self.progression = Progression()
     self._earlier = 0.0  # seconds, of the processes before this one
@@ -108,6 +109,7 @@ class _Trainer:
     self._saved_step = step
     self.progression = Progression(**host['progression'])
     self._earlier = self.progression.wall_seconds
+    self._collector.restore(host['experience'])
     self._unwritten = host.get('unwritten')
     if self._unwritten is not None:  # JSON has no NaN
       values = self._unwritten['values']
@@ -239,6 +241,7 @@ class _Trainer:
     host: dict[str, Any] = {
         'progression': dataclasses.asdict(self.progression),
         'rollouts': self._store.dump(),
+        'experience': self._collector.dump(),
     }
     if unwritten is not None:
       host['unwritten'] = unwritten

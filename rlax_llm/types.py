@@ -120,6 +120,10 @@ class Batch(flax.struct.PyTreeNode):
   old_logprobs: Array  # float32, nats
   behaviour_logprobs: Array  # float32, nats
   reference_logprobs: Array  # float32, nats
+  # float32, nats, under the weights that sampled the token, where `scored`;
+  # elsewhere the token is on-policy.
+  scored_logprobs: Array
+  scored: Array  # bool
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -27,7 +27,7 @@ _CHOICES = {
     'model.rope_scaling': ('none', 'linear', 'llama3'),
     'rollout.drafter': DRAFTERS,
     'learning.schedule': ('constant', 'linear', 'cosine'),
-    'learning.old_logprobs': ('recompute', 'sampler'),
+    'learning.old_logprobs': ('recompute', 'scored', 'sampler'),
     'learning.precision.parameters': ('float32', 'bfloat16'),
     'learning.precision.compute': ('float32', 'bfloat16'),
     'learning.precision.head': ('float32', 'bfloat16'),
@@ -63,6 +63,13 @@ _AT_LEAST: dict[str, float] = {
     'rollout.cache_megabytes': 1,
     'rollout.segment_forwards': 1,
     'rollout.min_capacity': 1,
+    'control.over_provision': 1,
+    'control.max_staleness': 1,
+    'control.dynamic_sampling': 0,
+    'control.staleness': 0,
+    'control.replay': 0,
+    'control.replay_steps': 1,
+    'control.logical_slots': 0,
     'control.min_slots': 1,
     'control.run_ahead_rows': 0,
     'learning.warmup_steps': 0,
@@ -130,6 +137,7 @@ def validate(config: Config) -> Config:
       raise ConfigError(f'{path}={_get(config, path)} must be above 0')
   _validate_model(config.model)
   _validate_rollout(config.rollout, config.control, config.model)
+  _validate_control(config.control, config.task.prompts_per_step)
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
@@ -243,6 +251,24 @@ def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
         'law gives tokens outside of it log-probability -inf as soon as the '
         'policy moves; use evaluate.top_p for evaluation')
   check_positions(rollout, width, model.max_positions)
+
+
+def _validate_control(control: ControlConfig, prompts: int) -> None:
+  if control.replay >= prompts:
+    raise ConfigError(
+        f'control.replay={control.replay} leaves no new group to a step of '
+        f'task.prompts_per_step={prompts}; use at most {prompts - 1}')
+  # What is put off must fit into the next step, or its age has no bound.
+  most = 2 - control.replay / prompts
+  if control.over_provision > most:
+    raise ConfigError(
+        f'control.over_provision={control.over_provision} may put off more '
+        f'groups than the next step takes; use at most {most:g}')
+  if control.run_ahead_rows and control.dynamic_sampling:
+    raise ConfigError(
+        f'control.run_ahead_rows={control.run_ahead_rows} cannot foretell the '
+        'requests of a step whose number control.dynamic_sampling='
+        f'{control.dynamic_sampling} leaves open; set one of them to 0')
 
 
 # Nodes verified in one forward: the mask alone takes W^2 per row.

@@ -1,7 +1,7 @@
 """From samples to packed microbatches. Host side, numpy, deterministic."""
 
 import dataclasses
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ class Sample:
   completion: np.ndarray  # int32[c], EOS included
   advantage: float = 0.0
   behaviour_logprobs: np.ndarray | None = None  # float32[c], nats
+  scored_logprobs: np.ndarray | None = None  # float32[c]; see `Rollout`
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -46,6 +47,38 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     rows[row].append(i)
     room[row] -= lengths[i]
   return rows
+
+
+def deal(rows: Sequence[list[int]],
+         microbatch_rows: int) -> Iterator[tuple[int, list[int]]]:
+  """Yields (place, sequences) of each row of `pack` among the microbatches.
+
+  Rows are dealt to microbatches in turn, so that all are equally full.
+  """
+  count = max(1, -(-len(rows) // microbatch_rows))
+  for place, members in enumerate(rows):
+    yield (place % count) * microbatch_rows + place // count, members
+
+
+def unpack(values: np.ndarray, sequences: Sequence[Sample]) -> list[np.ndarray]:
+  """Returns what a packed array holds for each sequence's completion.
+
+  Args:
+    values: [M, R, L], of a batch that `make_batch` packed from the sequences,
+      all of them kept.
+    sequences: those.
+  """
+  _, microbatch_rows, length = values.shape
+  flat = values.reshape(-1, length)
+  found = {}
+  rows = pack([len(s.prompt) + len(s.completion) for s in sequences], length)
+  for row, members in deal(rows, microbatch_rows):
+    start = 0
+    for i in members:
+      end = start + len(sequences[i].prompt) + len(sequences[i].completion)
+      found[i] = flat[row, start + len(sequences[i].prompt):end].copy()
+      start = end
+  return [found[i] for i in range(len(sequences))]
 
 
 def make_batch(sequences: Sequence[Sample],
@@ -96,12 +129,11 @@ def make_batch(sequences: Sequence[Sample],
   floats = {
       name: np.zeros(flat, np.float32)
       for name in ('weights', 'advantages', 'old_logprobs',
-                   'behaviour_logprobs', 'reference_logprobs')
+                   'behaviour_logprobs', 'reference_logprobs',
+                   'scored_logprobs')
   }
-  targets = np.zeros(flat, bool)
-  # Rows are dealt to microbatches in turn, so that all are equally full.
-  for place, members in enumerate(rows):
-    row = (place % count) * microbatch_rows + place // count
+  bools = {name: np.zeros(flat, bool) for name in ('targets', 'scored')}
+  for row, members in deal(rows, microbatch_rows):
     start = 0
     for segment, member in enumerate(members, start=1):
       i = kept[member]
@@ -112,14 +144,17 @@ def make_batch(sequences: Sequence[Sample],
       ints['tokens'][row, middle:end] = s.completion
       ints['positions'][row, start:end] = np.arange(end - start)
       ints['segments'][row, start:end] = segment
-      targets[row, middle:end] = True
+      bools['targets'][row, middle:end] = True
       floats['weights'][row, middle:end] = weights[i]
       floats['advantages'][row, middle:end] = s.advantage
       if s.behaviour_logprobs is not None:
         floats['behaviour_logprobs'][row, middle:end] = s.behaviour_logprobs
+      if s.scored_logprobs is not None:
+        floats['scored_logprobs'][row, middle:end] = s.scored_logprobs
+        bools['scored'][row, middle:end] = True
       start = end
   shape = (microbatches, microbatch_rows, row_length)
-  host: dict[str, Any] = {**ints, **floats, 'targets': targets}
+  host: dict[str, Any] = {**ints, **floats, **bools}
   host = {name: array.reshape(shape) for name, array in host.items()}
   host['count'] = np.int32(count)
   return Batch(**host)

@@ -36,11 +36,18 @@ class RolloutStats:
   reshard_seconds: float = 0.0  # of them, bringing parameters in place
   compile_seconds: float = 0.0
 
+  def __add__(self, other: 'RolloutStats') -> 'RolloutStats':
+    """Returns the speed values of both."""
+    return RolloutStats(
+        **{
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in dataclasses.fields(self)
+        })
+
   def metrics(self) -> dict[str, float]:
     """Returns the metrics under their fixed names."""
     decoding = max(self.seconds - self.compile_seconds, 1e-9)
     return {
-        'rollout/tokens': self.tokens,
         'rollout/tokens_per_second': self.tokens / decoding,
         'rollout/accept_length': self.tokens / max(self.row_forwards, 1),
         'rollout/forwards': self.forwards,
