@@ -267,6 +267,10 @@ class ControlConfig(Section):
   # replay_steps steps, if their rewards differ.
   replay: int = 0
   replay_steps: int = 4
+  # In which order new groups are sampled: arrival | longest_first |
+  # shortest_first, by lengths predicted from earlier rollouts of the prompt,
+  # or of prompts like it.
+  order: str = 'arrival'
   # Slots of logical time, by which it is judged who completes first; 0: as many
   # as rollout.slots.
   logical_slots: int = 0

@@ -20,6 +20,7 @@ from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.groups import Experience
 from rlax_llm.groups import Group
 from rlax_llm.groups import Pending
+from rlax_llm.learning import length_ranker
 from rlax_llm.learning.batch import Sample
 from rlax_llm.progression import Stopwatch
 from rlax_llm.rollout import control
@@ -37,6 +38,8 @@ from rlax_llm.types import TRAIN
 
 # (params, samples) -> the log-probability of each token of each completion.
 Score = Callable[[Params, Sequence[Sample]], list[np.ndarray]]
+
+_FADING = 0.7  # weight of what an epoch ago told of a prompt's lengths
 
 
 class Collector:
@@ -98,6 +101,7 @@ class Collector:
     self._update(queue=tuple(queue),
                  past=self._past(batch, step),
                  trained_tokens=self._next.trained_tokens + fresh)
+    self._observe_lengths([g for g in batch if not g.replayed])
     groups = self._keep_scores(params, step, batch)
     watch.lap('score')
     self._values |= {
@@ -200,7 +204,7 @@ class Collector:
     asked = math.ceil(round(over * target, 6))
     new = self._pending(number, first, max(asked - len(pending), 0))
     self._update(cursor=self._next.cursor + len(new))
-    groups = [*pending, *new]
+    groups = [*pending, *self._ordered(new)]
     policies = []
     if over > 1:
       policies.append(
@@ -224,9 +228,9 @@ class Collector:
                                                     group.request.samples:end]))
         for group, end in zip(groups, ends)
     ]
+    groups.sort(key=lambda g: (g.request.step, g.request.request))
     complete = [g for g in groups if not any(r.suspended for r in g.rollouts)]
     left = [g for g in groups if any(r.suspended for r in g.rollouts)]
-    left.sort(key=lambda g: (g.request.step, g.request.request))
     sampled = (sum(g.tokens for g in groups) - sum(g.tokens for g in pending))
     self._count('rollout/sampled_tokens', sampled)
     self._update(pending=tuple(left),
@@ -247,6 +251,26 @@ class Collector:
         step=number,
         first=first)
     return [Pending(cursor + i, request) for i, request in enumerate(requests)]
+
+  def _ordered(self, new: Sequence[Pending]) -> list[Pending]:
+    """Returns new groups in the order in which they are sampled."""
+    order = self._control.order
+    if order == 'arrival' or not new:
+      return list(new)
+    lengths = self._next.lengths.predict([p.request.prompt for p in new])
+    sign = -1 if order == 'longest_first' else 1
+    return [new[i] for i in np.argsort(sign * lengths, kind='stable')]
+
+  def _observe_lengths(self, batch: Sequence[Group]) -> None:
+    """Compares predicted lengths with those of new groups; learns from them."""
+    if self._control.order == 'arrival':
+      return
+    prompts = [group.request.prompt for group in batch]
+    lengths = [group.lengths for group in batch]
+    known = self._next.lengths
+    self._values['rollout/length_tau'] = length_ranker.kendall_tau(
+        known.predict(prompts), np.array([np.mean(x) for x in lengths]))
+    self._update(lengths=known.observe(prompts, lengths, keep=_FADING))
 
   def _problem(self, number: int) -> Problem:
     count = self._run.config.task.prompts_per_step

@@ -5,6 +5,7 @@ from typing import Any, Callable, ClassVar, Mapping, Sequence
 
 import numpy as np
 
+from rlax_llm.learning.length_ranker import LengthHistory
 from rlax_llm.rollout import records
 from rlax_llm.tasks.task import Problem
 from rlax_llm.types import Request
@@ -72,6 +73,7 @@ class Experience:
   # Batches of coming steps, the next one first.
   queue: tuple[tuple[Group, ...], ...] = ()
   past: tuple[Group, ...] = ()  # trained on, may be replayed; oldest first
+  lengths: LengthHistory = dataclasses.field(default_factory=LengthHistory)
   sampled_tokens: int = 0
   trained_tokens: int = 0  # once for each token, however often it is replayed
   dropped_tokens: int = 0  # of groups that are never trained on
@@ -107,6 +109,8 @@ def dump(state: Experience) -> dict[str, Any]:
     value = getattr(state, field.name)
     if field.name == 'queue':
       value = [[group(g) for g in batch] for batch in value]
+    elif isinstance(value, LengthHistory):
+      value = value.dump()
     elif isinstance(value, tuple):
       value = [group(g) for g in value]
     record[field.name] = value
@@ -158,6 +162,7 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
                     queue=tuple(
                         tuple(map(group, batch)) for batch in record['queue']),
                     past=many('past'),
+                    lengths=LengthHistory.restore(record['lengths']),
                     **{
                         name: record[name]
                         for name in ('cursor', 'sampled_tokens',

@@ -51,13 +51,14 @@ class Learner:
         sampling=sampling,
         chunk=learning.score_chunk,
         old_is_current=self.old_is_current,
-        old_is_behaviour=learning.old_logprobs == 'sampler')
+        old_is_behaviour=learning.old_logprobs == 'sampler',
+        old_is_scored=learning.old_logprobs == 'scored')
 
   @property
   def old_is_current(self) -> bool:
     """Whether old log-probabilities are those of the update itself."""
     return (self._learning.minibatches == 1 and
-            self._learning.old_logprobs == 'recompute')
+            self._learning.old_logprobs != 'sampler')
 
   def pack(self,
            samples: Sequence[Sample],
@@ -150,11 +151,6 @@ class Learner:
       placed = [b.replace(old_logprobs=b.behaviour_logprobs) for b in placed]
     elif not self.old_is_current:
       placed = [b.replace(old_logprobs=self.score(params, b)) for b in placed]
-    if self._learning.old_logprobs == 'scored':
-      placed = [
-          b.replace(old_logprobs=jax.numpy.where(
-              b.scored, b.scored_logprobs, b.old_logprobs)) for b in placed
-      ]
     if reference is not None:
       model = self._run.model
       reference = lora.join(reference,

@@ -60,6 +60,8 @@ METRICS: dict[str, Metric] = {
         Metric('tokens', _T, 'of groups that are never trained on'),
     'rollout/pending_groups':
         Metric('groups', _T, 'put off, to be continued in the next step'),
+    'rollout/length_tau':
+        Metric('1', _T, "Kendall's tau of predicted and mean group lengths"),
     'rollout/refills':
         Metric('1', _T, 'times that more groups were asked for'),
     'rollout/length_mean':

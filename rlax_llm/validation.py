@@ -26,6 +26,7 @@ _CHOICES = {
     'task.match': ('numeric', 'exact', 'math'),
     'model.rope_scaling': ('none', 'linear', 'llama3'),
     'rollout.drafter': DRAFTERS,
+    'control.order': ('arrival', 'longest_first', 'shortest_first'),
     'learning.schedule': ('constant', 'linear', 'cosine'),
     'learning.old_logprobs': ('recompute', 'scored', 'sampler'),
     'learning.precision.parameters': ('float32', 'bfloat16'),

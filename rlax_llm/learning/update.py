@@ -36,6 +36,8 @@ class UpdateConfig:
   old_is_current: bool
   # `Batch.old_logprobs` holds the sampler's: no yardstick for the sampler.
   old_is_behaviour: bool = False
+  # Tokens of an earlier policy have its log-probabilities as old ones.
+  old_is_scored: bool = False
 
 
 class _Totals(flax.struct.PyTreeNode):
@@ -126,6 +128,10 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
   else:
     old = select_masked(mask, batch.old_logprobs)
   recomputed = logprobs if config.old_is_behaviour else old
+  scored = select_masked(mask & batch.scored, batch.scored_logprobs)
+  if config.old_is_scored:
+    old = jnp.where(batch.scored, scored, old)
+  recomputed = jnp.where(batch.scored, scored, recomputed)
   token = LOSSES[algorithm.loss](algorithm,
                                  Tokens(logprobs, old, advantages, mask,
                                         batch.segments))
