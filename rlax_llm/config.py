@@ -353,6 +353,14 @@ class EvaluateConfig(Section):
   samples: int = 1  # per problem; pass@k for every power of two up to it
   temperature: float = 1.0
   top_p: float = 1.0
+  # Of rlax_llm.evaluate alone: a sample ends when so many probes in a row give
+  # the same answer; 0: off. A probe is a text that asks for the answer, put
+  # behind every probe_every tokens, answered in at most probe_tokens, and
+  # taken back.
+  early_stop: int = 0
+  probe: str = ''
+  probe_every: int = 64
+  probe_tokens: int = 20
 
 
 @dataclasses.dataclass(unsafe_hash=True)

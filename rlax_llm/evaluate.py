@@ -9,6 +9,7 @@ from typing import Sequence
 
 import numpy as np
 
+from rlax_llm import early_stop
 from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
@@ -81,15 +82,27 @@ def evaluate(run: Run, engine: RolloutEngine, params: Params,
     problems: from `held_out_problems`.
 
   Returns:
-    The metrics of `summarize`.
+    The metrics of `summarize`, and with `evaluate.early_stop` the tokens
+    that they took.
   """
   samples = run.config.evaluate.samples
   requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
-  rollouts, _ = engine.generate(params, requests, RolloutState())
-  texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
+  values: dict[str, float] = {}
+  if run.config.evaluate.early_stop:
+    found = early_stop.sample(run, engine, params, requests)
+    texts, count = found.texts, len(found.texts)
+    values = {
+        'evaluate/tokens_mean': found.tokens / count,
+        'evaluate/probe_tokens_mean': found.probe_tokens / count,
+        'evaluate/stopped_fraction': found.stopped / count,
+    }
+  else:
+    rollouts, _ = engine.generate(params, requests, RolloutState())
+    texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
   repeated = [problem for problem in problems for _ in range(samples)]
   scores = verifier.score(repeated, texts)
-  return summarize((scores.rewards == 1.0).reshape(len(problems), samples))
+  correct = (scores.rewards == 1.0).reshape(len(problems), samples)
+  return summarize(correct) | values
 
 
 def main(argv: list[str]) -> None:

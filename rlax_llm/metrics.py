@@ -102,6 +102,12 @@ METRICS: dict[str, Metric] = {
         Metric('nats', _T, 'warm start: cross-entropy per token'),
     'evaluate/accuracy':
         Metric('fraction', _T, 'held-out problems solved, mean over samples'),
+    'evaluate/tokens_mean':
+        Metric('tokens', _T, 'of an answer, with early stopping'),
+    'evaluate/probe_tokens_mean':
+        Metric('tokens', _T, 'of the probes of an answer'),
+    'evaluate/stopped_fraction':
+        Metric('fraction', _T, 'answers that ended because probes agreed'),
     'rollout/tokens_per_second':
         Metric('tokens/s', _S, 'completion tokens per second of rollout'),
     'rollout/accept_length':

@@ -279,6 +279,12 @@ def train(config: Config,
   with StopRequest() as stop:
     run = make_run(config, clock=clock, on_boundary=stop.check)
     config = run.config
+    if config.evaluate.early_stop:
+      raise ConfigError(
+          f'evaluate.early_stop={config.evaluate.early_stop} stops samples by '
+          'their content: they come from another law than the policy, whose '
+          'log-probabilities are not known; train with 0, and give it to '
+          'rlax_llm.evaluate')
     warnings = manifest.check_workdir(workdir, to_dict(config))
     held_out = evaluation.held_out_problems(run)
     run.check_prompts([*held_out, *run.known_problems()])

@@ -92,6 +92,9 @@ _AT_LEAST: dict[str, float] = {
     'evaluate.problems': 1,
     'evaluate.samples': 1,
     'evaluate.temperature': 0,
+    'evaluate.early_stop': 0,
+    'evaluate.probe_every': 1,
+    'evaluate.probe_tokens': 1,
 }
 _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
                'learning.max_grad_norm', 'learning.epsilon',
@@ -142,6 +145,10 @@ def validate(config: Config) -> Config:
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
+  if config.evaluate.early_stop and not config.evaluate.probe:
+    raise ConfigError(
+        f'evaluate.early_stop={config.evaluate.early_stop} needs '
+        "evaluate.probe, the text that asks for the answer, for instance '='")
   for name in ('b1', 'b2'):
     value = getattr(config.learning, name)
     if not 0 <= value < 1:

@@ -13,6 +13,8 @@ from rollout_helpers import assert_same_tokens
 from rollout_helpers import by_sample
 from rollout_helpers import make_requests
 
+from rlax_llm import early_stop
+from rlax_llm import evaluate
 from rlax_llm import groups
 from rlax_llm import run as runs
 from rlax_llm import testing
@@ -28,6 +30,7 @@ from rlax_llm.rollout import control
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.table import sample_key
 from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.types import EVALUATE
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 from rlax_llm.validation import validate
@@ -683,3 +686,55 @@ def test_the_order_is_a_speed_value_where_all_are_taken(collect_with):
     assert (a.request.step, a.request.request,
             a.index) == (b.request.step, b.request.request, b.index)
     assert a.tokens.tolist() == b.tokens.tolist()
+
+
+# ---- Early stopping ----------------------------------------------------------
+def _evaluation(**changes):
+  """Returns (texts, Stopped or None) of an untrained model's sums."""
+  config = _config(task__name='chain_sum',
+                   task__prompt_format='short',
+                   task__answer_format='after_equals',
+                   task__options=dict(min_terms=2, max_terms=2),
+                   model__tokenizer='0123456789+-*/=() ',
+                   rollout__prompt_length=12,
+                   rollout__max_new_tokens=32,
+                   evaluate__problems=6,
+                   **changes)
+  run = runs.make_run(config)
+  engine = run.engine(run.sampling)
+  params = run.states.init_params()
+  requests = run.requests(evaluate.held_out_problems(run),
+                          samples=2,
+                          domain=EVALUATE,
+                          step=0)
+  if config.evaluate.early_stop:
+    stopped = early_stop.sample(run, engine, params, requests)
+    return stopped.texts, stopped
+  rollouts, _ = engine.generate(params, requests, RolloutState())
+  return [run.tokenizer.decode(r.tokens) for r in rollouts], None
+
+
+def test_probes_leave_no_trace_and_equal_answers_end_a_sample(tmp_path):
+  """Law: probes that never agree change no sample; where one answer is enough,
+  every sample that is probed ends with the probe and its answer, behind the
+  text that it had; the tokens are fewer.
+
+  Mutants: the probe kept in the text; noise by forward.
+  """
+  plain, _ = _evaluation()
+  probes = dict(evaluate__probe='=',
+                evaluate__probe_every=5,
+                evaluate__probe_tokens=3)
+  texts, never = _evaluation(evaluate__early_stop=99, **probes)
+  assert texts == plain and never.stopped == 0 and never.probe_tokens > 0
+  texts, once = _evaluation(evaluate__early_stop=1, **probes)
+  assert once.stopped > 0 and once.tokens < never.tokens
+  differ = [(a, b) for a, b in zip(texts, plain) if a != b]
+  assert 0 < len(differ) <= once.stopped
+  for text, whole in differ:
+    begin = len(text.rpartition('=')[0])
+    assert text[:begin] == whole[:begin]
+  with pytest.raises(ConfigError, match='come from another law'):
+    _train(tmp_path, evaluate__early_stop=2, evaluate__probe='a')
+  with pytest.raises(ConfigError, match='needs evaluate.probe'):
+    validate(_config(evaluate__early_stop=2))
