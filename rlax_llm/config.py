@@ -271,6 +271,14 @@ class ControlConfig(Section):
   # shortest_first, by lengths predicted from earlier rollouts of the prompt,
   # or of prompts like it.
   order: str = 'arrival'
+  # ARRoL: behind so many tokens a share of each group's samples goes on, drawn
+  # by what a head on hidden states says of their rewards; in the first steps
+  # all are drawn alike. 0: off.
+  prune_at: int = 0
+  prune_keep: float = 0.5
+  prune_steps: int = 20
+  # Weigh those that go on by the inverse of the probability with which they do.
+  prune_weights: bool = True
   # Slots of logical time, by which it is judged who completes first; 0: as many
   # as rollout.slots.
   logical_slots: int = 0

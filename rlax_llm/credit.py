@@ -64,6 +64,7 @@ def training_samples(groups: Sequence[Group],
              completion=rollout.tokens,
              advantage=float(advantage),
              behaviour_logprobs=rollout.behaviour_logprobs,
-             scored_logprobs=rollout.scored_logprobs)
+             scored_logprobs=rollout.scored_logprobs,
+             weight=rollout.weight)
       for rollout, advantage in zip(rollouts, advantages.reshape(-1))
   ]

@@ -8,14 +8,12 @@ work on one state, `groups.Experience`, and decide on training values alone.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
 from rlax_llm import groups as records
-from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.groups import Experience
 from rlax_llm.groups import Group
@@ -23,16 +21,13 @@ from rlax_llm.groups import Pending
 from rlax_llm.learning import length_ranker
 from rlax_llm.learning.batch import Sample
 from rlax_llm.progression import Stopwatch
-from rlax_llm.rollout import control
 from rlax_llm.rollout.engine import RolloutEngine
-from rlax_llm.rollout.state import RolloutState
-from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import sample_key
 from rlax_llm.run import Run
-from rlax_llm.tasks.task import Problem
+from rlax_llm.sampler import Demand
+from rlax_llm.sampler import GroupSampler
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import Params
-from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
 
@@ -58,16 +53,12 @@ class Collector:
     """
     self._run = run
     self._control = run.config.control
-    self._engine = engine
-    self._verifier = verifier
+    self._sampler = GroupSampler(run, engine, verifier, store)
     self._store = store
     self._score = score
     self._state = Experience()  # after the last step that was learned
     self._next = self._state  # after the one under way
     self._values: dict[str, float] = {}  # of the last `collect`
-    self._stats = RolloutStats()  # likewise
-    # A step's problems are drawn together.
-    self._problems = functools.lru_cache(4)(run.problems)
 
   def dump(self) -> dict[str, Any]:
     """Returns what the steps after the last learned one depend on."""
@@ -76,7 +67,7 @@ class Collector:
   def restore(self, record: Mapping[str, Any]) -> None:
     """Takes over what `dump` of an earlier process returned."""
     self._state = self._next = records.restore(
-        record, self._problem,
+        record, self._sampler.problem,
         lambda prompt: self._run.encode(prompt, prompt=True),
         self._run.tokenizer.decode, TRAIN)
 
@@ -91,8 +82,8 @@ class Collector:
       step: from 0.
       watch: told of rollout, reward and score.
     """
-    self._next, self._values = self._state, {}
-    self._stats = RolloutStats()
+    self._next, self._values = self._state, {'rollout/refills': 0}
+    self._sampler.begin()
     while len(self._next.queue) <= self._control.staleness:
       batch = self._round(params, step, step + len(self._next.queue), watch)
       self._update(queue=(*self._next.queue, batch))
@@ -104,7 +95,9 @@ class Collector:
     self._observe_lengths([g for g in batch if not g.replayed])
     groups = self._keep_scores(params, step, batch)
     watch.lap('score')
-    self._values |= {
+    self._values |= self._sampler.values | {
+        'rollout/sampled_tokens':
+            self._next.sampled_tokens - self._state.sampled_tokens,
         'rollout/trained_tokens':
             fresh,
         'rollout/buffered_tokens':
@@ -122,7 +115,7 @@ class Collector:
 
   def metrics(self) -> dict[str, float]:
     """Returns what the last `collect` tells besides its groups."""
-    return self._stats.metrics() | self._values | {
+    return self._sampler.stats.metrics() | self._values | {
         'rollout/cache_bytes': self._store.bytes,
         'rollout/cached_prompts': len(self._store),
     }
@@ -153,8 +146,8 @@ class Collector:
       if refills and chosen:  # As few of those to come will have a signal.
         missing = math.ceil(missing * seen / len(chosen))
       before = self._next.cursor
-      got = self._sample(params, step, number, first, min(missing, wanted),
-                         watch)
+      demand = Demand(step, number, first, min(missing, wanted))
+      self._next, got = self._sampler.sample(params, self._next, demand, watch)
       first += self._next.cursor - before
       for group in got:
         (without if limit and not group.has_signal else chosen).append(group)
@@ -164,7 +157,7 @@ class Collector:
     without.sort(key=oldest_first)
     short = max(wanted - len(chosen), 0)
     batch = sorted(chosen[:wanted] + without[:short], key=oldest_first)
-    self._count('rollout/refills', max(refills - 1, 0))
+    self._values['rollout/refills'] += max(refills - 1, 0)
     self._update(surplus=tuple(chosen[wanted:]),
                  dropped_tokens=self._next.dropped_tokens +
                  sum(group.tokens for group in without[short:]))
@@ -186,81 +179,6 @@ class Collector:
     known = [*self._next.past, *(g for g in batch if not g.replayed)]
     return tuple(g for g in known if g.request.step >= least)
 
-  # ---- Sampling --------------------------------------------------------------
-  def _sample(self, params: Params, step: int, number: int, first: int,
-              target: int, watch: Stopwatch) -> list[Group]:
-    """Returns complete groups: `target`, or more that came with the last.
-
-    Args:
-      params: the policy's.
-      step: their version.
-      number: of the step that asks.
-      first: number of its first new request.
-      target: groups wanted.
-      watch: told of rollout and reward.
-    """
-    pending, over = self._next.pending, self._control.over_provision
-    # Rounded: 1.1 * 10 is above 11.
-    asked = math.ceil(round(over * target, 6))
-    new = self._pending(number, first, max(asked - len(pending), 0))
-    self._update(cursor=self._next.cursor + len(new))
-    groups = [*pending, *self._ordered(new)]
-    policies = []
-    if over > 1:
-      policies.append(
-          control.stop_at_groups(min(target, len(groups)),
-                                 number + 1 - self._control.max_staleness))
-    state = RolloutState(version=step,
-                         store=self._store,
-                         earlier={
-                             sample_key(r.request, r.index): r
-                             for group in pending for r in group.rollouts
-                         })
-    rollouts, _ = self._engine.generate(params, [g.request for g in groups],
-                                        state,
-                                        ahead=self._coming(number + 1),
-                                        policies=policies)
-    self._stats += self._engine.stats
-    ends = np.cumsum([group.request.samples for group in groups])
-    groups = [
-        dataclasses.replace(group,
-                            rollouts=tuple(rollouts[end -
-                                                    group.request.samples:end]))
-        for group, end in zip(groups, ends)
-    ]
-    groups.sort(key=lambda g: (g.request.step, g.request.request))
-    complete = [g for g in groups if not any(r.suspended for r in g.rollouts)]
-    left = [g for g in groups if any(r.suspended for r in g.rollouts)]
-    sampled = (sum(g.tokens for g in groups) - sum(g.tokens for g in pending))
-    self._count('rollout/sampled_tokens', sampled)
-    self._update(pending=tuple(left),
-                 sampled_tokens=self._next.sampled_tokens + sampled)
-    self._store.drop_hints(number, [group.request for group in left])
-    watch.lap('rollout')
-    scored = self._reward(complete)
-    watch.lap('reward')
-    return scored
-
-  def _pending(self, number: int, first: int, count: int) -> list[Pending]:
-    """Returns new requests of a step, for the next problems of the stream."""
-    cursor = self._next.cursor
-    requests = self._run.requests(
-        [self._problem(cursor + i) for i in range(count)],
-        samples=self._run.config.rollout.samples_per_prompt,
-        domain=TRAIN,
-        step=number,
-        first=first)
-    return [Pending(cursor + i, request) for i, request in enumerate(requests)]
-
-  def _ordered(self, new: Sequence[Pending]) -> list[Pending]:
-    """Returns new groups in the order in which they are sampled."""
-    order = self._control.order
-    if order == 'arrival' or not new:
-      return list(new)
-    lengths = self._next.lengths.predict([p.request.prompt for p in new])
-    sign = -1 if order == 'longest_first' else 1
-    return [new[i] for i in np.argsort(sign * lengths, kind='stable')]
-
   def _observe_lengths(self, batch: Sequence[Group]) -> None:
     """Compares predicted lengths with those of new groups; learns from them."""
     if self._control.order == 'arrival':
@@ -271,55 +189,6 @@ class Collector:
     self._values['rollout/length_tau'] = length_ranker.kendall_tau(
         known.predict(prompts), np.array([np.mean(x) for x in lengths]))
     self._update(lengths=known.observe(prompts, lengths, keep=_FADING))
-
-  def _problem(self, number: int) -> Problem:
-    count = self._run.config.task.prompts_per_step
-    return self._problems(number // count)[number % count]
-
-  def _coming(self, number: int) -> list[Request]:
-    """Returns the requests of a coming step, if any use can be made of them.
-
-    They are for hints only: whatever is wrong with them is reported in their
-    own step, not here.
-    """
-    config = self._run.config
-    if (not self._engine.runs_ahead or
-        number >= config.num_steps + config.control.staleness):
-      return []
-    try:
-      new = self._pending(number, 0, config.task.prompts_per_step)
-    except ConfigError:
-      return []
-    return [pending.request for pending in new]
-
-  def _reward(self, complete: Sequence[Pending]) -> list[Group]:
-    """Returns complete groups with their rewards, in order."""
-    if not complete:
-      return []
-    decode = self._run.tokenizer.decode
-    problems = [self._problem(pending.number) for pending in complete]
-    rollouts = [r for pending in complete for r in pending.rollouts]
-    texts = [decode(rollout.tokens) for rollout in rollouts]
-    sizes = [len(pending.rollouts) for pending in complete]
-    scores = self._verifier.reward(
-        [p for p, size in zip(problems, sizes) for _ in range(size)],
-        texts,
-        tokens=[r.length for r in rollouts],
-        finished=[r.finished for r in rollouts])
-    groups = []
-    for pending, problem, end in zip(complete, problems, np.cumsum(sizes)):
-      mine = slice(end - len(pending.rollouts), end)
-      groups.append(
-          Group(problem=problem,
-                rollouts=pending.rollouts,
-                texts=tuple(texts[mine]),
-                rewards=scores.rewards[mine],
-                unscorable=scores.unscorable[mine],
-                parts={
-                    k: v[mine] for k, v in scores.parts.items()
-                },
-                number=pending.number))
-    return groups
 
   # ---- Log-probabilities -----------------------------------------------------
   def _keep_scores(self, params: Params, step: int,
@@ -341,7 +210,7 @@ class Collector:
     missing = {
         sample_key(r.request, r.index): r
         for r in rollouts
-        if r.length > _scored(r)
+        if r.length > _scored(r) and r.survival > 0
     }
     if not missing:
       return list(batch)
@@ -363,9 +232,6 @@ class Collector:
                  past=renewed(state.past),
                  queue=tuple(map(renewed, state.queue)))
     return list(renewed(batch))
-
-  def _count(self, name: str, value: float) -> None:
-    self._values[name] = self._values.get(name, 0) + value
 
 
 def _scored(rollout: Rollout) -> int:

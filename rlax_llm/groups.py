@@ -6,6 +6,7 @@ from typing import Any, Callable, ClassVar, Mapping, Sequence
 import numpy as np
 
 from rlax_llm.learning.length_ranker import LengthHistory
+from rlax_llm.learning.quality_head import QualityHead
 from rlax_llm.rollout import records
 from rlax_llm.tasks.task import Problem
 from rlax_llm.types import Request
@@ -60,6 +61,16 @@ class Pending:
   def tokens(self) -> int:
     return sum(rollout.length for rollout in self.rollouts)
 
+  @property
+  def complete(self) -> bool:
+    """Whether every sample is at its end."""
+    return bool(self.rollouts) and not any(r.suspended for r in self.rollouts)
+
+  @property
+  def survivors(self) -> tuple[Rollout, ...]:
+    """The samples that were not pruned."""
+    return tuple(r for r in self.rollouts if r.survival > 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
@@ -73,6 +84,7 @@ class Experience:
   # Batches of coming steps, the next one first.
   queue: tuple[tuple[Group, ...], ...] = ()
   past: tuple[Group, ...] = ()  # trained on, may be replayed; oldest first
+  head: QualityHead = dataclasses.field(default_factory=QualityHead)
   lengths: LengthHistory = dataclasses.field(default_factory=LengthHistory)
   sampled_tokens: int = 0
   trained_tokens: int = 0  # once for each token, however often it is replayed
@@ -89,6 +101,9 @@ class Experience:
 def dump(state: Experience) -> dict[str, Any]:
   """Returns the state as JSON can hold it; `restore` undoes it."""
 
+  def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: records.pack_array(x) for name, x in arrays.items()}
+
   def group(item: Group | Pending) -> dict[str, Any]:
     record: dict[str, Any] = {'number': item.number}
     if item.rollouts:
@@ -97,8 +112,7 @@ def dump(state: Experience) -> dict[str, Any]:
       record['replayed'] = item.replayed
       record['rewards'] = records.pack_array(item.rewards)
       record['unscorable'] = records.pack_array(item.unscorable)
-      parts = item.parts.items()
-      record['parts'] = {k: records.pack_array(v) for k, v in parts}
+      record['parts'] = pack(item.parts)
     else:
       request = item.request
       record['request'] = [request.samples, request.step, request.request]
@@ -109,6 +123,13 @@ def dump(state: Experience) -> dict[str, Any]:
     value = getattr(state, field.name)
     if field.name == 'queue':
       value = [[group(g) for g in batch] for batch in value]
+    elif isinstance(value, QualityHead):
+      value = {
+          'steps': value.steps,
+          'counts': records.pack_array(value.counts),
+          'weights': pack(value.weights),
+          'moments': pack(value.moments),
+      }
     elif isinstance(value, LengthHistory):
       value = value.dump()
     elif isinstance(value, tuple):
@@ -130,22 +151,22 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
     domain: of the requests.
   """
 
+  def unpack(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: records.unpack_array(x) for name, x in arrays.items()}
+
   def prompt(item: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(encode(problem(item['number']).prompt), np.int32)
 
   def group(item: Mapping[str, Any]) -> Group:
     rollouts = records.unpack_rollouts(item['rollouts'], prompt(item))
-    return Group(
-        problem=problem(item['number']),
-        rollouts=rollouts,
-        texts=tuple(decode(r.tokens) for r in rollouts),
-        rewards=records.unpack_array(item['rewards']),
-        unscorable=records.unpack_array(item['unscorable']),
-        parts={
-            k: records.unpack_array(v) for k, v in item['parts'].items()
-        },
-        number=item['number'],
-        replayed=item['replayed'])
+    return Group(problem=problem(item['number']),
+                 rollouts=rollouts,
+                 texts=tuple(decode(r.tokens) for r in rollouts),
+                 rewards=records.unpack_array(item['rewards']),
+                 unscorable=records.unpack_array(item['unscorable']),
+                 parts=unpack(item['parts']),
+                 number=item['number'],
+                 replayed=item['replayed'])
 
   def pending(item: Mapping[str, Any]) -> Pending:
     samples, step, number = item['request']
@@ -157,14 +178,17 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
                    rollouts)
 
   many = lambda name: tuple(map(group, record[name]))
-  return Experience(pending=tuple(map(pending, record['pending'])),
-                    surplus=many('surplus'),
-                    queue=tuple(
-                        tuple(map(group, batch)) for batch in record['queue']),
-                    past=many('past'),
-                    lengths=LengthHistory.restore(record['lengths']),
-                    **{
-                        name: record[name]
-                        for name in ('cursor', 'sampled_tokens',
-                                     'trained_tokens', 'dropped_tokens')
-                    })
+  return Experience(
+      pending=tuple(map(pending, record['pending'])),
+      surplus=many('surplus'),
+      queue=tuple(tuple(map(group, batch)) for batch in record['queue']),
+      past=many('past'),
+      lengths=LengthHistory.restore(record['lengths']),
+      head=QualityHead(unpack(record['head']['weights']),
+                       unpack(record['head']['moments']),
+                       record['head']['steps'],
+                       records.unpack_array(record['head']['counts'])),
+      **{
+          name: record[name] for name in ('cursor', 'sampled_tokens',
+                                         'trained_tokens', 'dropped_tokens')
+      })

@@ -62,6 +62,14 @@ METRICS: dict[str, Metric] = {
         Metric('groups', _T, 'put off, to be continued in the next step'),
     'rollout/length_tau':
         Metric('1', _T, "Kendall's tau of predicted and mean group lengths"),
+    'prune/head_loss':
+        Metric('nats', _T, 'of the head that foretells rewards, as it prunes'),
+    'prune/success':
+        Metric('1', _T, 'mean reward in [0, 1], as if nobody had been pruned'),
+    'prune/kept_success':
+        Metric('1', _T, 'mean reward in [0, 1] of those that went on'),
+    'prune/effective_share':
+        Metric('fraction', _T, 'effective samples of the weighted ones'),
     'rollout/refills':
         Metric('1', _T, 'times that more groups were asked for'),
     'rollout/length_mean':

@@ -99,6 +99,9 @@ class Rollout:
   # sampled each token: a training value. None: not scored; shorter: up to
   # where the last scored step got.
   scored_logprobs: np.ndarray | None = None
+  # The probability with which it was not pruned; 0: it was.
+  survival: float = 1.0
+  weight: float = 1.0  # of its loss
 
 
 class Batch(flax.struct.PyTreeNode):

@@ -71,6 +71,8 @@ _AT_LEAST: dict[str, float] = {
     'control.replay': 0,
     'control.replay_steps': 1,
     'control.logical_slots': 0,
+    'control.prune_at': 0,
+    'control.prune_steps': 0,
     'control.min_slots': 1,
     'control.run_ahead_rows': 0,
     'learning.warmup_steps': 0,
@@ -101,10 +103,10 @@ _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
                'task.verifier_seconds', 'model.rope_theta', 'model.rope_factor',
                'model.rope_low', 'model.rope_high', 'model.norm_epsilon',
                'model.lora.alpha', 'model.init_scale',
-               'control.refill_threshold')
+               'control.refill_threshold', 'control.prune_keep')
 
-_SHARES = ('control.refill_threshold', 'task.trace_unfinished',
-           'rollout.draft_least')
+_SHARES = ('control.refill_threshold', 'control.prune_keep',
+           'task.trace_unfinished', 'rollout.draft_least')
 
 
 def _get(config: Config, path: str) -> Any:
@@ -141,7 +143,8 @@ def validate(config: Config) -> Config:
       raise ConfigError(f'{path}={_get(config, path)} must be above 0')
   _validate_model(config.model)
   _validate_rollout(config.rollout, config.control, config.model)
-  _validate_control(config.control, config.task.prompts_per_step)
+  _validate_control(config.control, config.task.prompts_per_step,
+                    config.rollout)
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
@@ -261,7 +264,17 @@ def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
   check_positions(rollout, width, model.max_positions)
 
 
-def _validate_control(control: ControlConfig, prompts: int) -> None:
+def _validate_control(control: ControlConfig, prompts: int,
+                      rollout: RolloutConfig) -> None:
+  if control.prune_at >= rollout.max_new_tokens:
+    raise ConfigError(
+        f'control.prune_at={control.prune_at} is behind the last of '
+        f'rollout.max_new_tokens={rollout.max_new_tokens}; use less')
+  if control.prune_at and rollout.samples_per_prompt < 3:
+    raise ConfigError(
+        f'control.prune_at={control.prune_at} keeps two samples of a group at '
+        f'least; rollout.samples_per_prompt={rollout.samples_per_prompt} '
+        'leaves none to prune: use at least 3')
   if control.replay >= prompts:
     raise ConfigError(
         f'control.replay={control.replay} leaves no new group to a step of '

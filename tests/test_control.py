@@ -24,6 +24,8 @@ from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.drafting.strategy import WidthPolicy
 from rlax_llm.experience import Collector
 from rlax_llm.learning import length_ranker
+from rlax_llm.learning import quality_head
+from rlax_llm.ops import pruning
 from rlax_llm.progress import Progress
 from rlax_llm.progression import Stopwatch
 from rlax_llm.rollout import control
@@ -442,7 +444,12 @@ def test_without_policies_a_step_is_the_engines_own(collect_with):
 
 @pytest.mark.parametrize('changes', [
     dict(over_provision=1.75, logical_slots=6),
-    dict(over_provision=1.5, dynamic_sampling=2, replay=1, staleness=1),
+    dict(over_provision=1.5,
+         dynamic_sampling=2,
+         replay=1,
+         staleness=1,
+         prune_at=3,
+         prune_steps=2),
 ],
                          ids=['april', 'all'])
 def test_every_token_is_booked_and_every_problem_comes_once(
@@ -496,9 +503,11 @@ def test_every_token_is_booked_and_every_problem_comes_once(
     kept += [g for batch in state.queue for g in batch]
     for group in kept:
       for r in group.rollouts:
-        assert r.length == 0 or (-r.token_version == r.scored_logprobs).all()
+        assert r.length == 0 or r.survival == 0 or (-r.token_version
+                                                    == r.scored_logprobs).all()
     for group in found:
       assert version - group.request.step <= max(bound, 4)
+      assert len(group.rollouts) == (2 if 'prune_at' in changes else 4)
       for r in group.rollouts:
         assert not r.suspended
         if (r.token_version < version).any():
@@ -534,15 +543,19 @@ def test_impossible_controls_are_refused():
 # ---- Whole runs --------------------------------------------------------------
 COMBINATIONS = {
     'april':
-        dict(control__over_provision=1.75),
+        dict(control__over_provision=1.75, control__order='longest_first'),
     'staleness':
         dict(control__staleness=2, learning__old_logprobs='scored'),
     'dynamic':
         dict(control__dynamic_sampling=2),
     'replay':
-        dict(control__replay=2),
+        dict(control__replay=2, control__order='shortest_first'),
+    'prune':
+        dict(control__prune_at=4, control__prune_steps=1),
     'all':
         dict(control__over_provision=1.5,
+             control__prune_at=4,
+             control__prune_steps=1,
              control__dynamic_sampling=2,
              control__staleness=1,
              control__replay=1,
@@ -738,3 +751,127 @@ def test_probes_leave_no_trace_and_equal_answers_end_a_sample(tmp_path):
     _train(tmp_path, evaluate__early_stop=2, evaluate__probe='a')
   with pytest.raises(ConfigError, match='needs evaluate.probe'):
     validate(_config(evaluate__early_stop=2))
+
+
+# ---- Pruning -----------------------------------------------------------------
+def test_survival_by_hand():
+  """Law: 16 samples of five chances, half of them to go on and half of those
+  to succeed: the line through (0.05, 0.218), (0.2, 0.385), (0.5, 0.718), cut at
+  1. Without a difference all are alike; where successes are too rare, the
+  rarest is kept and the rest are alike.
+
+  Mutants: the slope's sign; no least probability.
+  """
+  solve = functools.partial(pruning.survival_probabilities,
+                            keep=0.5,
+                            share=0.5,
+                            least=0.05)
+  chances = np.repeat([0.05, 0.2, 0.5, 0.8, 0.95], [6, 4, 3, 2, 1])
+  found = solve(chances)
+  np.testing.assert_allclose(found[[0, 6, 10, 13, 15]],
+                             [0.218, 0.385, 0.718, 1, 1],
+                             atol=6e-4)
+  assert found.sum() == pytest.approx(8)
+  assert found @ chances == pytest.approx(4)
+  np.testing.assert_allclose(solve(np.full(8, 0.3)), 0.5)
+  np.testing.assert_allclose(solve(np.array([0.01] * 7 + [0.02])),
+                             [3 / 7] * 7 + [1])
+  assert solve(np.array([0.5] * 2 + [0.9] * 6)).min() >= 0.05
+  found = solve(np.array([1.0] * 7 + [0.0]))
+  assert found[-1] == 1
+
+
+def test_survivors_are_drawn_with_their_probabilities():
+  """Law: always as many as the probabilities' sum, each as often as its own.
+
+  Mutant: a fresh number for each sample.
+  """
+  rng = np.random.default_rng(1)
+  chances = pruning.survival_probabilities(rng.random(10),
+                                           keep=0.5,
+                                           share=0.5,
+                                           least=0.05)
+  drawn = np.array(
+      [pruning.draw_survivors(chances, rng.random()) for _ in range(20000)])
+  assert (drawn.sum(axis=1) == 5).all()
+  error = np.sqrt(chances * (1 - chances) / len(drawn))
+  assert (np.abs(drawn.mean(axis=0) - chances) <= 4 * error + 1e-12).all()
+
+
+def test_inverse_survival_weights_undo_pruning():
+  """Law: survivors of pruning by the first two tokens, weighted by K / pi, give
+  the exact gradient within three standard errors (with a fixed baseline and
+  no division by a deviation). Unweighted they do not.
+
+  Mutants: weights by the complement; another sample's probabilities.
+  """
+  law = _log_law(_POLICIES[0])
+  exact = _exact_gradient(law)
+  rng = np.random.default_rng(0)
+  found = {'weighted': [], 'none': []}
+  for _ in range(4000):
+    whole = [_go_on(law, [], rng) for _ in range(6)]
+    # Any function of the beginning: here it is half right.
+    success = np.array([0.1 + 0.4 * y[:2].count(1) for y in whole])
+    chances = pruning.survival_probabilities(success,
+                                             keep=0.5,
+                                             share=0.5,
+                                             least=0.05)
+    going = pruning.draw_survivors(chances, rng.random())
+    sums = {name: 0.0 for name in found}
+    for tokens, goes, chance in zip(whole, going, chances):
+      if goes:
+        gradient = (_reward(tokens) + 0.7) * _gradient(law, tokens) / 3
+        sums['weighted'] += gradient * 0.5 / chance
+        sums['none'] += gradient
+    for name, total in sums.items():
+      found[name].append(total)
+  z = {name: _deviation(np.stack(x), exact) for name, x in found.items()}
+  print(z)
+  assert z['weighted'] < 3 < z['none']
+
+
+def test_the_head_learns_what_decides_the_reward():
+  """Law: on inputs of which one decides, the loss falls below half of log 2,
+  the calibrated chances follow, and a weight counts as so many samples.
+
+  Mutants: the gradient's sign; calibration without the weights.
+  """
+  rng = np.random.default_rng(0)
+  head = quality_head.QualityHead()
+  for _ in range(40):
+    inputs = rng.normal(size=(64, 6))
+    labels = (inputs[:, 0] > 0).astype(float)
+    head = head.learn(inputs, labels, np.ones(64), seed=0)
+  inputs = rng.normal(size=(64, 6))
+  labels = (inputs[:, 0] > 0).astype(float)
+  assert head.loss(inputs, labels) < 0.35
+  chances = head.success(inputs)
+  assert chances[labels == 1].mean() > 0.7 > 0.3 > chances[labels == 0].mean()
+  one = quality_head.QualityHead().learn(inputs[:2],
+                                         np.array([0.0, 1.0]),
+                                         np.array([1.0, 3.0]),
+                                         seed=0)
+  assert one.counts.sum(axis=1).tolist() == [11.0, 13.0]
+
+
+def test_features_are_of_the_first_tokens_alone():
+  """Law: features are the mean of the policy's hidden states over the last 16
+  completion tokens of the beginning, the same whoever stands beside them.
+
+  Mutants: padding in the mean; the span from the row's start.
+  """
+  model, params = _world().model, _world().params
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 6, n).astype(np.int32) for n in (1, 4, 6)]
+  more = [rng.integers(0, 6, n).astype(np.int32) for n in (20, 1, 7)]
+  tokens, spans = quality_head.pack_beginnings(prompts, more, length=26, rows=2)
+  assert tokens.shape == (2, 2, 26)
+  found = np.asarray(quality_head.features(params, tokens, spans, model=model))
+  for row, (prompt, rest) in enumerate(zip(prompts, more)):
+    text = np.r_[prompt, rest][None]
+    order = np.arange(text.shape[1], dtype=np.int32)[None]
+    hidden = np.asarray(model.hidden(params, text, order,
+                                     np.ones_like(order)))[0]
+    want = hidden[max(len(prompt), text.shape[1] - 16):].mean(axis=0)
+    np.testing.assert_allclose(found.reshape(4, -1)[row], want, atol=1e-5)

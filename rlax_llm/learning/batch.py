@@ -17,6 +17,7 @@ class Sample:
   advantage: float = 0.0
   behaviour_logprobs: np.ndarray | None = None  # float32[c], nats
   scored_logprobs: np.ndarray | None = None  # float32[c]; see `Rollout`
+  weight: float = 1.0  # of its loss
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -145,7 +146,7 @@ def make_batch(sequences: Sequence[Sample],
       ints['positions'][row, start:end] = np.arange(end - start)
       ints['segments'][row, start:end] = segment
       bools['targets'][row, middle:end] = True
-      floats['weights'][row, middle:end] = weights[i]
+      floats['weights'][row, middle:end] = weights[i] * s.weight
       floats['advantages'][row, middle:end] = s.advantage
       if s.behaviour_logprobs is not None:
         floats['behaviour_logprobs'][row, middle:end] = s.behaviour_logprobs

@@ -1,5 +1,6 @@
 """What the samples of one `generate` come to."""
 
+import dataclasses
 from typing import Mapping, Sequence
 
 import numpy as np
@@ -51,7 +52,9 @@ class Outcomes:
         request=sample.request,
         index=sample.index,
         suspended=not finished and length < self._longest,
-        scored_logprobs=begun.scored_logprobs)
+        scored_logprobs=begun.scored_logprobs,
+        survival=begun.survival,
+        weight=begun.weight)
 
   def cut(self, sample: Sample, tokens: int) -> np.ndarray | None:
     """Takes back what a sample has beyond `tokens` new ones, and suspends it.
@@ -101,15 +104,12 @@ class Outcomes:
 
 def _shortened(rollout: Rollout, length: int) -> Rollout:
   """Returns a rollout up to a length, suspended."""
-  scored = rollout.scored_logprobs
-  return Rollout(tokens=rollout.tokens[:length],
-                 length=length,
-                 finished=False,
-                 token_version=rollout.token_version[:length],
-                 behaviour_logprobs=rollout.behaviour_logprobs[:length],
-                 drafted=rollout.drafted[:length],
-                 forwards=rollout.forwards,
-                 request=rollout.request,
-                 index=rollout.index,
-                 suspended=True,
-                 scored_logprobs=scored)
+  return dataclasses.replace(
+      rollout,
+      tokens=rollout.tokens[:length],
+      length=length,
+      finished=False,
+      token_version=rollout.token_version[:length],
+      behaviour_logprobs=rollout.behaviour_logprobs[:length],
+      drafted=rollout.drafted[:length],
+      suspended=True)

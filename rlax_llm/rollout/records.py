@@ -56,6 +56,8 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
       'finished': [r.finished for r in rollouts],
       'suspended': [r.suspended for r in rollouts],
       'forwards': [r.forwards for r in rollouts],
+      'survival': [r.survival for r in rollouts],
+      'weight': [r.weight for r in rollouts],
       'scored': [-1 if s is None else len(s) for s in scored],
       'scored_logprobs':
           pack_array(
@@ -89,6 +91,8 @@ def unpack_rollouts(record: dict[str, Any],
       Rollout(length=length,
               finished=record['finished'][i],
               forwards=record['forwards'][i],
+              survival=record['survival'][i],
+              weight=record['weight'][i],
               request=request,
               index=record['index'][i],
               suspended=record['suspended'][i],
