@@ -13,6 +13,7 @@ from rlax_llm import early_stop
 from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
+from rlax_llm import processes
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
@@ -99,10 +100,14 @@ def evaluate(run: Run, engine: RolloutEngine, params: Params,
   else:
     rollouts, _ = engine.generate(params, requests, RolloutState())
     texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
-  repeated = [problem for problem in problems for _ in range(samples)]
-  scores = verifier.score(repeated, texts)
-  correct = (scores.rewards == 1.0).reshape(len(problems), samples)
-  return summarize(correct) | values
+
+  def score(mine: Sequence[int]) -> list[bool]:
+    scores = verifier.score([problems[i // samples] for i in mine],
+                            [texts[i] for i in mine])
+    return (scores.rewards == 1.0).tolist()
+
+  correct = processes.share(score, range(len(texts)))
+  return summarize(np.reshape(correct, (len(problems), samples))) | values
 
 
 def main(argv: list[str]) -> None:
@@ -111,16 +116,20 @@ def main(argv: list[str]) -> None:
   config: Config = _CONFIG.value
   run = make_run(config)
   manifest.check_workdir(_WORKDIR.value, to_dict(run.config))
+  problems = held_out_problems(run)
+  run.check_prompts(problems)
   executables.enable_compilation_cache()
   step, state, _ = run.states.restore(_WORKDIR.value)
   with Verifier(run.config.task, run.config.seed) as verifier:
     values = evaluate(run, run.engine(evaluation_sampling(run)), state.params,
-                      verifier, held_out_problems(run))
-  json.dump({'step': step, **values}, sys.stdout)
-  print()
+                      verifier, problems)
+  if processes.is_writer():
+    json.dump({'step': step, **values}, sys.stdout)
+    print()
 
 
 if __name__ == '__main__':
   _CONFIG = flags.DEFINE_config()
   _WORKDIR = flags.DEFINE_workdir()
+  flags.DEFINE_processes()
   flags.run(main)

@@ -14,6 +14,7 @@ from typing import Any, Callable, Mapping, Sequence
 import numpy as np
 
 from rlax_llm import groups as records
+from rlax_llm import processes
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.groups import Experience
 from rlax_llm.groups import Group
@@ -115,9 +116,11 @@ class Collector:
 
   def metrics(self) -> dict[str, float]:
     """Returns what the last `collect` tells besides its groups."""
+    parts = processes.gather([self._store.bytes, len(self._store)])
+    kept, prompts = (sum(values) for values in zip(*parts))
     return self._sampler.stats.metrics() | self._values | {
-        'rollout/cache_bytes': self._store.bytes,
-        'rollout/cached_prompts': len(self._store),
+        'rollout/cache_bytes': kept,
+        'rollout/cached_prompts': prompts,
     }
 
   def _update(self, **changes: Any) -> None:

@@ -12,6 +12,8 @@ from typing import Sequence
 
 import numpy as np
 
+from rlax_llm import processes
+from rlax_llm import sharding
 from rlax_llm.groups import Group
 from rlax_llm.groups import Pending
 from rlax_llm.learning import quality_head
@@ -112,9 +114,11 @@ class Pruner:
                                           rows=config.learning.microbatch_rows)
     found = self._run.pool(('quality', packed[0].shape),
                            functools.partial(quality_head.features,
-                                             model=self._run.model), params,
-                           *packed)
-    found = np.asarray(found)
+                                             model=self._run.model),
+                           params,
+                           *packed,
+                           out_shardings=sharding.replicated(self._run.mesh))
+    found = processes.whole(found)
     return found.reshape(-1, found.shape[-1])[:len(rollouts)]
 
 

@@ -18,6 +18,7 @@ from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
 from rlax_llm import sharding
+from rlax_llm.config import check_positions
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
@@ -102,6 +103,25 @@ def sample_texts(run: Run,
     ConfigError: no prompt, one that is too long or not encodable, or counts
       that are out of range.
   """
+  requests = _make_requests(run, prompts, samples)
+  run = _resized(run, samples * len(prompts), max_new_tokens)
+  engine = run.engine(run.sampling if sampling is None else sampling)
+  rollouts, _ = engine.generate(params, requests, RolloutState())
+  return [
+      Completion(prompt=prompts[r.request.request],
+                 completion=run.tokenizer.decode(r.tokens),
+                 finished=r.finished,
+                 logprob=float(np.sum(r.behaviour_logprobs, dtype=np.float64)),
+                 drafted=[bool(d) for d in r.drafted],
+                 accept_length=r.length / max(r.forwards, 1),
+                 pieces=split_pieces(run.tokenizer, r.tokens.tolist(),
+                                     r.drafted.tolist())) for r in rollouts
+  ]
+
+
+def _make_requests(run: Run, prompts: Sequence[str],
+                   samples: int) -> list[Request]:
+  """Returns a request for each prompt; raises ConfigError."""
   if not prompts:
     raise ConfigError('there is no prompt; give at least one')
   if samples < 1:
@@ -120,19 +140,7 @@ def sample_texts(run: Run,
                 domain=EVALUATE,
                 step=0,
                 request=i))
-  run = _resized(run, samples * len(prompts), max_new_tokens)
-  engine = run.engine(run.sampling if sampling is None else sampling)
-  rollouts, _ = engine.generate(params, requests, RolloutState())
-  return [
-      Completion(prompt=prompts[r.request.request],
-                 completion=run.tokenizer.decode(r.tokens),
-                 finished=r.finished,
-                 logprob=float(np.sum(r.behaviour_logprobs, dtype=np.float64)),
-                 drafted=[bool(d) for d in r.drafted],
-                 accept_length=r.length / max(r.forwards, 1),
-                 pieces=split_pieces(run.tokenizer, r.tokens.tolist(),
-                                     r.drafted.tolist())) for r in rollouts
-  ]
+  return requests
 
 
 def _resized(run: Run, rows: int, max_new_tokens: int | None) -> Run:
@@ -143,6 +151,9 @@ def _resized(run: Run, rows: int, max_new_tokens: int | None) -> Run:
     max_new_tokens = rollout.max_new_tokens
   if max_new_tokens < 1:
     raise ConfigError(f'max_new_tokens={max_new_tokens} must be at least 1')
+  check_positions(dataclasses.replace(rollout, max_new_tokens=max_new_tokens),
+                  rollout.width or max(run.config.control.widths),
+                  run.config.model.max_positions)
   rollout = dataclasses.replace(rollout,
                                 slots=min(rollout.slots,
                                           -(-rows // ways) * ways),
@@ -228,6 +239,9 @@ def main(argv: list[str]) -> None:
   sampling = run.sampling._replace(top_p=top_p)
   if temperature is not None:
     sampling = sampling._replace(temperature=temperature)
+  # A mistake ends the program before the weights are read.
+  _make_requests(run, _PROMPT.value, _SAMPLES.value)
+  _resized(run, 1, _MAX_NEW_TOKENS.value)
   executables.enable_compilation_cache()
   _, state, _ = run.states.restore(_WORKDIR.value)
   completions = sample_texts(run,

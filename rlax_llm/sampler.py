@@ -8,6 +8,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from rlax_llm import processes
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.groups import Experience
@@ -194,11 +195,21 @@ class GroupSampler:
     sizes = [len(pending.survivors) for pending in complete]
     rollouts = [r for pending in complete for r in pending.survivors]
     texts = [decode(rollout.tokens) for rollout in rollouts]
-    scores = self._verifier.reward(
-        [p for p, size in zip(problems, sizes) for _ in range(size)],
-        texts,
-        tokens=[r.length for r in rollouts],
-        finished=[r.finished for r in rollouts])
+    puzzles = [p for p, size in zip(problems, sizes) for _ in range(size)]
+    names: tuple[str, ...] = ()
+
+    def reward(mine: Sequence[int]) -> list[list[float]]:
+      nonlocal names
+      scores = self._verifier.reward(
+          [puzzles[i] for i in mine], [texts[i] for i in mine],
+          tokens=[rollouts[i].length for i in mine],
+          finished=[rollouts[i].finished for i in mine])
+      names = tuple(scores.parts)
+      columns = scores.rewards, scores.unscorable, *scores.parts.values()
+      return np.stack(columns, axis=1).tolist()
+
+    rows = processes.share(reward, range(len(rollouts)))
+    rewards, unscorable, *values = np.asarray(rows, np.float32).T
     groups = []
     for pending, problem, end in zip(complete, problems, np.cumsum(sizes)):
       mine = slice(end - len(pending.survivors), end)
@@ -206,10 +217,10 @@ class GroupSampler:
           Group(problem=problem,
                 rollouts=pending.survivors,
                 texts=tuple(texts[mine]),
-                rewards=scores.rewards[mine],
-                unscorable=scores.unscorable[mine],
+                rewards=rewards[mine],
+                unscorable=unscorable[mine].astype(bool),
                 parts={
-                    k: v[mine] for k, v in scores.parts.items()
+                    name: value[mine] for name, value in zip(names, values)
                 },
                 number=pending.number))
     return groups
