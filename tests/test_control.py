@@ -776,7 +776,11 @@ def test_survival_by_hand():
   np.testing.assert_allclose(solve(np.full(8, 0.3)), 0.5)
   np.testing.assert_allclose(solve(np.array([0.01] * 7 + [0.02])),
                              [3 / 7] * 7 + [1])
-  assert solve(np.array([0.5] * 2 + [0.9] * 6)).min() >= 0.05
+  # So few successes cannot be had: the least likely are all kept, and the most
+  # likely with the least probability.
+  found = solve(np.linspace(0, 1, 8), share=0.2)
+  np.testing.assert_allclose(found[[0, -1]], [1, 0.05], atol=1e-6)
+  assert found.sum() == pytest.approx(4)
   found = solve(np.array([1.0] * 7 + [0.0]))
   assert found[-1] == 1
 
@@ -809,14 +813,12 @@ def test_inverse_survival_weights_undo_pruning():
   exact = _exact_gradient(law)
   rng = np.random.default_rng(0)
   found = {'weighted': [], 'none': []}
+  solve = functools.cache(lambda success: pruning.survival_probabilities(
+      np.array(success), keep=0.5, share=0.5, least=0.05))
   for _ in range(4000):
     whole = [_go_on(law, [], rng) for _ in range(6)]
     # Any function of the beginning: here it is half right.
-    success = np.array([0.1 + 0.4 * y[:2].count(1) for y in whole])
-    chances = pruning.survival_probabilities(success,
-                                             keep=0.5,
-                                             share=0.5,
-                                             least=0.05)
+    chances = solve(tuple(0.1 + 0.4 * y[:2].count(1) for y in whole))
     going = pruning.draw_survivors(chances, rng.random())
     sums = {name: 0.0 for name in found}
     for tokens, goes, chance in zip(whole, going, chances):
