@@ -61,9 +61,10 @@ class Rails:
       self._skipped = 0
       return
     self._skipped += 1
-    what = ', '.join(
-        f'{name} {values[name]}' for name in ('learning/loss',
-                                              'learning/grad_norm'))
+    what = ', '.join(f'{name} {values[name]}' for name in ('learning/loss',
+                                                           'learning/grad_norm',
+                                                           'critic/loss')
+                     if name in values)
     self._warn(f'step {step}: the update was skipped: {what}')
     if self._skipped >= self._learning.most_skipped:
       self.lost = (

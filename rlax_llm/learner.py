@@ -1,7 +1,7 @@
 """The compiled steps of learning, and the batches they take."""
 
 import functools
-from typing import Any, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
 import numpy as np
@@ -11,9 +11,13 @@ from rlax_llm import sharding
 from rlax_llm.config import LearningConfig
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import batch as batches
+from rlax_llm.learning import critic as critics
+from rlax_llm.learning import gradient_norms
+from rlax_llm.learning import token_credit
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
 from rlax_llm.models import lora
+from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.run import Run
 from rlax_llm.types import Array
@@ -23,15 +27,27 @@ from rlax_llm.types import Params
 from rlax_llm.types import TrainState
 
 
+class Teacher(NamedTuple):
+  """Whom the policy is distilled from: any model of the same vocabulary."""
+  model: LanguageModel
+  params: Params  # on the mesh
+
+
 class Learner:
   """Packs samples, scores them and takes optimizer steps.
 
   One learner per objective: RL has one, the warm start has another.
   """
 
-  def __init__(self, run: Run, *, algorithm: algorithms.Algorithm,
-               sampling: Sampling, optimizer: Any, name: str,
-               learning: LearningConfig) -> None:
+  def __init__(self,
+               run: Run,
+               *,
+               algorithm: algorithms.Algorithm,
+               sampling: Sampling,
+               optimizer: Any,
+               name: str,
+               learning: LearningConfig,
+               teacher: Teacher | None = None) -> None:
     """Prepares a learner; nothing is compiled yet.
 
     Args:
@@ -41,19 +57,20 @@ class Learner:
       optimizer: an optax transformation.
       name: tells its executables apart.
       learning: frozen section.
+      teacher: for objectives that have one.
     """
     self._run = run
+    self._teacher = teacher
+    self._reads = token_credit.reads(algorithm)
     self._algorithm = algorithm
     self._optimizer = optimizer
     self._name = name
     self._learning = learning
-    self._config = updates.UpdateConfig(
-        algorithm=algorithm,
-        sampling=sampling,
-        chunk=learning.score_chunk,
-        old_is_current=self.old_is_current,
-        old_is_behaviour=learning.old_logprobs == 'sampler',
-        old_is_scored=learning.old_logprobs == 'scored')
+    self._config = updates.UpdateConfig(algorithm=algorithm,
+                                        sampling=sampling,
+                                        chunk=learning.score_chunk,
+                                        old_is_current=self.old_is_current,
+                                        old_logprobs=learning.old_logprobs)
 
   @property
   def old_is_current(self) -> bool:
@@ -88,11 +105,16 @@ class Learner:
 
   def score(self, params: Params, batch: Batch) -> Array:
     """Returns log-probabilities of the batch's tokens, nats, on the mesh."""
+    return self._pass(batch, params, 'score', updates.score_batch,
+                      self._run.model)
+
+  def _pass(self, batch: Batch, params: Params, name: str,
+            function: Callable[..., Any], model: LanguageModel,
+            **static: Any) -> Any:
+    """Runs a pass over a batch; its arrays come out placed as the batch is."""
     return self._run.pool(
-        ('score', self._name, self._config, batch.tokens.shape),
-        functools.partial(updates.score_batch,
-                          model=self._run.model,
-                          config=self._config),
+        (name, self._name, self._config, batch.tokens.shape, *static.values()),
+        functools.partial(function, model=model, config=self._config, **static),
         params,
         batch,
         out_shardings=sharding.microbatches(self._run.mesh))
@@ -126,8 +148,12 @@ class Learner:
     """Returns the shardings of a state, those it came with."""
     return jax.tree.map(lambda x: x.sharding, state)
 
-  def prepare(self, params: Params, samples: Sequence[Sample],
-              reference: Params | None) -> tuple[list[Batch], float]:
+  def prepare(self,
+              params: Params,
+              samples: Sequence[Sample],
+              reference: Params | None,
+              *,
+              critic: Params | None = None) -> tuple[list[Batch], float]:
     """Packs and scores the optimizer batches of one batch of rollouts.
 
     Args:
@@ -137,6 +163,7 @@ class Learner:
         `learning.minibatches` optimizer steps.
       reference: parameters for the KL term, or None; gaps stand for frozen
         ones, which are the policy's.
+      critic: its parameters, where there is one.
 
     Returns:
       (batches on the mesh, share of the computed positions without a token).
@@ -147,11 +174,7 @@ class Learner:
         for i in range(0, len(samples), size)
     ]
     padding = float(np.mean([batches.padding_fraction(b) for b in packed]))
-    placed = [self.put(b) for b in packed]
-    if self._learning.old_logprobs == 'sampler':
-      placed = [b.replace(old_logprobs=b.behaviour_logprobs) for b in placed]
-    elif not self.old_is_current:
-      placed = [b.replace(old_logprobs=self.score(params, b)) for b in placed]
+    placed = [self._score_old(params, self.put(b)) for b in packed]
     if reference is not None:
       model = self._run.model
       reference = lora.join(reference,
@@ -159,37 +182,149 @@ class Learner:
       placed = [
           b.replace(reference_logprobs=self.score(reference, b)) for b in placed
       ]
+    if token_credit.is_shaped(self._algorithm):
+      placed = [self.shape(params, b, critic) for b in placed]
     return jax.block_until_ready(placed), padding
+
+  def _score_old(self, params: Params, batch: Batch) -> Batch:
+    """Returns the batch with old log-probabilities, where they are read."""
+    if self._learning.old_logprobs == 'sampler':
+      return batch.replace(old_logprobs=batch.behaviour_logprobs)
+    if self.old_is_current and 'old_logprobs' not in self._reads:
+      return batch
+    return batch.replace(old_logprobs=self.score(params, batch))
+
+  def shape(self, params: Params, batch: Batch, critic: Params | None) -> Batch:
+    """Returns the batch with what the objective reads of it as a whole.
+
+    Args:
+      params: the policy's, before the first step on the batch.
+      batch: on the mesh; with old log-probabilities where they are read.
+      critic: its parameters, where there is one.
+    """
+    extra = dict(batch.extra)
+    of_policy = tuple(sorted(self._reads & {'entropy', 'confidence'}))
+    if of_policy:
+      extra |= self._pass(batch,
+                          params,
+                          'score',
+                          updates.score_pass,
+                          self._run.model,
+                          names=of_policy)
+    if 'squared_norms' in self._reads:
+      extra['squared_norms'] = self._pass(batch, params, 'gradient_norms',
+                                          gradient_norms.squared_norms,
+                                          self._run.model)
+    if 'values' in self._reads:
+      extra['values'] = self._run.pool(
+          ('values', self._name, batch.tokens.shape),
+          functools.partial(critics.value_batch,
+                            model=self._run.states.critic_model),
+          critic,
+          batch,
+          out_shardings=sharding.microbatches(self._run.mesh))
+    if 'teacher_logprobs' in self._reads:
+      assert self._teacher is not None, 'the objective has a teacher'
+      extra['teacher_logprobs'] = self._pass(batch, self._teacher.params,
+                                             'teacher', updates.score_batch,
+                                             self._teacher.model)
+    batch = batch.replace(extra=extra)
+    shape = functools.partial(token_credit.shape, algorithm=self._algorithm)
+    placement = jax.tree.map(
+        lambda x: sharding.microbatches(self._run.mesh)
+        if x.ndim else sharding.replicated(self._run.mesh),
+        jax.eval_shape(shape, batch))
+    return self._run.pool(
+        ('shape', self._name, self._config, batch.tokens.shape),
+        shape,
+        batch,
+        out_shardings=placement)
 
   def learn(self, state: TrainState,
             prepared: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
-    """Takes one optimizer step on each batch.
+    """Takes one optimizer step of the policy on each batch.
 
     Args:
       state: donated.
       prepared: from `prepare`.
 
     Returns:
-      (state, training values: maxima where the name says so, else means over
+      (state, training values: extremes where the name says so, else means over
       the optimizer steps).
     """
-    steps = []
-    for batch in prepared:
-      state, values = self.update(state, batch)
-      steps.append(values)
-    fetched = jax.device_get(steps)
-    over = lambda name: np.max if name.endswith('_max') else np.mean
-    return state, {
-        name: float(over(name)([values[name] for values in fetched]))
-        for name in fetched[0]
-    }
+    return _each(self.update, state, prepared)
+
+  def learn_all(self, states: Mapping[str,
+                                      TrainState], prepared: Sequence[Batch],
+                step: int) -> tuple[dict[str, TrainState], dict[str, float]]:
+    """Takes the optimizer steps of everything that is trained.
+
+    Args:
+      states: by name; donated.
+      prepared: from `prepare`.
+      step: RL steps before this one; in the first ones of a warm-up the
+        critic learns alone.
+
+    Returns:
+      (states, training values).
+    """
+    states = dict(states)
+    values: dict[str, float] = {}
+    if self._algorithm.has_critic:
+      states['critic'], values = _each(self._update_critic, states['critic'],
+                                       prepared)
+    if step >= self._algorithm.critic_warmup:
+      states['policy'], more = self.learn(states['policy'], prepared)
+      values |= more
+    skipped = values.get('learning/skipped', 0.0)
+    values['learning/skipped'] = max(skipped, values.pop('critic/skipped', 0.0))
+    return states, values
+
+  def _update_critic(self, state: TrainState,
+                     batch: Batch) -> tuple[TrainState, Metrics]:
+    """Takes one optimizer step of the critic; donates its state."""
+    states = self._run.states
+    return self._run.pool(
+        ('update_critic', self._name, self._config, batch.tokens.shape),
+        functools.partial(critics.update,
+                          model=states.critic_model,
+                          optimizer=states.critic_optimizer,
+                          algorithm=self._algorithm),
+        state,
+        batch,
+        donate_argnums=(0,),
+        out_shardings=(self._placement(state),
+                       sharding.replicated(self._run.mesh)))
 
 
-def make_learner(run: Run) -> Learner:
-  """Returns the learner of the run's RL objective."""
+def _each(update: Callable[[TrainState, Batch],
+                           tuple[TrainState, Metrics]], state: TrainState,
+          prepared: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
+  """Takes an optimizer step on each batch; see `Learner.learn`."""
+  steps = []
+  for batch in prepared:
+    state, values = update(state, batch)
+    steps.append(values)
+  fetched = jax.device_get(steps)
+  over = lambda name: (np.max if name.endswith('_max') else np.min
+                       if name.endswith('_min') else np.mean)
+  return state, {
+      name: float(over(name)([values[name] for values in fetched]))
+      for name in fetched[0]
+  }
+
+
+def make_learner(run: Run, teacher: Teacher | None = None) -> Learner:
+  """Returns the learner of the run's RL objective.
+
+  Args:
+    run: the run.
+    teacher: for objectives that have one.
+  """
   return Learner(run,
                  algorithm=run.algorithm,
                  sampling=run.sampling,
                  optimizer=run.states.optimizer,
                  name='policy',
-                 learning=run.config.learning)
+                 learning=run.config.learning,
+                 teacher=teacher)

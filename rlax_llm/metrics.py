@@ -48,6 +48,10 @@ METRICS: dict[str, Metric] = {
         Metric('samples', _T, 'samples the verifier could not judge'),
     'reward/groups_with_signal':
         Metric('fraction', _T, 'groups whose rewards differ'),
+    'reward/label_accuracy':
+        Metric('fraction', _T, 'prompts whose majority answer is right'),
+    'reward/label_agreement':
+        Metric('fraction', _T, "pseudo-rewards that are the verifier's"),
     'learning/skipped':
         Metric('fraction', _T, 'optimizer steps skipped: not finite'),
     'rollout/tokens':
@@ -85,13 +89,23 @@ METRICS: dict[str, Metric] = {
     'rollout/truncated_fraction':
         Metric('fraction', _T, 'completions that did not emit EOS'),
     'policy/kl_reference':
-        Metric('nats', _T, 'KL from the reference policy, per token'),
+        Metric('nats', _T, "KL from the reference, by the loss's estimator"),
+    'policy/kl_reference_k3':
+        Metric('nats', _T, 'KL from the reference by k3, in the loss or not'),
     'policy/entropy':
         Metric('nats', _T, 'entropy of the policy, per trained token'),
     'policy/clip_fraction':
         Metric('fraction', _T, 'trained tokens whose ratio was clipped'),
     'policy/ratio_max':
         Metric('1', _T, 'largest probability ratio, new to old policy'),
+    'policy/ratio_mean':
+        Metric('1', _T, 'mean probability ratio, new to old policy'),
+    'policy/ratio_min':
+        Metric('1', _T, 'smallest probability ratio, new to old policy'),
+    'policy/effective_tokens':
+        Metric('fraction', _T, 'tokens left by weights new / sampling policy'),
+    'policy/rejected_fraction':
+        Metric('fraction', _T, 'trained tokens dropped for a stale sampler'),
     'policy/behaviour_gap_max':
         Metric('nats', _S, 'largest |behaviour - recomputed| log-probability'),
     'policy/approximate_kl':
@@ -106,6 +120,20 @@ METRICS: dict[str, Metric] = {
         Metric('1', _T, 'global norm of the gradient, before clipping'),
     'learning/learning_rate':
         Metric('1', _T, 'learning rate of the step'),
+    'learning/step_scale':
+        Metric('1', _T, "factor of the optimizer's step"),
+    'learning/trained_fraction':
+        Metric('fraction', _T, "samples that the objective's filter keeps"),
+    'critic/loss':
+        Metric('1', _T, 'value loss, mean over tokens'),
+    'critic/grad_norm':
+        Metric('1', _T, "norm of the critic's gradient, before clipping"),
+    'critic/clip_fraction':
+        Metric('fraction', _T, 'tokens whose value was clipped'),
+    'critic/value_mean':
+        Metric('1', _T, 'mean value before the update'),
+    'critic/explained_variance':
+        Metric('1', _T, '1 - Var(returns - values) / Var(returns)'),
     'learning/padding_fraction':
         Metric('fraction', _T, 'positions of the packed batch with no token'),
     'sft/loss':
@@ -138,6 +166,8 @@ METRICS: dict[str, Metric] = {
         Metric('prompts', _S, 'prompts with earlier rollouts'),
     'rollout/segments':
         Metric('segments', _S, 'segments, each with one read of the device'),
+    'rollout/executables':
+        Metric('1', _S, 'segments compiled so far, by rows, capacity and arm'),
     'rollout/occupancy':
         Metric('fraction', _S, 'slots that hold an unfinished sample'),
     'time/rollout':

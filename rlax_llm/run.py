@@ -15,6 +15,7 @@ from rlax_llm import sharding
 from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import list_widths
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
@@ -78,9 +79,9 @@ class Run:
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts, this process's part."""
     rollout = self.config.rollout
-    width = rollout.width or max(self.config.control.widths)
+    widest = max(list_widths(rollout, self.config.control))
     # Where nobody drafts from it, it keeps nothing.
-    used = rollout.drafter == 'tree_cache' and width > 1
+    used = rollout.drafter == 'tree_cache' and widest > 1
     kept = rollout.history if used else 0
     return RolloutStore(history=kept,
                         megabytes=rollout.cache_megabytes,
@@ -234,17 +235,6 @@ def _make_tokenizer(config: Config) -> tokenizers.TextTokenizer:
   return tokenizers.make_tokenizer(name)
 
 
-def _check_groups(algorithm: algorithms.Algorithm, config: Config) -> None:
-  """Refuses groups too small for the algorithm's advantage."""
-  group = config.rollout.samples_per_prompt
-  batch = group * config.task.prompts_per_step
-  if (algorithm.advantage == 'best_minus_second' and group < 2 or
-      algorithm.advantage == 'batch_scaled' and batch < 2):
-    raise ConfigError(
-        f'rollout.samples_per_prompt={group} leaves nothing to compare for '
-        f'algorithm.advantage={algorithm.advantage!r}; use at least 2')
-
-
 def make_run(config: Config,
              *,
              clock: Callable[[], float] = time.perf_counter,
@@ -263,7 +253,7 @@ def make_run(config: Config,
   if config.deterministic:
     _make_deterministic()
   algorithm = algorithms.resolve(config.algorithm)
-  _check_groups(algorithm, config)
+  algorithms.check(algorithm, config)
   try:
     tokenizer = _make_tokenizer(config)
     task = tasks.make_task(config.task, config.seed)

@@ -14,10 +14,12 @@ from rlax_llm import pretrained
 from rlax_llm import sharding
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import freeze
 from rlax_llm.config import ModelConfig
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import update
+from rlax_llm.models import heads
 from rlax_llm.models import lora
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.types import Array
@@ -104,60 +106,90 @@ class States:
     """Returns shapes and dtypes of the parameters."""
     return jax.eval_shape(self.model.init, jax.random.key(0))
 
-  def params_placement(self, table: sharding.Table = sharding.TABLE) -> Params:
-    """Returns a sharding for every parameter."""
-    abstract = self.abstract_params()
-    return sharding.place_tree(abstract, self.model.axes(abstract), self.mesh,
-                               table)
+  def params_placement(self,
+                       table: sharding.Table = sharding.TABLE,
+                       model: LanguageModel | None = None) -> Params:
+    """Returns a sharding for every parameter.
+
+    Args:
+      table: of `sharding`.
+      model: None: the policy's.
+    """
+    model = model or self.model
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    return sharding.place_tree(abstract, model.axes(abstract), self.mesh, table)
 
   @property
   def optimizer(self) -> optax.GradientTransformation:
     """The policy's optimizer."""
     learning = self.config.learning
-    return update.make_optimizer(learning,
+    return update.make_optimizer(learning, self._policy_steps)
+
+  @property
+  def _policy_steps(self) -> int:
+    """Optimizer steps of the policy in the whole run."""
+    steps = self.config.num_steps - self.algorithm.critic_warmup
+    return steps * self.config.learning.minibatches
+
+  @functools.cached_property
+  def critic_model(self) -> LanguageModel:
+    """The critic: the policy's trunk with a head of its own."""
+    return heads.make_critic(self.model)
+
+  @property
+  def critic_optimizer(self) -> optax.GradientTransformation:
+    """The critic's optimizer: the policy's with another rate."""
+    learning = self.config.learning
+    rate = self.algorithm.critic_learning_rate or learning.learning_rate
+    # A learning rate is a field of a frozen section.
+    own = freeze(dataclasses.replace(learning, learning_rate=rate))
+    return update.make_optimizer(own,
                                  self.config.num_steps * learning.minibatches)
 
   def init_state(self,
                  params: Params,
                  optimizer: optax.GradientTransformation | None = None,
-                 name: str = 'policy') -> TrainState:
+                 name: str = 'policy',
+                 model: LanguageModel | None = None) -> TrainState:
     """Returns the state before the first step; donates the parameters.
 
     Args:
       params: on the mesh.
       optimizer: None: the policy's.
       name: of the objective, tells executables apart.
+      model: None: the policy's.
     """
     optimizer = optimizer or self.optimizer
     placement = jax.tree.map(lambda x: x.sharding,
-                             self.abstract_state(optimizer))
+                             self.abstract_state(optimizer, model))
     return self.pool(('init_state', name),
                      functools.partial(update.init_state,
-                                       model=self.model,
+                                       model=model or self.model,
                                        optimizer=optimizer),
                      params,
                      donate_argnums=(0,),
                      out_shardings=placement)
 
-  def abstract_state(
-      self,
-      optimizer: optax.GradientTransformation | None = None) -> TrainState:
-    """Returns shapes, dtypes and shardings of the state.
+  def abstract_state(self,
+                     optimizer: optax.GradientTransformation | None = None,
+                     model: LanguageModel | None = None) -> TrainState:
+    """Returns shapes, dtypes and shardings of a state.
 
     Args:
       optimizer: None: the policy's. What it keeps for a parameter lies where
         the parameter lies.
+      model: None: the policy's.
     """
-    optimizer = optimizer or self.optimizer
-    params = self.abstract_params()
+    optimizer, model = optimizer or self.optimizer, model or self.model
+    params = jax.eval_shape(model.init, jax.random.key(0))
     make = functools.partial(update.init_state,
-                             model=self.model,
+                             model=model,
                              optimizer=optimizer)
     state = jax.eval_shape(make, params)
     place = lambda x, where: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=where)
-    placement = self.params_placement()
-    trained, _ = lora.split(placement, self.model.trainable(params))
+    placement = self.params_placement(model=model)
+    trained, _ = lora.split(placement, model.trainable(params))
     anywhere = sharding.replicated(self.mesh)
     return TrainState(
         step=place(state.step, anywhere),  # type: ignore
@@ -171,11 +203,28 @@ class States:
 
   def abstract_all(self) -> dict[str, TrainState]:
     """Returns shapes, dtypes and shardings of all states, by name."""
-    return {'policy': self.abstract_state()}
+    states = {'policy': self.abstract_state()}
+    if self.algorithm.has_critic:
+      states['critic'] = self.abstract_state(self.critic_optimizer,
+                                             self.critic_model)
+    return states
 
   def init_all(self, params: Params) -> dict[str, TrainState]:
-    """Returns all states before the first step; donates the parameters."""
-    return {'policy': self.init_state(params)}
+    """Returns all states before the first step; donates the parameters.
+
+    The critic's trunk starts as the policy's parameters, copied.
+    """
+    states = {}
+    if self.algorithm.has_critic:
+      model = self.critic_model
+      placement = self.params_placement(model=model)
+      begun = self.pool(('init_critic',),
+                        functools.partial(heads.with_value, model),
+                        params,
+                        out_shardings=placement)
+      states['critic'] = self.init_state(begun, self.critic_optimizer, 'critic',
+                                         model)
+    return {'policy': self.init_state(params)} | states
 
   def restore(self,
               workdir: str,
@@ -199,10 +248,12 @@ class States:
     return found[0], found[1]['policy'], found[2]
 
   def learning_rate(self, step: int) -> float:
-    """Returns the learning rate at the end of an RL step."""
+    """Returns the policy's learning rate at the end of an RL step."""
+    step -= self.algorithm.critic_warmup
+    if step < 0:
+      return 0.0
     learning = self.config.learning
-    schedule = update.make_schedule(
-        learning, self.config.num_steps * learning.minibatches)
+    schedule = update.make_schedule(learning, self._policy_steps)
     last = (step + 1) * learning.minibatches - 1
     return float(schedule(jnp.asarray(last)))
 
@@ -218,7 +269,7 @@ class States:
       params: the policy's, copied if step is 0.
       step: RL steps taken so far.
     """
-    if not self.algorithm.kl_coefficient:
+    if not self.algorithm.has_reference:
       return None
     abstract = self.abstract_state().params
     trained = self.model.trainable(abstract)

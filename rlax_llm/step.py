@@ -46,15 +46,18 @@ def train_step(
   params = states['policy'].params
   groups = loop.collector.collect(params, step, watch)
   rewards = credit.group_rewards(run, groups, step)
-  advantages = credit.group_advantages(
-      run, rewards, np.stack([group.lengths for group in groups]),
-      np.stack([group.unscorable for group in groups]))
+  advantages = credit.advantages(run, groups, rewards)
+  trained = credit.trained_samples(run, groups, rewards)
   watch.lap('reward')
-  samples = credit.training_samples(groups, advantages)
-  prepared, padding = loop.learner.prepare(params, samples, loop.reference)
+  samples = credit.training_samples(groups, advantages, trained)
+  critic = states['critic'].params if 'critic' in states else None
+  prepared, padding = loop.learner.prepare(params,
+                                           samples,
+                                           loop.reference,
+                                           critic=critic)
   watch.lap('score')
-  run.on_boundary()  # the last time: `learn` takes the state
-  policy, values = loop.learner.learn(states['policy'], prepared)
+  run.on_boundary()  # the last time: `learn_all` takes the states
+  states, values = loop.learner.learn_all(states, prepared, step)
   loop.collector.learned()
   watch.lap('update')
 
@@ -65,6 +68,9 @@ def train_step(
   numbers: dict[str, Any] = {
       **values,
       **group_metrics(groups, rewards, step),
+      **credit.label_metrics(run, groups, rewards),
+      'learning/trained_fraction':
+          np.mean(trained),
       'learning/learning_rate':
           run.states.learning_rate(step),
       'learning/padding_fraction':
@@ -83,7 +89,7 @@ def train_step(
           run.pool.memory_bytes('segment'),
   }
   rows = sample_rows(groups, rewards, advantages)
-  return states | {'policy': policy}, numbers, rows
+  return states, numbers, rows
 
 
 def group_metrics(groups: Sequence[Group], rewards: np.ndarray,

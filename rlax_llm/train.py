@@ -23,6 +23,7 @@ from rlax_llm import manifest
 from rlax_llm import metrics
 from rlax_llm import processes
 from rlax_llm import report
+from rlax_llm import teacher as teachers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
@@ -33,6 +34,7 @@ from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
+from rlax_llm.states import States
 from rlax_llm.step import Loop
 from rlax_llm.step import train_step
 from rlax_llm.stopping import Diverged
@@ -69,7 +71,7 @@ class _Trainer:
   def __init__(self, run: Run, *, workdir: str, run_id: str,
                held_out: Sequence[tasks.Problem], verifier: Verifier,
                saved: checkpoint.Checkpoints, progress: Progress,
-               started: float) -> None:
+               started: float, teacher: States | None) -> None:
     """Makes the parts that need no parameters.
 
     Args:
@@ -81,6 +83,7 @@ class _Trainer:
       saved: the run's checkpoints.
       progress: where to show progress.
       started: when the process began, by the run's clock.
+      teacher: from `teachers.find_teacher`.
     """
     self.run = run
     self.progress = progress
@@ -90,10 +93,11 @@ class _Trainer:
     self._saved = saved
     self._started = started
     self._held_out = held_out
-    engine = run.engine(run.sampling)
+    self._engine = engine = run.engine(run.sampling)
     law = evaluation.evaluation_sampling(run)
     self._judge = engine if law == run.sampling else run.engine(law)
-    self._learner = learners.make_learner(run)
+    self._learner = learners.make_learner(run,
+                                          teachers.load_teacher(run, teacher))
     self._store = run.rollout_store()
     self._collector = Collector(run, engine, verifier, self._store,
                                 self._learner.score_samples)
@@ -114,6 +118,7 @@ class _Trainer:
     self.progression = Progression(**host['progression'])
     self._earlier = self.progression.wall_seconds
     self._collector.restore(host['experience'])
+    self._engine.strategy.restore(host['strategy'])
     self._unwritten = host.get('unwritten')
     if self._unwritten is not None:  # JSON has no NaN
       values = self._unwritten['values']
@@ -250,6 +255,7 @@ class _Trainer:
         'progression': dataclasses.asdict(self.progression),
         'rollouts': processes.gather(self._store.dump(), to_writer=True),
         'experience': self._collector.dump(),
+        'strategy': self._engine.strategy.dump(),
     }
     if unwritten is not None:
       host['unwritten'] = unwritten
@@ -303,6 +309,7 @@ def train(config: Config,
     run.check_prompts([*held_out, *run.known_problems()])
     if config.sft.steps:
       run.demonstration(0)
+    teacher = teachers.find_teacher(run)
     with checkpoint.Checkpoints(workdir) as saved:
       # A continued run has its parameters, and the weights may be gone.
       facts = {} if saved.steps() else run.states.check_pretrained()
@@ -327,7 +334,8 @@ def train(config: Config,
                          verifier=verifier,
                          saved=saved,
                          progress=progress,
-                         started=started)
+                         started=started,
+                         teacher=teacher)
       first, more = trainer.restore()
       warnings += more
       if processes.is_writer():

@@ -111,7 +111,8 @@ class Batch(flax.struct.PyTreeNode):
   anything. `targets` marks the tokens that are trained on (the completions,
   EOS included). Every per-token value stands at the token it is about:
   `old_logprobs[..., l]` is that of `tokens[..., l]` given the earlier tokens
-  of its segment.
+  of its segment. `extra` holds what one objective needs and others lack, by
+  name: arrays of the same shape, or scalars.
   """
   count: Array  # int32[]
   tokens: Array  # int32
@@ -121,12 +122,14 @@ class Batch(flax.struct.PyTreeNode):
   weights: Array  # float32: the loss is sum(weights * loss per token)
   advantages: Array  # float32
   old_logprobs: Array  # float32, nats
-  behaviour_logprobs: Array  # float32, nats
+  behaviour_logprobs: Array  # float32, nats, the sampler's (a speed value)
   reference_logprobs: Array  # float32, nats
   # float32, nats, under the weights that sampled the token, where `scored`;
   # elsewhere the token is on-policy.
   scored_logprobs: Array
   scored: Array  # bool
+  groups: Array  # int32, 1, 2, ... by prompt within the optimizer batch; 0
+  extra: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 class TrainState(flax.struct.PyTreeNode):

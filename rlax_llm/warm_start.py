@@ -5,7 +5,7 @@ from typing import Callable
 
 from rlax_llm import learner as learners
 from rlax_llm.config import freeze
-from rlax_llm.learning import algorithms
+from rlax_llm.learning import presets
 from rlax_llm.learning import sft
 from rlax_llm.learning import update as updates
 from rlax_llm.ops.sampling import Sampling
@@ -32,7 +32,7 @@ def warm_start(run: Run, params: Params, show: Callable[[int, float],
                           minibatches=1,
                           old_logprobs='recompute'))
   learner = learners.Learner(run,
-                             algorithm=algorithms.SUPERVISED,
+                             algorithm=presets.SUPERVISED,
                              sampling=Sampling(),
                              optimizer=optimizer,
                              name='sft',

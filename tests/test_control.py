@@ -20,8 +20,10 @@ from rlax_llm import run as runs
 from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm.config import ConfigError
+from rlax_llm.drafting.arms import Arm
+from rlax_llm.drafting.arms import PLAIN
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.experience import Collector
 from rlax_llm.learning import length_ranker
 from rlax_llm.learning import quality_head
@@ -151,12 +153,13 @@ def test_boundary_decisions_change_no_sample(name, monkeypatch):
   limit not lowered by what a sample has.
   """
   rng = random.Random(len(name))
-  monkeypatch.setattr(
-      WidthPolicy, 'choose', lambda self, rows, s, forwards:
-      (rng.choice([1, 4]), rng.randint(1, 5)))
   drafter = _drafters()[name]
   store = RolloutStore(history=2, megabytes=1, tokenizer='')
   engine = _world().engine(drafter=drafter, slots=8, control=dict(min_slots=2))
+  arms = list(engine._parts.drafters)  # pylint: disable=protected-access
+  monkeypatch.setattr(
+      type(engine.strategy), 'choose',
+      rollout_helpers.random_choices(np.random.default_rng(1), arms))
   earlier, versions = {}, {}
   requests = make_requests()
   dropped = set()
@@ -531,6 +534,8 @@ def test_impossible_controls_are_refused():
       (dict(control__over_provision=2.5), 'over_provision=2.5 .* at most 2'),
       (dict(control__over_provision=1.8, control__replay=1), 'at most 1.75'),
       (dict(control__replay=4), 'replay=4 leaves no new group'),
+      (dict(control__prune_keep=0.25), 'prune_keep=0.25 has no effect'),
+      (dict(control__prune_at=12), 'prune_at=12 is behind the last'),
       (dict(control__dynamic_sampling=1,
             control__run_ahead_rows=4,
             rollout__drafter='tree_cache',
@@ -543,7 +548,9 @@ def test_impossible_controls_are_refused():
 # ---- Whole runs --------------------------------------------------------------
 COMBINATIONS = {
     'april':
-        dict(control__over_provision=1.75, control__order='longest_first'),
+        dict(control__over_provision=1.75,
+             control__logical_slots=8,
+             control__order='longest_first'),
     'staleness':
         dict(control__staleness=2, learning__old_logprobs='scored'),
     'dynamic':
@@ -554,6 +561,7 @@ COMBINATIONS = {
         dict(control__prune_at=4, control__prune_steps=1),
     'all':
         dict(control__over_provision=1.5,
+             control__logical_slots=8,
              control__prune_at=4,
              control__prune_steps=1,
              control__dynamic_sampling=2,
@@ -582,13 +590,13 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
   Mutants: the cut at the boundary; the queue not in the checkpoint; hidden
   tokens beyond the cut kept.
   """
-  changes = COMBINATIONS[name] | dict(
-      control__logical_slots=8, num_steps=5, checkpoint__every=2)
+  changes = COMBINATIONS[name] | dict(num_steps=5, checkpoint__every=2)
   want = _train(tmp_path / 'plain', **changes)
   rng = random.Random(0)
+  arms = [PLAIN, *(Arm(w, 1, ('tree_cache',)) for w in (3, 4))]
   monkeypatch.setattr(
-      WidthPolicy, 'choose', lambda self, rows, s, forwards:
-      (rng.choice([1, 3, 4]), rng.randint(1, 5)))
+      CostModel, 'choose',
+      rollout_helpers.random_choices(np.random.default_rng(1), arms))
   real = train.train_step
 
   def dies(loop, step, *args):

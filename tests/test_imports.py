@@ -53,7 +53,7 @@ ALLOWED = {
 TOP = {
     'states', 'run', 'learner', 'experience', 'groups', 'pruning', 'sampler',
     'early_stop', 'credit', 'step', 'warm_start', 'train', 'evaluate', 'sample',
-    'report', 'export', 'testing'
+    'report', 'export', 'testing', 'teacher'
 }
 NO_JIT = ('ops', 'models', 'drafting', 'learning', 'rollout/segment.py')
 OPTIONAL = ('grain', 'tensorflow_datasets', 'array_record', 'reasoning_gym',

@@ -1,25 +1,37 @@
 """Objectives and updates: oracles, literals, gradients, invariances."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import jax.test_util
+from learning_helpers import CAPTURE
+from learning_helpers import distance
+from learning_helpers import gradient_of
+from learning_helpers import make_learner
+from learning_helpers import make_state
+from learning_helpers import pad_rows
+from learning_helpers import plain_logprobs
+from learning_helpers import poison
+from learning_helpers import random_samples
+from learning_helpers import SGD
+from learning_helpers import sharp_params
+from learning_helpers import tiny_run
 import numpy as np
-import optax
 import pytest
 
 from rlax_llm import credit
-from rlax_llm import learner as learners
+from rlax_llm import learning
 from rlax_llm import testing
 from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import ConfigError
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import batch as batches
 from rlax_llm.learning import estimators
+from rlax_llm.learning import objectives
+from rlax_llm.learning import presets
 from rlax_llm.learning import sft
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
@@ -215,9 +227,9 @@ def test_on_policy_gradient_matches_the_oracle(name):
   weights = mask / mask.sum()
 
   def loss(x):
-    tokens = algorithms.Tokens(x, logprobs, advantages, mask > 0,
-                               jnp.ones(mask.shape, jnp.int32))
-    token = algorithms.LOSSES[name](algorithms.Algorithm(), tokens)
+    tokens = objectives.Tokens(x, logprobs, logprobs, advantages, mask > 0,
+                               jnp.ones(mask.shape, jnp.int32), {})
+    token = objectives.LOSSES[name](algorithms.Algorithm(), tokens)
     return jnp.sum(weights * token.loss)
 
   np.testing.assert_allclose(
@@ -393,95 +405,11 @@ def test_lengths_match_the_eos_oracle(eos_ids, key):
 
 
 # ---- Updates ----------------------------------------------------------------
-# Keeps the parameters and stores the gradient, so that two updates can be
-# compared without an optimizer's amplification of rounding.
-CAPTURE = optax.GradientTransformation(
-    init=lambda params: jax.tree.map(jnp.zeros_like, params),
-    update=lambda g, state, params=None: (jax.tree.map(jnp.zeros_like, g), g))
-
-
-@functools.cache  # With its executables: most tests share them.
-def _run(**learning):
-  config = testing.tiny_config()
-  config.model.layers = 1
-  config.mesh.data = learning.pop('data', 1)
-  config.learning.row_length = 24
-  for name, value in learning.items():
-    setattr(config.learning, name, value)
-  return make_run(config)
-
-
-def _learner(run, algorithm=None, optimizer=CAPTURE):
-  algorithm = algorithm or run.algorithm
-  return learners.Learner(run,
-                          algorithm=algorithm,
-                          sampling=run.sampling,
-                          optimizer=optimizer,
-                          name=f'{algorithm} {id(optimizer)}',
-                          learning=run.config.learning)
-
-
-def _samples(count=24, seed=0):
-  """Random samples of 7 to 12 tokens, a third of them without signal."""
-  rng = np.random.default_rng(seed)
-  samples = []
-  for i in range(count):
-    prompt, completion = rng.integers(1, 4), rng.integers(6, 9)
-    samples.append(
-        Sample(prompt=rng.integers(2, 7, prompt).astype(np.int32),
-               completion=rng.integers(0, 7, completion).astype(np.int32),
-               advantage=float(rng.normal()) * (i % 3 > 0),
-               behaviour_logprobs=rng.normal(size=completion).astype(
-                   np.float32)))
-  return samples
-
-
-def _params(run):
-  """Parameters with larger logits, so that gradients are not tiny."""
-  return jax.tree.map(lambda x: x * 2, run.states.init_params())
-
-
-def _state(run, optimizer=CAPTURE):
-  return run.pool(
-      ('state', id(optimizer)),
-      lambda p: updates.init_state(p, model=run.model, optimizer=optimizer),
-      _params(run))
-
-
-def _gradient(run,
-              samples,
-              *,
-              skip=False,
-              change=lambda batch: batch,
-              algorithm=None):
-  """Returns (flat gradient, metrics) of one update."""
-  learner = _learner(run, algorithm)
-  batch = change(learner.pack(samples, skip_without_signal=skip))
-  state, values = learner.update(_state(run), learner.put(batch))
-  leaves = jax.tree.leaves(jax.device_get(state.opt_state))
-  return np.concatenate([x.ravel() for x in leaves]), values
-
-
-def _distance(a, b):
-  return np.linalg.norm(a - b) / np.linalg.norm(b)
-
-
 @pytest.fixture(name='base', scope='module')
 def _base():
-  run = _run()
-  samples = _samples()
-  return run, samples, *_gradient(run, samples)
-
-
-def _pad_rows(batch):
-  """Appends a microbatch of rows that hold nothing, and computes it."""
-  pad = lambda x: np.concatenate([x, np.zeros_like(x[:1])])
-  fields = {
-      f.name: pad(getattr(batch, f.name)[:int(batch.count)])
-      for f in dataclasses.fields(batch)
-      if f.name != 'count'
-  }
-  return batch.replace(count=np.int32(int(batch.count) + 1), **fields)
+  run = tiny_run()
+  samples = random_samples()
+  return run, samples, *gradient_of(run, samples)
 
 
 @pytest.mark.parametrize('learning', [
@@ -499,9 +427,9 @@ def test_update_does_not_depend_on_the_layout(base, learning):
   number of tokens of each microbatch; segments ignored by attention.
   """
   _, samples, expected, _ = base
-  run = _run(**learning)
-  gradient, _ = _gradient(run, samples)
-  assert _distance(gradient, expected) < 1e-5
+  run = tiny_run(**learning)
+  gradient, _ = gradient_of(run, samples)
+  assert distance(gradient, expected) < 1e-5
 
 
 def test_update_ignores_padding_order_and_samples_without_signal(base):
@@ -512,19 +440,19 @@ def test_update_ignores_padding_order_and_samples_without_signal(base):
   with their samples.
   """
   run, samples, expected, _ = base
-  gradient, values = _gradient(_run(), samples, change=_pad_rows)
-  assert _distance(gradient, expected) < 1e-5
+  gradient, values = gradient_of(tiny_run(), samples, change=pad_rows)
+  assert distance(gradient, expected) < 1e-5
   assert float(values['policy/entropy']) > 0
-  skipped, _ = _gradient(run, samples, skip=True)
-  assert _distance(skipped, expected) < 1e-5
+  skipped, _ = gradient_of(run, samples, skip=True)
+  assert distance(skipped, expected) < 1e-5
   order = np.random.default_rng(1).permutation(len(samples))
-  permuted, _ = _gradient(run, [samples[i] for i in order])
-  assert _distance(permuted, expected) < 1e-5
+  permuted, _ = gradient_of(run, [samples[i] for i in order])
+  assert distance(permuted, expected) < 1e-5
   reversed_signal = [
       dataclasses.replace(s, advantage=-s.advantage) for s in samples
   ]
-  negated, _ = _gradient(run, reversed_signal)
-  assert _distance(negated, expected) > 0.1
+  negated, _ = gradient_of(run, reversed_signal)
+  assert distance(negated, expected) > 0.1
 
 
 def test_samples_without_signal_are_kept_when_they_matter():
@@ -532,12 +460,12 @@ def test_samples_without_signal_are_kept_when_they_matter():
 
   Mutant: `linear_in_advantage` that forgets the KL coefficient.
   """
-  run = _run()
+  run = tiny_run()
   algorithm = dataclasses.replace(run.algorithm, kl_coefficient=0.1)
-  samples = _samples()
-  packed = _learner(run, algorithm).pack(samples, skip_without_signal=True)
+  samples = random_samples()
+  packed = make_learner(run, algorithm).pack(samples, skip_without_signal=True)
   assert packed.targets.sum() == sum(len(s.completion) for s in samples)
-  packed = _learner(run).pack(samples, skip_without_signal=True)
+  packed = make_learner(run).pack(samples, skip_without_signal=True)
   assert packed.targets.sum() == sum(
       len(s.completion) for s in samples if s.advantage)
 
@@ -545,27 +473,18 @@ def test_samples_without_signal_are_kept_when_they_matter():
 FULL = algorithms.Algorithm(kl_coefficient=0.1, entropy_coefficient=0.01)
 
 
-def _poison(batch):
-  """NaN wherever no token is trained on; garbage tokens where there is none."""
-  bad = lambda x: np.where(batch.targets, x, np.nan).astype(np.float32)
-  return batch.replace(tokens=np.where(batch.segments > 0, batch.tokens, 6),
-                       **{
-                           name: bad(getattr(batch, name))
-                           for name in ('weights', 'advantages', 'old_logprobs',
-                                        'behaviour_logprobs',
-                                        'reference_logprobs')
-                       })
-
-
 def test_nan_outside_the_mask_reaches_nothing():
   """Law: values where no token is trained on are not read.
 
   Mutants: advantages, weights, or old log-probabilities read unmasked.
   """
-  run = _run(minibatches=2)
-  assert not _learner(run).old_is_current
-  clean, values = _gradient(run, _samples(), algorithm=FULL)
-  poisoned, after = _gradient(run, _samples(), algorithm=FULL, change=_poison)
+  run = tiny_run(minibatches=2)
+  assert not make_learner(run).old_is_current
+  clean, values = gradient_of(run, random_samples(), algorithm=FULL)
+  poisoned, after = gradient_of(run,
+                                random_samples(),
+                                algorithm=FULL,
+                                change=poison)
   np.testing.assert_array_equal(poisoned, clean)
   assert all(
       np.array_equal(values[name], after[name]) and np.isfinite(after[name])
@@ -578,10 +497,10 @@ def test_gradient_is_zero_without_targets():
   Mutant: the mask taken from `segments` instead of `targets`.
   """
   untarget = lambda batch: batch.replace(targets=np.zeros_like(batch.targets))
-  gradient, _ = _gradient(_run(minibatches=2),
-                          _samples(),
-                          algorithm=FULL,
-                          change=lambda b: _poison(untarget(b)))
+  gradient, _ = gradient_of(tiny_run(minibatches=2),
+                            random_samples(),
+                            algorithm=FULL,
+                            change=lambda b: poison(untarget(b)))
   assert np.all(gradient == 0)
 
 
@@ -596,26 +515,9 @@ def test_first_update_is_reinforce(base):
   assert float(values['policy/clip_fraction']) == 0
   assert float(values['policy/approximate_kl']) == 0
   reinforce = dataclasses.replace(run.algorithm, loss='reinforce')
-  gradient, _ = _gradient(_run(), samples, algorithm=reinforce)
+  gradient, _ = gradient_of(tiny_run(), samples, algorithm=reinforce)
   assert np.linalg.norm(expected) > 1e-3
-  assert _distance(gradient, expected) < 1e-6
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _plain_law(model, params, tokens):
-  positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-  hidden = model.hidden(params, tokens, positions, positions * 0 + 1)
-  return jax.nn.log_softmax(model.logits(params, hidden))[0]
-
-
-def _plain_logprobs(run, params, sample):
-  """Log-probabilities of a completion, unpacked and without our scorer."""
-  tokens = np.zeros((1, 16), np.int32)
-  first, count = len(sample.prompt), len(sample.completion)
-  tokens[0, :first] = sample.prompt
-  tokens[0, first:first + count] = sample.completion
-  law = np.asarray(_plain_law(run.model, params, tokens))
-  return law[np.arange(first, first + count) - 1, sample.completion]
+  assert distance(gradient, expected) < 1e-6
 
 
 def test_supervised_loss_is_the_mean_negative_log_likelihood():
@@ -623,24 +525,22 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood():
 
   Mutant: the score at l taken for tokens[l + 1].
   """
-  run = _run()
+  run = tiny_run()
   samples = [
-      sft.make_sample(s.prompt, s.completion[:4], 0, 12) for s in _samples(5)
+      sft.make_sample(s.prompt, s.completion[:4], 0, 12)
+      for s in random_samples(5)
   ]
   assert all(s.completion[-1] == 0 and len(s.completion) == 5 for s in samples)
-  _, values = _gradient(run, samples, algorithm=algorithms.SUPERVISED)
-  params = _params(run)
+  _, values = gradient_of(run, samples, algorithm=presets.SUPERVISED)
+  params = sharp_params(run)
   expected = -np.mean(
-      np.concatenate([_plain_logprobs(run, params, s) for s in samples]))
+      np.concatenate([plain_logprobs(run, params, s) for s in samples]))
   np.testing.assert_allclose(values['learning/loss'], expected, rtol=1e-5)
 
 
-SGD = optax.sgd(0.5)
-
-
 def _learn(run, samples, *, optimizer=SGD, reference=None, algorithm=None):
-  learner = _learner(run, algorithm, optimizer)
-  state = _state(run, optimizer)
+  learner = make_learner(run, algorithm, optimizer)
+  state = make_state(run, optimizer)
   prepared, padding = learner.prepare(state.params, samples, reference)
   state, values = learner.learn(state, prepared)
   assert 0 <= padding < 1
@@ -653,11 +553,11 @@ def test_later_minibatches_read_old_from_before_the_first_step():
   Mutants: old = current in each minibatch (ratio_max is 1); minibatches
   scored after the first step.
   """
-  run, samples = _run(minibatches=2), _samples()
+  run, samples = tiny_run(minibatches=2), random_samples()
   state, values = _learn(run, samples)
   assert values['policy/ratio_max'] > 1.01
-  learner = _learner(run, optimizer=SGD)
-  by_hand = _state(run, SGD)
+  learner = make_learner(run, optimizer=SGD)
+  by_hand = make_state(run, SGD)
   halves = [
       learner.put(learner.pack(half, skip_without_signal=True))
       for half in (samples[:12], samples[12:])
@@ -680,22 +580,22 @@ def test_kl_to_itself_is_zero(divergence):
 
   Mutant: reference log-probabilities never scored (left at 0).
   """
-  run, samples = _run(), _samples()
+  run, samples = tiny_run(), random_samples()
   algorithm = dataclasses.replace(run.algorithm,
                                   kl_coefficient=0.3,
                                   divergence=divergence)
-  params = _params(run)
+  params = sharp_params(run)
   state, values = _learn(run,
                          samples,
                          optimizer=CAPTURE,
                          reference=params,
                          algorithm=algorithm)
   assert abs(values['policy/kl_reference']) < 1e-6
-  plain, _ = _learn(_run(), samples, optimizer=CAPTURE)
+  plain, _ = _learn(tiny_run(), samples, optimizer=CAPTURE)
   flat = lambda state: np.concatenate(
       [np.ravel(x) for x in jax.tree.leaves(state.opt_state)])
-  distance = _distance(flat(state), flat(plain))
-  assert distance > 1e-2 if divergence == 'k1' else distance < 1e-4
+  apart = distance(flat(state), flat(plain))
+  assert apart > 1e-2 if divergence == 'k1' else apart < 1e-4
 
 
 def test_kl_to_another_policy_by_hand():
@@ -703,11 +603,11 @@ def test_kl_to_another_policy_by_hand():
 
   Mutant: the mean taken over all positions of the batch.
   """
-  run, samples = _run(), _samples(6)
+  run, samples = tiny_run(), random_samples(6)
   algorithm = dataclasses.replace(run.algorithm,
                                   kl_coefficient=0.3,
                                   divergence='k1')
-  params = _params(run)
+  params = sharp_params(run)
   reference = jax.tree.map(lambda x: x * 0.5, params)
   _, values = _learn(run,
                      samples,
@@ -715,7 +615,7 @@ def test_kl_to_another_policy_by_hand():
                      reference=reference,
                      algorithm=algorithm)
   gaps = [
-      _plain_logprobs(run, params, s) - _plain_logprobs(run, reference, s)
+      plain_logprobs(run, params, s) - plain_logprobs(run, reference, s)
       for s in samples
   ]
   np.testing.assert_allclose(values['policy/kl_reference'],
@@ -725,13 +625,13 @@ def test_kl_to_another_policy_by_hand():
 
 def _half_below(run):
   """Samples whose behaviour log-probabilities are 0.5 below the policy's."""
-  params = _params(run)
+  params = sharp_params(run)
   return [
       dataclasses.replace(s,
                           advantage=1.0,
-                          behaviour_logprobs=(_plain_logprobs(run, params, s) -
+                          behaviour_logprobs=(plain_logprobs(run, params, s) -
                                               0.5).astype(np.float32))
-      for s in _samples()
+      for s in random_samples()
   ]
 
 
@@ -742,11 +642,11 @@ def test_old_logprobs_of_the_sampler():
   The ratio is e^0.5 in one, 1 in the other, and the gap 0.5. Mutant:
   'sampler' ignored with one minibatch.
   """
-  run = _run(old_logprobs='sampler')
+  run = tiny_run(old_logprobs='sampler')
   _, values = _learn(run, _half_below(run))
   assert values['policy/ratio_max'] == pytest.approx(np.exp(0.5), rel=1e-4)
   assert values['policy/clip_fraction'] == 1
-  _, values = _learn(_run(), _half_below(run))
+  _, values = _learn(tiny_run(), _half_below(run))
   assert values['policy/ratio_max'] == 1
   assert values['policy/behaviour_gap_max'] == pytest.approx(0.5, rel=1e-4)
 
@@ -756,7 +656,7 @@ def test_behaviour_gap_is_that_of_the_sampler():
 
   Mutant: the gap measured against old, which is 0 by definition there.
   """
-  run = _run(old_logprobs='sampler')
+  run = tiny_run(old_logprobs='sampler')
   _, values = _learn(run, _half_below(run))
   assert values['policy/behaviour_gap_max'] == pytest.approx(0.5, rel=1e-4)
 
@@ -766,7 +666,7 @@ def test_unscorable_samples_have_no_advantage():
 
   Mutant: the mask of unscorable samples ignored.
   """
-  run = _run()
+  run = tiny_run()
   rewards = np.array([[1, 0, 0, 1], [1, 1, 1, 1]], np.float32)
   unscorable = np.zeros((2, 4), bool)
   unscorable[0, 1] = True
@@ -795,7 +695,7 @@ def test_schedules_by_hand():
 
   Mutant: a first step of rate 0.
   """
-  config = _run(learning_rate=1.0, warmup_steps=2).config.learning
+  config = tiny_run(learning_rate=1.0, warmup_steps=2).config.learning
   rate = lambda name: [
       float(
           updates.make_schedule(dataclasses.replace(config, schedule=name), 6)
@@ -815,7 +715,7 @@ def test_gradient_norm_is_clipped():
   With epsilon = 1 the first Adam step is g / (|g| + 1): g = 1 gives 0.5, where
   g = 5 would give 0.83. Mutant: the clip behind Adam.
   """
-  config = _run(learning_rate=1.0, epsilon=1.0, max_grad_norm=1.0)
+  config = tiny_run(learning_rate=1.0, epsilon=1.0, max_grad_norm=1.0)
   optimizer = updates.make_optimizer(config.config.learning, 10)
   params = jnp.zeros(1)
   change, _ = optimizer.update(jnp.full(1, 5.0), optimizer.init(params), params)
@@ -827,7 +727,7 @@ def test_choices_of_the_algorithms_are_implemented():
 
   Mutant: a preset that names a loss which LOSSES lacks.
   """
-  for preset in (*algorithms.PRESETS.values(), algorithms.SUPERVISED):
+  for preset in (*algorithms.PRESETS.values(), presets.SUPERVISED):
     assert preset.loss in algorithms.LOSSES
     assert preset.advantage in estimators.ESTIMATORS
     assert preset.reduction in masking.REDUCTIONS
@@ -836,74 +736,6 @@ def test_choices_of_the_algorithms_are_implemented():
   assert algorithms.PRESETS['rloo'].advantage == 'leave_one_out'
   assert (algorithms.PRESETS['dr_grpo'].reduction ==
           'sequence_sum_token_mean_constant')
-
-
-def _by_paper(name, logprobs, old, advantage):
-  """A preset's loss of one sample's tokens, written from the paper."""
-  ratio = np.exp(logprobs - old)
-  clip = lambda r, low, high: np.minimum(
-      r * advantage,
-      np.clip(r, 1 - low, 1 + high) * advantage)
-  if name in ('gpg', 'opo', 'rloo'):
-    return -ratio * advantage
-  if name == 'gspo':
-    whole = np.exp(np.mean(logprobs - old))
-    return np.full(len(ratio), -clip(whole, 3e-4, 4e-4))
-  if name == 'cispo':
-    return -np.minimum(ratio, 5.0) * advantage
-  if name == 'sapo':
-    tau = 1.0 if advantage > 0 else 1.05
-    return -4 / tau / (1 + np.exp(-tau * (ratio - 1))) * advantage
-  return -clip(ratio, 0.2, 0.28 if name == 'dapo' else 0.2)
-
-
-# Presets whose value is an objective; of the others (REINFORCE's kind) only
-# the gradient means anything, and their loss is -sg(weight) A log pi.
-_BY_LIKELIHOOD = ('gpg', 'opo', 'rloo', 'cispo')
-
-
-@pytest.mark.parametrize('name', algorithms.PRESETS)
-def test_a_preset_is_its_paper(name):
-  """Law: the update's loss is the paper's formula, reduced as its preset says,
-  over packed samples whose old policy is another one.
-
-  Mutants: a sequence's ratio over the whole packed row; clip-higher ignored;
-  the upper bound of CISPO's weight left out; SAPO's temperatures swapped.
-  """
-  run = _run(old_logprobs='sampler')
-  algorithm = algorithms.PRESETS[name]
-  params, samples = _params(run), []
-  for i, sample in enumerate(_samples(12)):
-    logprobs = _plain_logprobs(run, params, sample)
-    rng = np.random.default_rng(i)
-    far = 2.5 if name == 'cispo' else 0.3
-    old = logprobs - rng.normal(0, far, len(logprobs)).astype(np.float32)
-    samples.append(
-        dataclasses.replace(sample,
-                            advantage=float(rng.normal()),
-                            behaviour_logprobs=old))
-  learner = _learner(run, algorithm, SGD)
-  prepared, _ = learner.prepare(params, samples, None)
-  _, values = learner.learn(_state(run, SGD), prepared)
-  total, tokens = 0.0, sum(len(s.completion) for s in samples)
-  for sample in samples:
-    logprobs = _plain_logprobs(run, params, sample)
-    per_token = _by_paper(name, logprobs, sample.behaviour_logprobs,
-                          sample.advantage)
-    if name in _BY_LIKELIHOOD:
-      per_token = per_token * logprobs
-    weight = {
-        'token_mean':
-            1 / tokens,
-        'sequence_mean':
-            1 / len(samples) / len(per_token),
-        'sequence_mean_token_sum':
-            1 / len(samples),
-        'sequence_sum_token_mean_constant':
-            1 / len(samples) / run.config.rollout.max_new_tokens,
-    }[algorithm.reduction]
-    total += weight * per_token.sum()
-  np.testing.assert_allclose(values['learning/loss'], total, rtol=2e-4)
 
 
 def test_estimators_of_a_batch():
@@ -948,27 +780,25 @@ def test_a_field_that_is_not_read_is_refused(changes, words):
 
 
 def test_the_loss_of_the_readme(monkeypatch):
-  """Law: a loss is one function and one preset, as README.md writes them.
+  """Law: a loss is one function and one preset, as the README writes them.
 
-  Mutant: an argument more in the call of the README.
+  Mutant: an argument more in the function of the README.
   """
-  text = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
-  code = text.split('# ops/losses.py\n')[1].split('```')[0]
+  path = pathlib.Path(learning.__file__).parent / 'README.md'
+  code = path.read_text().split('# learning/objectives.py\n')[1]
+  code = code.split('```')[0]
   assert len(code.splitlines()) < 25
-  for table in ('LOSSES', 'PRESETS'):
-    monkeypatch.setattr(algorithms, table, dict(getattr(algorithms, table)))
-  monkeypatch.setattr(updates, 'LOSSES', algorithms.LOSSES)
-  names = vars(losses) | vars(algorithms) | {'losses': losses}
-  exec(code, names)  # pylint: disable=exec-used
-  monkeypatch.setattr(losses,
-                      'squared_ratio',
-                      names['squared_ratio'],
-                      raising=False)
+  for table, places in (('LOSSES', (objectives, algorithms)),
+                        ('PRESETS', (presets, algorithms))):
+    copy = dict(getattr(algorithms, table))
+    for place in places:
+      monkeypatch.setattr(place, table, copy)
+  exec(code, vars(objectives) | vars(presets))  # pylint: disable=exec-used
   algorithm = algorithms.resolve(AlgorithmConfig(name='mine'))
-  gradient, _ = _gradient(_run(), _samples(), algorithm=algorithm)
+  gradient, _ = gradient_of(tiny_run(), random_samples(), algorithm=algorithm)
   plain = dataclasses.replace(algorithm, loss='reinforce')
-  want, _ = _gradient(_run(), _samples(), algorithm=plain)
-  assert _distance(gradient, want) < 1e-6  # at a ratio of 1
+  want, _ = gradient_of(tiny_run(), random_samples(), algorithm=plain)
+  assert distance(gradient, want) < 1e-6  # at a ratio of 1
 
 
 def test_padding_fraction_counts_computed_positions():

@@ -95,8 +95,8 @@ class Experiment:
     token, and the agreement of independent draws.
 
     Returns:
-      (a row for each temperature, the text before the place that shows a planted
-      bias best, at the highest temperature).
+      (a row for each temperature, the text before the place that shows a
+      planted bias best, at the highest temperature).
     """
     rows = self.decode('follow, race', (1,) * 4)
     laws = self._next_laws(rows.text, rows.length, self._temperature)

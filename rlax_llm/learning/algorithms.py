@@ -1,160 +1,68 @@
-"""Algorithms as data: a preset names its advantage, loss and reduction.
+"""From the config's section to an objective, with every mistake named.
 
 To add a loss: write it in `ops/losses.py`, enter it in `LOSSES`, and name it
-in a preset.
+in a preset; README.md of this folder shows it.
 """
 
 import dataclasses
-from typing import Callable, NamedTuple
 
 from rlax_llm.config import AlgorithmConfig
+from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
+from rlax_llm.learning.algorithm import Algorithm
 from rlax_llm.learning.estimators import ESTIMATORS
-from rlax_llm.ops import losses
+from rlax_llm.learning.estimators import PART_ESTIMATORS
+from rlax_llm.learning.filters import FILTERS
+from rlax_llm.learning.filters import LABELS
+from rlax_llm.learning.objectives import CORRECTIONS
+from rlax_llm.learning.objectives import LOSSES
+from rlax_llm.learning.objectives import REJECTIONS
+from rlax_llm.learning.presets import PRESETS
+from rlax_llm.learning.token_credit import CREDITS
+from rlax_llm.learning.token_credit import STEP_SCALES
 from rlax_llm.ops.divergences import DIVERGENCES
-from rlax_llm.ops.losses import TokenLoss
 from rlax_llm.ops.masking import REDUCTIONS
-from rlax_llm.types import Array
 
-
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-  """An objective; every field holds a value. Hashable, static."""
-  advantage: str = 'group'
-  loss: str = 'clipped'
-  reduction: str = 'token_mean'
-  divergence: str = 'k3'
-  kl_coefficient: float = 0.0
-  clip_low: float = 0.2
-  clip_high: float = 0.2
-  dual_clip: float = 0.0
-  entropy_coefficient: float = 0.0
-
-  @property
-  def linear_in_advantage(self) -> bool:
-    """Whether a token of advantage 0 adds nothing to the gradient."""
-    return (self.loss != 'negative_log_likelihood' and
-            self.kl_coefficient == 0 and self.entropy_coefficient == 0)
-
-
-PRESETS: dict[str, Algorithm] = {
-    # DeepSeekMath, https://arxiv.org/abs/2402.03300
-    'grpo':
-        Algorithm(reduction='sequence_mean'),
-    # Understanding R1-Zero-Like Training, https://arxiv.org/abs/2503.20783
-    'dr_grpo':
-        Algorithm(advantage='group_centred',
-                  reduction='sequence_sum_token_mean_constant'),
-    # Back to Basics, https://arxiv.org/abs/2402.14740
-    'rloo':
-        Algorithm(advantage='leave_one_out',
-                  loss='reinforce',
-                  reduction='sequence_mean_token_sum'),
-    # DAPO, https://arxiv.org/abs/2503.14476: clip-higher and token mean; its
-    # overlong punishment is `task.rewards['length']`.
-    'dapo':
-        Algorithm(clip_high=0.28),
-    # Group Sequence Policy Optimization, https://arxiv.org/abs/2507.18071
-    'gspo':
-        Algorithm(loss='sequence_clipped',
-                  reduction='sequence_mean',
-                  clip_low=3e-4,
-                  clip_high=4e-4),
-    # MiniMax-M1, https://arxiv.org/abs/2506.13585; the bound is ScaleRL's,
-    # https://arxiv.org/abs/2510.13786.
-    'cispo':
-        Algorithm(loss='truncated', clip_high=4.0),
-    # REINFORCE++, https://arxiv.org/abs/2501.03262, without a discount; its
-    # penalty for leaving the reference is kl_coefficient with k2.
-    'reinforce_plus_plus':
-        Algorithm(advantage='whitened', divergence='k2'),
-    # OPO, https://arxiv.org/abs/2505.23585: exactly on-policy.
-    'opo':
-        Algorithm(advantage='length_weighted', loss='reinforce'),
-    # GPG, https://arxiv.org/abs/2504.02546
-    'gpg':
-        Algorithm(advantage='signal_scaled', loss='reinforce'),
-    # Tricks or Traps? (Lite PPO), https://arxiv.org/abs/2508.08221
-    'lite_ppo':
-        Algorithm(advantage='batch_scaled'),
-    # Soft Adaptive Policy Optimization, https://arxiv.org/abs/2511.20347
-    'sapo':
-        Algorithm(loss='soft_gated', reduction='sequence_mean'),
-    # Optimizing Language Models for Inference Time Objectives,
-    # https://arxiv.org/abs/2503.19595: pass@G.
-    'best_of_group':
-        Algorithm(advantage='best_minus_second', reduction='sequence_mean'),
+_NOT_NONE = 'any but none'
+# Which values of which field read a field; with others it is refused.
+_READ_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
+    'clip_low': ('loss', ('clipped', 'sequence_clipped')),
+    'clip_high': ('loss', ('clipped', 'sequence_clipped', 'truncated')),
+    'dual_clip': ('loss', ('clipped',)),
+    'coverage_samples': ('loss', ('coverage',)),
+    'weight_low': ('correction',
+                   tuple(n for n in CORRECTIONS if n.endswith('_mask'))),
+    'weight_high': ('correction', _NOT_NONE),
+    'reject_low':
+        ('rejection', tuple(n for n in REJECTIONS if n.endswith('_k1'))),
+    'reject_high': ('rejection', _NOT_NONE),
+    'discount': ('credit', ('gae',)),
+    'trace': ('credit', ('gae',)),
+    'value_clip': ('credit', ('gae',)),
+    'critic_learning_rate': ('credit', ('gae',)),
+    'critic_warmup': ('credit', ('gae',)),
+    'distillation_coefficient': ('credit', ('distillation',)),
+    'distillation_discount': ('credit', ('distillation',)),
+    'teacher': ('credit', ('distillation',)),
 }
 
-# The warm start, through the same update as everything else.
-SUPERVISED = Algorithm(loss='negative_log_likelihood')
 
+def _choices() -> dict[str, tuple[str, ...]]:
+  """Returns the names that each field may hold."""
+  return {
+      'advantage': (*ESTIMATORS, *PART_ESTIMATORS),
+      'credit': tuple(CREDITS),
+      'loss': tuple(LOSSES),
+      'reduction': tuple(REDUCTIONS),
+      'divergence': tuple(DIVERGENCES),
+      'correction': tuple(CORRECTIONS),
+      'rejection': tuple(REJECTIONS),
+      'filter': tuple(FILTERS),
+      'labels': tuple(LABELS),
+      'step_scale': tuple(STEP_SCALES),
+  }
 
-class Tokens(NamedTuple):
-  """What a loss is made of, by token; 0 where nothing is trained on."""
-  logprobs: Array  # float32[R, L], nats, of the current policy
-  old_logprobs: Array  # float32[R, L], nats, of the policy before the update
-  advantages: Array  # float32[R, L]
-  mask: Array  # bool[R, L]: tokens that are trained on
-  segments: Array  # int32[R, L], samples of a row; see `Batch`
-
-
-def _clipped(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
-  return losses.clipped_surrogate(tokens.logprobs,
-                                  tokens.old_logprobs,
-                                  tokens.advantages,
-                                  clip_low=algorithm.clip_low,
-                                  clip_high=algorithm.clip_high,
-                                  dual_clip=algorithm.dual_clip or None)
-
-
-def _sequence_clipped(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
-  return losses.sequence_clipped_surrogate(tokens.logprobs,
-                                           tokens.old_logprobs,
-                                           tokens.advantages,
-                                           tokens.mask,
-                                           clip_low=algorithm.clip_low,
-                                           clip_high=algorithm.clip_high,
-                                           segments=tokens.segments)
-
-
-def _truncated(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
-  return losses.truncated_reinforce(tokens.logprobs,
-                                    tokens.old_logprobs,
-                                    tokens.advantages,
-                                    ratio_high=1 + algorithm.clip_high)
-
-
-LOSSES: dict[str, Callable[[Algorithm, Tokens], TokenLoss]] = {
-    'clipped':
-        _clipped,
-    'sequence_clipped':
-        _sequence_clipped,
-    'truncated':
-        _truncated,
-    'soft_gated':
-        lambda algorithm, t: losses.soft_gated_surrogate(
-            t.logprobs, t.old_logprobs, t.advantages),
-    'reinforce':
-        lambda algorithm, t: losses.reinforce(t.logprobs, t.old_logprobs, t.
-                                              advantages),
-    'negative_log_likelihood':
-        lambda algorithm, t: losses.negative_log_likelihood(t.logprobs),
-}
-# Which losses read a field; the others refuse it.
-_READ_BY = {
-    'clip_low': ('clipped', 'sequence_clipped'),
-    'clip_high': ('clipped', 'sequence_clipped', 'truncated'),
-    'dual_clip': ('clipped',),
-}
-
-_CHOICES = {
-    'advantage': tuple(ESTIMATORS),
-    'loss': tuple(LOSSES),
-    'reduction': tuple(REDUCTIONS),
-    'divergence': tuple(DIVERGENCES),
-}
 
 _LARGEST = 1e6
 _RANGES = (
@@ -163,7 +71,43 @@ _RANGES = (
     ('clip_high', 0, _LARGEST),
     ('dual_clip', 0, _LARGEST),
     ('entropy_coefficient', -_LARGEST, _LARGEST),
+    ('entropy_target', 0, _LARGEST),
+    ('weight_low', 0, 1),
+    ('weight_high', 1, _LARGEST),
+    ('reject_low', 0, 1),
+    ('reject_high', 0, _LARGEST),
+    ('discount', 0, 1),
+    ('trace', 0, 1),
+    ('value_clip', 0, _LARGEST),
+    ('critic_learning_rate', 0, 1),
+    ('critic_warmup', 0, _LARGEST),
+    ('coverage_samples', 1, _LARGEST),
+    ('distillation_coefficient', 0, _LARGEST),
+    ('distillation_discount', 0, 1),
 )
+
+
+def _check_read(algorithm: Algorithm, given: dict[str, object]) -> None:
+  """Refuses what is set and has no effect."""
+  for field, (selector, readers) in _READ_BY.items():
+    value = getattr(algorithm, selector)
+    if field not in given or (value != 'none'
+                              if readers == _NOT_NONE else value in readers):
+      continue
+    remedy = (f'set algorithm.{selector}' if readers == _NOT_NONE else
+              f'use algorithm.{selector}={" or ".join(map(repr, readers))}')
+    raise ConfigError(f'algorithm.{field} is set, but the {selector} {value!r} '
+                      f'does not read it; remove it or {remedy}')
+  if 'divergence' in given and not algorithm.kl_coefficient:
+    raise ConfigError('algorithm.divergence is set, but '
+                      'algorithm.kl_coefficient is 0; set both or neither')
+  if algorithm.entropy_target and not algorithm.entropy_coefficient:
+    raise ConfigError('algorithm.entropy_target is set, but '
+                      'algorithm.entropy_coefficient is 0; set both or neither')
+  if algorithm.credit == 'uncertainty' and {'clip_low', 'clip_high'
+                                           } & set(given):
+    raise ConfigError('algorithm.clip_low and clip_high are set, but the '
+                      "credit 'uncertainty' adapts the range; remove them")
 
 
 def resolve(config: AlgorithmConfig) -> Algorithm:
@@ -185,25 +129,58 @@ def resolve(config: AlgorithmConfig) -> Algorithm:
       for field in dataclasses.fields(Algorithm)
       if getattr(config, field.name) is not None
   }
-  for field, choices in _CHOICES.items():
+  for field, choices in _choices().items():
     if field in given and given[field] not in choices:
       raise ConfigError(f'algorithm.{field} {given[field]!r} is unknown; it is '
                         f'one of {", ".join(choices)}')
   algorithm = dataclasses.replace(PRESETS[config.name], **given)
-  for field, readers in _READ_BY.items():
-    if field in given and algorithm.loss not in readers:
-      raise ConfigError(f'algorithm.{field} is set, but the loss '
-                        f'{algorithm.loss!r} does not read it; remove it or '
-                        f'use algorithm.loss={" or ".join(map(repr, readers))}')
+  _check_read(algorithm, given)
   if 0 < algorithm.dual_clip <= 1:
     raise ConfigError(f'algorithm.dual_clip={algorithm.dual_clip} would bind '
                       'at a ratio of 1; use a value above 1, or 0 for none')
-  if 'divergence' in given and not algorithm.kl_coefficient:
-    raise ConfigError('algorithm.divergence is set, but '
-                      'algorithm.kl_coefficient is 0; set both or neither')
   for field, least, most in _RANGES:
     value = getattr(algorithm, field)
     if not least <= value <= most:
       raise ConfigError(f'algorithm.{field}={value} must be between {least} '
                         f'and {most}')
   return algorithm
+
+
+def check(algorithm: Algorithm, config: Config) -> None:
+  """Refuses an objective that the rest of the config does not fit.
+
+  Args:
+    algorithm: from `resolve`.
+    config: validated.
+
+  Raises:
+    ConfigError: naming the fields that disagree.
+  """
+  if algorithm.credit == 'distillation' and not algorithm.teacher:
+    raise ConfigError("algorithm.credit='distillation' learns from a teacher; "
+                      "set algorithm.teacher to a folder of published weights "
+                      "or a run's workdir")
+  group = config.rollout.samples_per_prompt
+  batch = group * config.task.prompts_per_step
+  alone = algorithm.advantage == 'best_minus_second' or (algorithm.credit
+                                                         == 'minimum_variance')
+  whole = algorithm.advantage in ('batch_scaled', *PART_ESTIMATORS)
+  if alone and group < 2 or whole and batch < 2:
+    raise ConfigError(
+        f'rollout.samples_per_prompt={group} leaves nothing to compare for '
+        f'algorithm.advantage={algorithm.advantage!r}; use at least 2')
+  off_policy = (algorithm.correction, algorithm.rejection) != ('none', 'none')
+  if off_policy and config.learning.old_logprobs != 'recompute':
+    raise ConfigError(
+        f'algorithm.correction={algorithm.correction!r} and rejection='
+        f'{algorithm.rejection!r} compare the policy before the update with '
+        'the one that sampled; learning.old_logprobs='
+        f"{config.learning.old_logprobs!r} makes them one: use 'recompute'")
+  if algorithm.advantage in PART_ESTIMATORS and config.task.permute_rewards:
+    raise ConfigError(
+        f'algorithm.advantage={algorithm.advantage!r} reads each reward by '
+        'itself; task.permute_rewards shuffles their sum: set it to False')
+  if algorithm.critic_warmup and algorithm.critic_warmup >= config.num_steps:
+    raise ConfigError(
+        f'algorithm.critic_warmup={algorithm.critic_warmup} leaves no step of '
+        f'num_steps={config.num_steps} to the policy; lower it')

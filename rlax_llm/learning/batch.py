@@ -17,7 +17,9 @@ class Sample:
   advantage: float = 0.0
   behaviour_logprobs: np.ndarray | None = None  # float32[c], nats
   scored_logprobs: np.ndarray | None = None  # float32[c]; see `Rollout`
-  weight: float = 1.0  # of its loss
+  weight: float = 1.0  # of its loss, as the inverse of a survival probability
+  group: int = 0  # samples of one prompt share it; from 0
+  trained: bool = True  # False: out of the loss and of its denominators
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -109,10 +111,17 @@ def make_batch(sequences: Sequence[Sample],
     ValueError: if a sequence is longer than a row.
   """
   weights = masking.token_weights(np.array(
-      [len(s.completion) for s in sequences]),
+      [len(s.completion) * s.trained for s in sequences]),
                                   reduction=reduction,
                                   constant=constant)
-  kept = [i for i in range(len(sequences)) if keep is None or keep[i]]
+  kept = [
+      i for i, s in enumerate(sequences)
+      if s.trained and (keep is None or keep[i])
+  ]
+  # Numbered by appearance: never more of them than tokens.
+  groups: dict[int, int] = {}
+  for i in kept:
+    groups.setdefault(sequences[i].group, len(groups) + 1)
   lengths = [
       len(sequences[i].prompt) + len(sequences[i].completion) for i in kept
   ]
@@ -125,7 +134,7 @@ def make_batch(sequences: Sequence[Sample],
   flat = (microbatches * microbatch_rows, row_length)
   ints = {
       name: np.zeros(flat, np.int32)
-      for name in ('tokens', 'positions', 'segments')
+      for name in ('tokens', 'positions', 'segments', 'groups')
   }
   floats = {
       name: np.zeros(flat, np.float32)
@@ -145,6 +154,7 @@ def make_batch(sequences: Sequence[Sample],
       ints['tokens'][row, middle:end] = s.completion
       ints['positions'][row, start:end] = np.arange(end - start)
       ints['segments'][row, start:end] = segment
+      ints['groups'][row, start:end] = groups[s.group]
       bools['targets'][row, middle:end] = True
       floats['weights'][row, middle:end] = weights[i] * s.weight
       floats['advantages'][row, middle:end] = s.advantage

@@ -1,7 +1,7 @@
-"""One optimizer step, and the scoring pass over the same packed rows."""
+"""One optimizer step, and the scoring passes over the same packed rows."""
 
 import dataclasses
-from typing import Callable
+from typing import Any, Callable
 
 import flax.struct
 import jax
@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from rlax_llm.config import LearningConfig
-from rlax_llm.learning.algorithms import Algorithm
-from rlax_llm.learning.algorithms import LOSSES
-from rlax_llm.learning.algorithms import Tokens
+from rlax_llm.learning import objectives
+from rlax_llm.learning import token_credit
+from rlax_llm.learning.algorithm import Algorithm
+from rlax_llm.learning.objectives import Tokens
 from rlax_llm.models import language_model
 from rlax_llm.models import lora
 from rlax_llm.models.language_model import LanguageModel
-from rlax_llm.ops.divergences import DIVERGENCES
+from rlax_llm.ops import divergences
+from rlax_llm.ops import losses
 from rlax_llm.ops.masking import select_masked
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.types import Array
@@ -34,22 +36,31 @@ class UpdateConfig:
   # One update per batch: old = stop_gradient(current), exactly. Otherwise
   # `Batch.old_logprobs` is read.
   old_is_current: bool
-  # `Batch.old_logprobs` holds the sampler's: no yardstick for the sampler.
-  old_is_behaviour: bool = False
-  # Tokens of an earlier policy have its log-probabilities as old ones.
-  old_is_scored: bool = False
+  # recompute | scored | sampler: see LearningConfig.
+  old_logprobs: str = 'recompute'
 
 
 class _Totals(flax.struct.PyTreeNode):
-  """Sums over target tokens, and maxima; divided once, at the end."""
+  """Sums over target tokens, and extremes; divided once, at the end."""
   loss: Array
   tokens: Array
   clipped: Array
+  rejected: Array
   entropy: Array
   divergence: Array
+  divergence_k3: Array
   approximate_kl: Array
+  ratio: Array
   ratio_max: Array
+  ratio_min: Array
+  weight: Array  # pi / pi_behaviour
+  weight_squared: Array
   gap_max: Array
+
+
+def _no_totals() -> _Totals:
+  zeros = {f.name: jnp.zeros(()) for f in dataclasses.fields(_Totals)}
+  return _Totals(**(zeros | {'ratio_min': jnp.full((), jnp.inf)}))
 
 
 def make_optimizer(config: LearningConfig,
@@ -120,38 +131,59 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
   # reaches neither the loss nor the gradient.
   logprobs = select_masked(mask, scores.logprobs)
   entropy = select_masked(mask, scores.entropy)
-  advantages = select_masked(mask, batch.advantages)
   reference = select_masked(mask, batch.reference_logprobs)
-  behaviour = select_masked(mask, batch.behaviour_logprobs)
+  now = jax.lax.stop_gradient(logprobs)
+  old = select_masked(mask, batch.old_logprobs)
   if config.old_is_current:
-    old = jax.lax.stop_gradient(logprobs)
-  else:
-    old = select_masked(mask, batch.old_logprobs)
-  recomputed = logprobs if config.old_is_behaviour else old
-  scored = select_masked(mask & batch.scored, batch.scored_logprobs)
-  if config.old_is_scored:
-    old = jnp.where(batch.scored, scored, old)
-  recomputed = jnp.where(batch.scored, scored, recomputed)
-  token = LOSSES[algorithm.loss](algorithm,
-                                 Tokens(logprobs, old, advantages, mask,
-                                        batch.segments))
+    old = now
+  behaviour = select_masked(mask, token_credit.behaviour_logprobs(batch, old))
+  if config.old_logprobs == 'scored':
+    old = behaviour
+  tokens = Tokens(
+      logprobs, old, behaviour, select_masked(mask, batch.advantages), mask,
+      batch.segments, {
+          name: select_masked(mask, value)
+          for name, value in batch.extra.items()
+          if value.ndim
+      })
+  corrected = objectives.token_loss(algorithm, tokens)
+  token = corrected.token
   per_token = token.loss
   divergence = jnp.zeros_like(logprobs)
   if algorithm.kl_coefficient:
-    divergence = DIVERGENCES[algorithm.divergence](logprobs, reference)
+    divergence = divergences.DIVERGENCES[algorithm.divergence](logprobs,
+                                                               reference)
     per_token = per_token + algorithm.kl_coefficient * divergence
-  if algorithm.entropy_coefficient:
+  if algorithm.entropy_coefficient and not algorithm.entropy_target:
     per_token = per_token - algorithm.entropy_coefficient * entropy
   loss = jnp.sum(select_masked(mask, batch.weights) * per_token)
+  if algorithm.entropy_target:
+    # Sums to coefficient * |mean entropy - target| over the whole batch.
+    above = select_masked(mask, entropy - algorithm.entropy_target)
+    loss = loss + (algorithm.entropy_coefficient *
+                   batch.extra['entropy_slope'] * jnp.sum(above))
   total = lambda x: jnp.sum(select_masked(mask, x.astype(jnp.float32)))
+  k3 = jnp.zeros_like(logprobs)
+  if algorithm.has_reference:
+    k3 = divergences.k3(now, reference)
+  sampler = select_masked(mask, batch.behaviour_logprobs)
+  # No yardstick for itself.
+  trainer = now if config.old_logprobs == 'sampler' else behaviour
+  weight = losses.importance_ratio(now, behaviour)
   totals = _Totals(loss=loss,
                    tokens=jnp.sum(mask, dtype=jnp.float32),
                    clipped=total(token.clipped),
+                   rejected=total(corrected.rejected),
                    entropy=total(entropy),
                    divergence=total(divergence),
+                   divergence_k3=total(k3),
                    approximate_kl=total(old - logprobs),
+                   ratio=total(token.ratio),
                    ratio_max=jnp.max(select_masked(mask, token.ratio)),
-                   gap_max=jnp.max(jnp.abs(behaviour - recomputed)))
+                   ratio_min=jnp.min(select_masked(mask, token.ratio, jnp.inf)),
+                   weight=total(weight),
+                   weight_squared=total(jnp.square(weight)),
+                   gap_max=jnp.max(jnp.abs(sampler - trainer)))
   return loss, jax.lax.stop_gradient(totals)
 
 
@@ -159,7 +191,75 @@ def _merge(a: _Totals, b: _Totals) -> _Totals:
   return jax.tree.map(jnp.add, a,
                       b).replace(ratio_max=jnp.maximum(a.ratio_max,
                                                        b.ratio_max),
+                                 ratio_min=jnp.minimum(a.ratio_min,
+                                                       b.ratio_min),
                                  gap_max=jnp.maximum(a.gap_max, b.gap_max))
+
+
+def microbatch(batch: Batch, i: Array | int) -> Batch:
+  """Returns one microbatch, arrays [R, L]; scalars stay."""
+  return jax.tree.map(lambda x: x[i] if x.ndim else x, batch)
+
+
+def take_step(
+    state: TrainState,
+    batch: Batch,
+    share: Callable[[Params, Batch], tuple[Array, Any]],
+    nothing: Any,
+    merge: Callable[[Any, Any], Any],
+    *,
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    scale: Array | None = None) -> tuple[TrainState, Any, Array, Array]:
+  """Takes one optimizer step on a sum over the microbatches of a batch.
+
+  Gradients are summed over the microbatches that hold anything, in a loop of
+  dynamic length: shapes do not depend on how long the completions came out.
+
+  Args:
+    state: donated by the caller.
+    batch: packed samples, [M, R, L].
+    share: (params, microbatch) -> (its share of the loss, totals).
+    nothing: the totals of no microbatch; `loss` is among them.
+    merge: (totals, totals) -> totals.
+    model: static.
+    optimizer: static.
+    scale: float32[], of the step that the optimizer asks for; None: 1.
+
+  Returns:
+    (state, totals, global norm of the gradient, whether loss and norm are
+    finite: if not, only the step count moves).
+  """
+  trained, frozen = lora.split(state.params, model.trainable(state.params))
+  zeros = model.place(
+      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
+
+  def accumulate(i: Array, carry: tuple) -> tuple:
+    gradients, totals = carry
+    part = microbatch(batch, i)
+    (_, more), gradient = jax.value_and_grad(
+        lambda p: share(lora.join(p, frozen), part), has_aux=True)(trained)
+    gradients = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients,
+                             model.place(gradient))
+    return gradients, merge(totals, more)
+
+  gradients, totals = jax.lax.fori_loop(0, batch.count, accumulate,
+                                        (zeros, nothing))
+  gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, trained)
+  changes, opt_state = optimizer.update(gradients, state.opt_state, trained)
+  norm = optax.global_norm(gradients)
+  # One bad batch must not end a run: nothing but the step count moves then.
+  sound = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
+  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(sound, n, o), new,
+                                       old)
+  if scale is not None:
+    changes = jax.tree.map(lambda x: (scale * x).astype(x.dtype), changes)
+  params = lora.join(keep(optax.apply_updates(trained, changes), trained),
+                     frozen)
+  return (TrainState(step=state.step + 1,
+                     params=params,
+                     opt_state=keep(opt_state,
+                                    state.opt_state)), totals, norm, sound)
 
 
 def update(state: TrainState, batch: Batch, *, model: LanguageModel,
@@ -167,8 +267,6 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
            config: UpdateConfig) -> tuple[TrainState, Metrics]:
   """Takes one optimizer step on a batch.
 
-  Gradients are summed over the microbatches that hold anything, in a loop of
-  dynamic length: shapes do not depend on how long the completions came out.
   `Batch.weights` carries global denominators, so the number of microbatches
   and of devices changes the update by rounding only.
 
@@ -182,37 +280,16 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   Returns:
     (state, metrics under their fixed names; training values).
   """
-  trained, frozen = lora.split(state.params, model.trainable(state.params))
-  zeros = model.place(
-      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
-  none = _Totals(*(jnp.zeros(()) for _ in dataclasses.fields(_Totals)))
-  arrays = {
-      f.name: getattr(batch, f.name)
-      for f in dataclasses.fields(Batch)
-      if f.name != 'count'
-  }
-
-  def accumulate(i: Array, carry: tuple) -> tuple:
-    gradients, totals = carry
-    part = Batch(count=batch.count, **{k: v[i] for k, v in arrays.items()})
-    share = lambda p: _loss(lora.join(p, frozen), part, model, config)
-    (_, more), gradient = jax.value_and_grad(share, has_aux=True)(trained)
-    gradients = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients,
-                             model.place(gradient))
-    return gradients, _merge(totals, more)
-
-  gradients, totals = jax.lax.fori_loop(0, batch.count, accumulate,
-                                        (zeros, none))
-  gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, trained)
-  changes, opt_state = optimizer.update(gradients, state.opt_state, trained)
-  norm = optax.global_norm(gradients)
-  # One bad batch must not end a run: nothing but the step count moves then.
-  sound = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
-  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(sound, n, o), new,
-                                       old)
-  params = lora.join(keep(optax.apply_updates(trained, changes), trained),
-                     frozen)
-  opt_state = keep(opt_state, state.opt_state)
+  scale = batch.extra.get('step_scale')
+  state, totals, norm, sound = take_step(
+      state,
+      batch,
+      lambda params, part: _loss(params, part, model, config),
+      _no_totals(),
+      _merge,
+      model=model,
+      optimizer=optimizer,
+      scale=scale)
   mean = lambda x: x / jnp.maximum(totals.tokens, 1.0)
   metrics = {
       'learning/loss': totals.loss,
@@ -220,33 +297,66 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
       'learning/skipped': 1.0 - sound,
       'policy/entropy': mean(totals.entropy),
       'policy/clip_fraction': mean(totals.clipped),
+      'policy/ratio_mean': mean(totals.ratio),
       'policy/ratio_max': totals.ratio_max,
+      'policy/ratio_min': jnp.where(totals.tokens > 0, totals.ratio_min, 0.0),
+      'policy/effective_tokens':
+          (jnp.square(totals.weight) /
+           jnp.maximum(totals.tokens * totals.weight_squared, 1e-30)),
       'policy/approximate_kl': mean(totals.approximate_kl),
       'policy/behaviour_gap_max': totals.gap_max,
   }
-  if config.algorithm.kl_coefficient:
+  algorithm = config.algorithm
+  if (algorithm.correction, algorithm.rejection) != ('none', 'none'):
+    metrics['policy/rejected_fraction'] = mean(totals.rejected)
+  if algorithm.kl_coefficient:
     metrics['policy/kl_reference'] = mean(totals.divergence)
-  return TrainState(step=state.step + 1, params=params,
-                    opt_state=opt_state), metrics
+  if algorithm.has_reference:
+    metrics['policy/kl_reference_k3'] = mean(totals.divergence_k3)
+  if scale is not None:
+    metrics['learning/step_scale'] = scale
+  return state, metrics
+
+
+def score_pass(params: Params, batch: Batch, *, model: LanguageModel,
+               config: UpdateConfig, names: tuple[str,
+                                                  ...]) -> dict[str, Array]:
+  """Returns what a policy says of every token, float32[M, R, L] by name.
+
+  The pass that gives `old` and reference log-probabilities: of fixed shape,
+  hence free of speed values.
+
+  Args:
+    params: the policy's.
+    batch: packed samples.
+    model: static.
+    config: static.
+    names: of logprobs, entropy and confidence; static.
+  """
+
+  def one(i: Array, out: dict[str, Array]) -> dict[str, Array]:
+    scores = language_model.score_tokens(params,
+                                         batch.tokens[i],
+                                         batch.positions[i],
+                                         batch.segments[i],
+                                         model=model,
+                                         sampling=config.sampling,
+                                         chunk=config.chunk,
+                                         confidence='confidence' in names)
+    return {
+        name: array.at[i].set(getattr(scores, name))
+        for name, array in out.items()
+    }
+
+  empty = jnp.zeros(batch.tokens.shape, jnp.float32)
+  return jax.lax.fori_loop(0, batch.count, one, {name: empty for name in names})
 
 
 def score_batch(params: Params, batch: Batch, *, model: LanguageModel,
                 config: UpdateConfig) -> Array:
-  """Returns the log-probabilities of every token, float32[M, R, L], nats.
-
-  The pass that gives `old` and reference log-probabilities: of fixed shape,
-  hence free of speed values.
-  """
-
-  def one(i: Array, out: Array) -> Array:
-    logprobs = language_model.score(params,
-                                    batch.tokens[i],
-                                    batch.positions[i],
-                                    batch.segments[i],
-                                    model=model,
-                                    sampling=config.sampling,
-                                    chunk=config.chunk)
-    return out.at[i].set(logprobs)
-
-  return jax.lax.fori_loop(0, batch.count, one,
-                           jnp.zeros(batch.tokens.shape, jnp.float32))
+  """Returns the log-probabilities of `score_pass`, float32[M, R, L], nats."""
+  return score_pass(params,
+                    batch,
+                    model=model,
+                    config=config,
+                    names=('logprobs',))['logprobs']

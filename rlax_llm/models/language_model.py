@@ -63,11 +63,27 @@ class TokenScores(NamedTuple):
   """What `score_tokens` says of each token; nats; 0 where not a target."""
   logprobs: Array  # float32[R, L]
   entropy: Array  # float32[R, L] of the law the token was drawn from
+  # float32[R, L], mean probability of the likeliest tokens; None: not wanted.
+  confidence: Array | None = None
 
 
-def score_tokens(params: Params, tokens: Array, positions: Array,
-                 segments: Array, *, model: LanguageModel, sampling: Sampling,
-                 chunk: int) -> TokenScores:
+_LIKELIEST = 5  # tokens that confidence is the mean of; ECHO
+
+
+def predictable(segments: Array) -> Array:
+  """Returns bool[R, L - 1]: the next token is of the same segment."""
+  return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+
+
+def score_tokens(params: Params,
+                 tokens: Array,
+                 positions: Array,
+                 segments: Array,
+                 *,
+                 model: LanguageModel,
+                 sampling: Sampling,
+                 chunk: int,
+                 confidence: bool = False) -> TokenScores:
   """Scores every token of packed rows given the earlier ones of its segment.
 
   The value at (r, l) belongs to `tokens[r, l]`; it is 0 where no token of the
@@ -83,6 +99,7 @@ def score_tokens(params: Params, tokens: Array, positions: Array,
     model: the model; static.
     sampling: the law whose log-probabilities are wanted; static.
     chunk: positions whose logits exist at one time; static.
+    confidence: whether it is wanted; static.
 
   Returns:
     TokenScores.
@@ -93,7 +110,7 @@ def score_tokens(params: Params, tokens: Array, positions: Array,
   chex.assert_equal_shape([tokens, positions, segments])
   chex.assert_type([tokens, positions, segments], jnp.int32)
   hidden = model.hidden(params, tokens, positions, segments)
-  predictable = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  inside = predictable(segments)
   rows, length = tokens.shape
   count = rows * (length - 1)
   chunk = min(chunk, count)
@@ -108,7 +125,10 @@ def score_tokens(params: Params, tokens: Array, positions: Array,
   def scores(params: Params, hidden: Array, token: Array) -> TokenScores:
     law = sampling_ops.log_law(model.logits(params, hidden), sampling)
     logprobs = jnp.take_along_axis(law, token[:, None], axis=-1)[:, 0]
-    return TokenScores(logprobs, sampling_ops.entropy(law))
+    sure = None
+    if confidence:
+      sure = sampling_ops.confidence(law, min(_LIKELIEST, model.vocabulary))
+    return TokenScores(logprobs, sampling_ops.entropy(law), sure)
 
   if chunks == 1:
     result = scores(params, cut(hidden[:, :-1])[0], cut(tokens[:, 1:])[0])
@@ -118,9 +138,9 @@ def score_tokens(params: Params, tokens: Array, positions: Array,
 
   def place(x: Array) -> Array:
     x = x.reshape(-1)[:count].reshape(rows, length - 1)
-    return jnp.pad(jnp.where(predictable, x, 0.0), ((0, 0), (1, 0)))
+    return jnp.pad(jnp.where(inside, x, 0.0), ((0, 0), (1, 0)))
 
-  return TokenScores(*(place(x) for x in result))
+  return jax.tree.map(place, result)
 
 
 def score(params: Params, tokens: Array, positions: Array, segments: Array, *,

@@ -92,6 +92,16 @@ def entropy(log_probabilities: Array) -> Array:
   return -jnp.sum(p * safe, axis=-1)
 
 
+def confidence(log_probabilities: Array, count: int) -> Array:
+  """Returns the mean probability of the `count` likeliest tokens.
+
+  Args:
+    log_probabilities: float32[..., V].
+    count: at most V, static.
+  """
+  return jnp.mean(jnp.exp(jax.lax.top_k(log_probabilities, count)[0]), axis=-1)
+
+
 def sample_keys(seed: int, domain: Array, step: Array, request: Array,
                 index: Array) -> Array:
   """Returns the noise keys of samples: one key for each, used nowhere else.

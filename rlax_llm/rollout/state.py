@@ -31,6 +31,7 @@ class RolloutStats:
   discarded_tokens: int = 0  # beyond a cut in logical time
   segments: int = 0
   reads: int = 0  # of the device by the host
+  executables: int = 0  # of segments that the pool holds
   seconds: float = 0.0
   segment_seconds: float = 0.0  # of them, in segments
   reshard_seconds: float = 0.0  # of them, bringing parameters in place
@@ -38,11 +39,11 @@ class RolloutStats:
 
   def __add__(self, other: 'RolloutStats') -> 'RolloutStats':
     """Returns the speed values of both."""
-    return RolloutStats(
-        **{
-            field.name: getattr(self, field.name) + getattr(other, field.name)
-            for field in dataclasses.fields(self)
-        })
+    both = {
+        field.name: getattr(self, field.name) + getattr(other, field.name)
+        for field in dataclasses.fields(self)
+    }
+    return RolloutStats(**both | {'executables': other.executables})
 
   def metrics(self) -> dict[str, float]:
     """Returns the metrics under their fixed names."""
@@ -56,5 +57,6 @@ class RolloutStats:
         'rollout/ahead_tokens': self.ahead_tokens,
         'rollout/discarded_tokens': self.discarded_tokens,
         'rollout/segments': self.segments,
+        'rollout/executables': self.executables,
         'time/reshard': self.reshard_seconds,
     }

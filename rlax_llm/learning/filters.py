@@ -1,0 +1,64 @@
+"""Which samples are trained on, and whom their rewards are from. Host side."""
+
+import re
+from typing import Callable, NamedTuple, Sequence
+
+import numpy as np
+
+from rlax_llm.ops import pseudo_labels
+
+
+class Outcomes(NamedTuple):
+  """What is known of a step's samples, [B, G]."""
+  rewards: np.ndarray  # float32
+  unscorable: np.ndarray  # bool: the verifier gave no reward
+  finished: np.ndarray  # bool: emitted EOS
+
+
+def _signal(outcomes: Outcomes) -> np.ndarray:
+  """Groups whose rewards differ; DAPO, https://arxiv.org/abs/2503.14476."""
+  differ = np.ptp(outcomes.rewards, axis=-1, keepdims=True) > 0
+  return np.broadcast_to(differ, outcomes.rewards.shape)
+
+
+# Samples that a filter drops are out of the loss and of its denominators.
+FILTERS: dict[str, Callable[[Outcomes], np.ndarray]] = {
+    'none': lambda outcomes: np.ones(outcomes.rewards.shape, bool),
+    'scorable': lambda outcomes: ~outcomes.unscorable,
+    'signal': _signal,
+    'finished': lambda outcomes: outcomes.finished,
+}
+
+
+def canonical(answer: str | None) -> str | None:
+  """Returns an answer in the form that votes are counted in; None: no answer.
+
+  Text without spaces and capitals; numbers without a comma between thousands
+  and without the zeros of an empty fraction.
+
+  Args:
+    answer: what a completion gives as its answer.
+  """
+  if answer is None:
+    return None
+  plain = re.sub(r'\s+', '', answer).casefold()
+  plain = re.sub(r'(?<=\d),(?=\d{3}(?!\d))', '', plain)
+  return re.sub(r'(\d)\.0*$', r'\1', plain) or None
+
+
+def _majority(answers: Sequence[Sequence[str | None]],
+              rewards: np.ndarray) -> np.ndarray:
+  del rewards
+  return np.array([
+      pseudo_labels.majority_rewards([canonical(a)
+                                      for a in group])
+      for group in answers
+  ], np.float32)
+
+
+# (answers of B groups of G samples, the verifier's rewards) -> float32[B, G].
+LABELS: dict[str, Callable[[Sequence[Sequence[str | None]], np.ndarray],
+                           np.ndarray]] = {
+                               'verifier': lambda answers, rewards: rewards,
+                               'majority': _majority,
+                           }
