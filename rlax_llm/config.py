@@ -267,7 +267,42 @@ class RolloutConfig(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ControlConfig(Section):
-  """What the engine decides at segment boundaries. Speed values only."""
+  """What is decided at segment boundaries.
+
+  The first block decides which samples a step learns from, in logical time;
+  the second changes speed and no token.
+  """
+  # APRIL: so many times the groups of a step are asked for; sampling stops when
+  # those of a step are complete, the rest is continued in the next. 1: off.
+  over_provision: float = 1.0
+  # Steps after which a group that was put off must be complete.
+  max_staleness: int = 4
+  # DAPO: a step takes groups whose rewards differ only, and asks for more until
+  # it has enough of them, at most so many times. 0: it takes what comes.
+  dynamic_sampling: int = 0
+  # Step t learns from what the parameters of step t - staleness sampled, as an
+  # asynchronous trainer would; the first steps from those of step 0.
+  staleness: int = 0
+  # So many groups of a step are taken again from those of the last
+  # replay_steps steps, if their rewards differ.
+  replay: int = 0
+  replay_steps: int = 4
+  # In which order new groups are sampled: arrival | longest_first |
+  # shortest_first, by lengths predicted from earlier rollouts of the prompt,
+  # or of prompts like it.
+  order: str = 'arrival'
+  # ARRoL: behind so many tokens a share of each group's samples goes on, drawn
+  # by what a head on hidden states says of their rewards; in the first steps
+  # all are drawn alike. 0: off.
+  prune_at: int = 0
+  prune_keep: float = 0.5
+  prune_steps: int = 20
+  # Weigh those that go on by the inverse of the probability with which they do.
+  prune_weights: bool = True
+  # Slots of logical time, by which it is judged who completes first; 0: as many
+  # as rollout.slots.
+  logical_slots: int = 0
+
   # With requests pending, a segment ends when this share of rows is done.
   refill_threshold: float = 0.25
   compact: bool = True  # halve N when half of the rows are done
@@ -357,6 +392,14 @@ class EvaluateConfig(Section):
   samples: int = 1  # per problem; pass@k for every power of two up to it
   temperature: float = 1.0
   top_p: float = 1.0
+  # Of rlax_llm.evaluate alone: a sample ends when so many probes in a row give
+  # the same answer; 0: off. A probe is a text that asks for the answer, put
+  # behind every probe_every tokens, answered in at most probe_tokens, and
+  # taken back.
+  early_stop: int = 0
+  probe: str = ''
+  probe_every: int = 64
+  probe_tokens: int = 20
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -174,16 +174,29 @@ class Run:
                                        prompt=False), self.tokenizer.eos_ids[0],
                            rollout.prompt_length + rollout.max_new_tokens)
 
-  def requests(self, problems: Sequence[tasks.Problem], *, samples: int,
-               domain: int, step: int) -> list[Request]:
-    """Returns one request for each problem, its prompt tokenized."""
+  def requests(self,
+               problems: Sequence[tasks.Problem],
+               *,
+               samples: int,
+               domain: int,
+               step: int,
+               first: int = 0) -> list[Request]:
+    """Returns one request for each problem, its prompt tokenized.
+
+    Args:
+      problems: of one step.
+      samples: of each.
+      domain: TRAIN or EVALUATE.
+      step: in which they are requested.
+      first: number of the first within the step.
+    """
     return [
         Request(prompt=np.asarray(self.encode(problem.prompt, prompt=True),
                                   np.int32),
                 samples=samples,
                 domain=domain,
                 step=step,
-                request=i) for i, problem in enumerate(problems)
+                request=i) for i, problem in enumerate(problems, first)
     ]
 
 

@@ -28,6 +28,7 @@ _CHOICES = {
     'task.match': ('numeric', 'exact', 'math'),
     'model.rope_scaling': ('none', 'linear', 'llama3'),
     'rollout.drafter': DRAFTERS,
+    'control.order': ('arrival', 'longest_first', 'shortest_first'),
     'control.strategy': ('cost_model', 'table', 'bandit'),
     'learning.schedule': ('constant', 'linear', 'cosine'),
     'learning.old_logprobs': ('recompute', 'scored', 'sampler'),
@@ -66,6 +67,15 @@ _AT_LEAST: dict[str, float] = {
     'rollout.cache_megabytes': 1,
     'rollout.segment_forwards': 1,
     'rollout.min_capacity': 1,
+    'control.over_provision': 1,
+    'control.max_staleness': 1,
+    'control.dynamic_sampling': 0,
+    'control.staleness': 0,
+    'control.replay': 0,
+    'control.replay_steps': 1,
+    'control.logical_slots': 0,
+    'control.prune_at': 0,
+    'control.prune_steps': 0,
     'control.min_slots': 1,
     'control.run_ahead_rows': 0,
     'control.bandit_epsilon': 0,
@@ -89,18 +99,22 @@ _AT_LEAST: dict[str, float] = {
     'evaluate.problems': 1,
     'evaluate.samples': 1,
     'evaluate.temperature': 0,
+    'evaluate.early_stop': 0,
+    'evaluate.probe_every': 1,
+    'evaluate.probe_tokens': 1,
 }
 _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
                'learning.max_grad_norm', 'learning.epsilon',
                'task.verifier_seconds', 'model.rope_theta', 'model.rope_factor',
                'model.rope_low', 'model.rope_high', 'model.norm_epsilon',
                'model.lora.alpha', 'model.init_scale',
-               'control.refill_threshold')
+               'control.refill_threshold', 'control.prune_keep')
 
 _AT_MOST: dict[str, float] = {
     'task.verifier_processes': 1024,
     'task.verifier_seconds': 3600,
     'control.refill_threshold': 1,
+    'control.prune_keep': 1,
     'control.bandit_epsilon': 1,
     'task.trace_unfinished': 1,
     'rollout.draft_least': 1,
@@ -144,9 +158,15 @@ def validate(config: Config) -> Config:
       raise ConfigError(f'{path}={_get(config, path)} must be above 0')
   _validate_model(config.model)
   _validate_rollout(config.rollout, config.control, config.model)
+  _validate_control(config.control, config.task.prompts_per_step,
+                    config.rollout)
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
+  if config.evaluate.early_stop and not config.evaluate.probe:
+    raise ConfigError(
+        f'evaluate.early_stop={config.evaluate.early_stop} needs '
+        "evaluate.probe, the text that asks for the answer, for instance '='")
   for name in ('b1', 'b2'):
     value = getattr(config.learning, name)
     if not 0 <= value < 1:
@@ -328,6 +348,49 @@ def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
         'law gives tokens outside of it log-probability -inf as soon as the '
         'policy moves; use evaluate.top_p for evaluation')
   check_positions(rollout, width, model.max_positions)
+
+
+def _validate_control(control: ControlConfig, prompts: int,
+                      rollout: RolloutConfig) -> None:
+  default = ControlConfig()
+  readers = {
+      'max_staleness': ('over_provision', control.over_provision > 1),
+      'logical_slots': ('over_provision', control.over_provision > 1),
+      'replay_steps': ('replay', control.replay > 0),
+      'prune_keep': ('prune_at', control.prune_at > 0),
+      'prune_steps': ('prune_at', control.prune_at > 0),
+      'prune_weights': ('prune_at', control.prune_at > 0),
+  }
+  for name, (reader, on) in readers.items():
+    if not on and getattr(control, name) != getattr(default, name):
+      raise ConfigError(
+          f'control.{name}={getattr(control, name)} has no effect with '
+          f'control.{reader}={getattr(control, reader)}; set that too, or '
+          f'leave it at {getattr(default, name)}')
+  if control.prune_at >= rollout.max_new_tokens:
+    raise ConfigError(
+        f'control.prune_at={control.prune_at} is behind the last of '
+        f'rollout.max_new_tokens={rollout.max_new_tokens}; use less')
+  if control.prune_at and rollout.samples_per_prompt < 3:
+    raise ConfigError(
+        f'control.prune_at={control.prune_at} keeps two samples of a group at '
+        f'least; rollout.samples_per_prompt={rollout.samples_per_prompt} '
+        'leaves none to prune: use at least 3')
+  if control.replay >= prompts:
+    raise ConfigError(
+        f'control.replay={control.replay} leaves no new group to a step of '
+        f'task.prompts_per_step={prompts}; use at most {prompts - 1}')
+  # What is put off must fit into the next step, or its age has no bound.
+  most = 2 - control.replay / prompts
+  if control.over_provision > most:
+    raise ConfigError(
+        f'control.over_provision={control.over_provision} may put off more '
+        f'groups than the next step takes; use at most {most:g}')
+  if control.run_ahead_rows and control.dynamic_sampling:
+    raise ConfigError(
+        f'control.run_ahead_rows={control.run_ahead_rows} cannot foretell the '
+        'requests of a step whose number control.dynamic_sampling='
+        f'{control.dynamic_sampling} leaves open; set one of them to 0')
 
 
 def _check_strategy(rollout: RolloutConfig, control: ControlConfig) -> None:

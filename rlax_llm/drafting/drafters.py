@@ -43,11 +43,13 @@ def make_drafters(rollout: RolloutConfig, control: ControlConfig, *,
     capacity: tokens of a prompt, a completion and a draft.
   """
   group = rollout.samples_per_prompt
+  # What ran ahead, or beyond a cut, foretells the samples of a later step.
+  hinted = control.run_ahead_rows or control.over_provision > 1
   shape = CorpusShape(prompts=places,
                       capacity=capacity,
                       history=rollout.history,
                       group=group,
-                      hints=group if control.run_ahead_rows else 0)
+                      hints=group if hinted else 0)
   made = {arms.PLAIN: drafting.no_drafter()}
   for arm in arms.list_arms(rollout, control):
     if arm != arms.PLAIN:

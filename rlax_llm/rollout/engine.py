@@ -24,6 +24,7 @@ from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout import shapes
+from rlax_llm.rollout.control import StopPolicy
 from rlax_llm.rollout.executor import Executor
 from rlax_llm.rollout.generation import Generation
 from rlax_llm.rollout.generation import Parts
@@ -154,14 +155,19 @@ class RolloutEngine:
         self._executor.compile_decode(params, rows, self._parts.capacities[-1],
                                       self._parts.drafters[arm])
 
-  def generate(
-      self,
-      params: Params,
-      requests: Sequence[Request],
-      state: RolloutState,
-      *,
-      ahead: Sequence[Request] = ()) -> tuple[list[Rollout], RolloutState]:
+  def generate(self,
+               params: Params,
+               requests: Sequence[Request],
+               state: RolloutState,
+               *,
+               ahead: Sequence[Request] = (),
+               policies: Sequence[StopPolicy] = (),
+               limit: int | None = None) -> tuple[list[Rollout], RolloutState]:
     """Samples every request `request.samples` times.
+
+    What `state.earlier` holds of a sample is not sampled again: a suspended
+    one is continued where it stands, its keys and values computed anew by one
+    forward over the prompt and what it has; its noise goes on by position.
 
     Args:
       params: the policy's, on the engine's mesh.
@@ -171,9 +177,13 @@ class RolloutEngine:
       ahead: requests of the coming step. With `control.run_ahead_rows`, slots
         that would idle sample them; what they come to is kept in the store as
         hints to the drafts of that step and goes nowhere else.
+      policies: each may stop the sampling, at a tick of logical time; samples
+        that are not at their end then are suspended there.
+      limit: most new tokens of a sample; one that reaches it is suspended.
 
     Returns:
-      (rollouts in the order of requests and of their samples, state). Speed
+      (rollouts in the order of requests and of their samples, state); those
+      that are `suspended` can be given back in a later `state.earlier`. Speed
       values are in `self.stats`.
 
     Raises:
@@ -193,17 +203,18 @@ class RolloutEngine:
                             requests,
                             state,
                             self.stats,
-                            ahead=ahead)
+                            ahead=ahead,
+                            policies=policies,
+                            limit=limit)
     while generation.admit():
       self._on_boundary()
       generation.decode()
-    results = generation.results
     if state.store is not None:
-      state.store.add(results)  # type: ignore[arg-type]
+      state.store.add(generation.outcomes.new(requests))
     self.stats.seconds = self._clock() - start
     self.stats.compile_seconds = self.pool.seconds - compiled
     self.stats.executables = len(self.segment_bytes())
-    return results, state  # type: ignore[return-value]
+    return generation.outcomes.rollouts(requests), state
 
   @property
   def runs_ahead(self) -> bool:
