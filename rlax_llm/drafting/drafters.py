@@ -1,24 +1,74 @@
 """The drafters that a config can name; to add one, enter it here."""
 
-from typing import Callable
+from typing import Any, Callable, NamedTuple
 
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting import model_drafter as models
 from rlax_llm.drafting import tree_cache as trees
 from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
+from rlax_llm.models.draft_model import DraftModel
+from rlax_llm.models.language_model import LanguageModel
+from rlax_llm.ops.sampling import Sampling
 
-DRAFTERS: dict[str, Callable[[RolloutConfig, int, CorpusShape], Drafter]] = {
-    'none':
-        lambda config, width, shape: drafting.no_drafter(),
-    'prompt_lookup':
-        lambda config, width, shape: drafting.prompt_lookup(width),
-    'tree_cache':
-        lambda config, width, shape: trees.tree_cache(
-            width,
-            trees.TreeCacheConfig(
-                shape, config.branching, min_probability=config.draft_least)),
+
+class Target(NamedTuple):
+  """What is drafted for."""
+  model: LanguageModel
+  sampling: Sampling
+
+
+class Learned(NamedTuple):
+  """The network that is drafted with, and the settings of its drafts.
+
+  Attributes:
+    draft_model: the network.
+    depth: tokens of its longest line; 0: W - 1.
+    placement: a sharding for each of its parameters, to which they are brought
+      for rollouts; None: they are used as they are.
+  """
+  draft_model: DraftModel
+  depth: int = 0
+  placement: Any = None
+
+
+class Setting(NamedTuple):
+  """What a drafter is made for."""
+  rollout: RolloutConfig
+  width: int
+  shape: CorpusShape
+  target: Target
+  learned: Learned | None
+
+
+def _tree_cache(setting: Setting) -> Drafter:
+  rollout = setting.rollout
+  return trees.tree_cache(
+      setting.width,
+      trees.TreeCacheConfig(setting.shape,
+                            rollout.branching,
+                            min_probability=rollout.draft_least))
+
+
+def _model(setting: Setting) -> Drafter:
+  learned = setting.learned
+  if learned is None:
+    raise ValueError(f'rollout.drafter={setting.rollout.drafter!r} needs a '
+                     'network: give `learned`')
+  return models.model_drafter(
+      setting.width,
+      models.ModelDrafterConfig(setting.target.model, learned.draft_model,
+                                setting.target.sampling,
+                                setting.rollout.branching, learned.depth))
+
+
+DRAFTERS: dict[str, Callable[[Setting], Drafter]] = {
+    'none': lambda setting: drafting.no_drafter(),
+    'prompt_lookup': lambda setting: drafting.prompt_lookup(setting.width),
+    'tree_cache': _tree_cache,
+    'model': _model,
 }
 
 
@@ -34,8 +84,13 @@ def widest(rollout: RolloutConfig, control: ControlConfig) -> int:
   return rollout.width or max(control.widths)
 
 
-def make_drafters(rollout: RolloutConfig, control: ControlConfig, *,
-                  places: int, capacity: int) -> dict[int, Drafter]:
+def make_drafters(rollout: RolloutConfig,
+                  control: ControlConfig,
+                  *,
+                  places: int,
+                  capacity: int,
+                  target: Target,
+                  learned: Learned | None = None) -> dict[int, Drafter]:
   """Returns the config's drafter by width; 1 is always among the widths.
 
   Args:
@@ -43,6 +98,8 @@ def make_drafters(rollout: RolloutConfig, control: ControlConfig, *,
     control: frozen section.
     places: prompts that may be sampled at one time.
     capacity: tokens of a prompt, a completion and a draft.
+    target: what is drafted for.
+    learned: the network, if the drafter has one.
   """
   width = widest(rollout, control)
   if width == 1:
@@ -57,5 +114,5 @@ def make_drafters(rollout: RolloutConfig, control: ControlConfig, *,
   made: dict[int, Drafter] = {}
   for w in (rollout.width,) if rollout.width else control.widths:
     if w > 1:
-      made[w] = make(rollout, w, shape)
+      made[w] = make(Setting(rollout, w, shape, target, learned))
   return {1: drafting.no_drafter()} | made

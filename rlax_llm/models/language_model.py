@@ -31,11 +31,14 @@ class LanguageModel(NamedTuple):
     hidden: (params, tokens int32[R, L], positions int32[R, L],
       segments int32[R, L]) -> [R, L, D]; no cache, packed rows.
     extend: (params, tokens int32[N, W], positions int32[N, W],
-      node_mask bool[N, W, W] or bool[W, W], cache) -> (hidden [N, W, D],
-      KVNodes); the cache is read and not changed: `kv_cache.commit` writes
-      what verification kept.
+      node_mask bool[N, W, E] or bool[W, E], cache, earlier=None) -> (hidden
+      [N, W, D], KVNodes); the cache is read and not changed:
+      `kv_cache.commit` writes what verification kept. `earlier` are the
+      KVNodes of nodes of the same trees that a forward before this one
+      evaluated; they come first in the mask, E = W without them.
     logits: (params, hidden [..., D]) -> float32[..., V]; apart, so that
       nobody materialises [rows, L, V].
+    embed: (params, tokens int32[...]) -> [..., D], what the first layer reads.
     vocabulary: V.
     max_positions: positions the model can address.
     axes: (params or their shapes) -> the same tree, a tuple of logical axis
@@ -51,6 +54,7 @@ class LanguageModel(NamedTuple):
   hidden: Callable
   extend: Callable
   logits: Callable
+  embed: Callable
   vocabulary: int
   max_positions: int
   axes: Callable = _no_axes

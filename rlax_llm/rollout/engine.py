@@ -25,6 +25,7 @@ from rlax_llm.rollout.generation import Generation
 from rlax_llm.rollout.generation import Parts
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
+from rlax_llm.types import DraftParams
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
@@ -44,6 +45,7 @@ class RolloutEngine:
                mesh: Mesh,
                clock: Callable[[], float] = time.perf_counter,
                drafter: Drafter | None = None,
+               learned: drafters.Learned | None = None,
                params_placement: Any = None,
                pool: ExecutablePool | None = None) -> None:
     """Prepares an engine; nothing is compiled yet.
@@ -58,6 +60,7 @@ class RolloutEngine:
       mesh: from `sharding.make_mesh`.
       clock: seconds; read for statistics only.
       drafter: overrides `rollout.drafter`, for instance with your own.
+      learned: the network that `rollout.drafter` drafts with, if it does.
       params_placement: a sharding for every parameter, to which `generate`
         brings them first, rounded to what a forward reads; None: used as they
         are.
@@ -69,6 +72,7 @@ class RolloutEngine:
     """
     self._clock = clock
     self._params_placement = params_placement
+    self._learned = learned
     ways = sharding.ways(mesh)
     if rollout.slots % ways:
       raise ConfigError(f'rollout.slots={rollout.slots} is not divisible by '
@@ -81,9 +85,13 @@ class RolloutEngine:
     width = drafter.width if drafter else drafters.widest(rollout, control)
     check_positions(rollout, width, model.max_positions)
     capacities = shapes.list_capacities(rollout, width)
-    by_width = (drafters.by_width(drafter)
-                if drafter else drafters.make_drafters(
-                    rollout, control, places=places, capacity=capacities[-1]))
+    by_width = (drafters.by_width(drafter) if drafter else
+                drafters.make_drafters(rollout,
+                                       control,
+                                       places=places,
+                                       capacity=capacities[-1],
+                                       target=drafters.Target(model, sampling),
+                                       learned=learned))
     _check_corpus(by_width[max(by_width)], rollout, places)
     self._executor = Executor(model,
                               config=segments.SegmentConfig(
@@ -113,17 +121,18 @@ class RolloutEngine:
             for capacity in self._parts.capacities
             for width in self._parts.widths]
 
-  def compile_largest(self, params: Params) -> None:
+  def compile_largest(self, params: Params,
+                      drafter_params: Params = ()) -> None:
     """Compiles the segment of the largest N, S and W from shapes alone.
 
     Args:
       params: shapes, dtypes and shardings, as `generate` is given them.
+      drafter_params: likewise.
     """
-    if self._params_placement is not None:
-      params = self._executor.gathered_shapes(params, self._params_placement)
-    self._executor.compile_decode(params, self._parts.rollout.slots,
-                                  self._parts.capacities[-1],
-                                  self._parts.widest)
+    self._executor.compile_decode(
+        self._brought(self._executor.gathered_shapes, params,
+                      drafter_params), self._parts.rollout.slots,
+        self._parts.capacities[-1], self._parts.widest)
 
   def generate(
       self,
@@ -131,7 +140,9 @@ class RolloutEngine:
       requests: Sequence[Request],
       state: RolloutState,
       *,
-      ahead: Sequence[Request] = ()) -> tuple[list[Rollout], RolloutState]:
+      ahead: Sequence[Request] = (),
+      drafter_params: Params = ()
+  ) -> tuple[list[Rollout], RolloutState]:
     """Samples every request `request.samples` times.
 
     Args:
@@ -142,6 +153,8 @@ class RolloutEngine:
       ahead: requests of the coming step. With `control.run_ahead_rows`, slots
         that would idle sample them; what they come to is kept in the store as
         hints to the drafts of that step and goes nowhere else.
+      drafter_params: the drafter's own, if it has any; they change drafts and
+        no token.
 
     Returns:
       (rollouts in the order of requests and of their samples, state). Speed
@@ -154,13 +167,13 @@ class RolloutEngine:
     self._check(requests)
     start, compiled = self._clock(), self.pool.seconds
     self.stats = RolloutStats()
-    if self._params_placement is not None:
-      params = self._executor.gather_params(params, self._params_placement)
-      jax.block_until_ready(params)
+    placed = self._brought(self._executor.gather_params, params, drafter_params)
+    if placed.policy is not params:
+      jax.block_until_ready(placed)
       self.stats.reshard_seconds = (self._clock() - start -
                                     (self.pool.seconds - compiled))
     generation = Generation(self._parts,
-                            params,
+                            placed,
                             requests,
                             state,
                             self.stats,
@@ -173,6 +186,17 @@ class RolloutEngine:
     self.stats.seconds = self._clock() - start
     self.stats.compile_seconds = self.pool.seconds - compiled
     return results, state  # type: ignore[return-value]
+
+  def _brought(self, bring: Callable, params: Params,
+               drafter_params: Params) -> DraftParams:
+    """Returns what rollouts read, brought in place by a way of the executor."""
+    if self._params_placement is not None:
+      params = bring(params, self._params_placement)
+    learned = self._learned
+    if learned and learned.placement is not None:
+      drafter_params = bring(drafter_params, learned.placement,
+                             learned.draft_model.rounded)
+    return DraftParams(params, drafter_params)
 
   @property
   def runs_ahead(self) -> bool:

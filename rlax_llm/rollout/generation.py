@@ -26,7 +26,7 @@ from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import Queue
 from rlax_llm.rollout.table import Sample
 from rlax_llm.rollout.table import Table
-from rlax_llm.types import Params
+from rlax_llm.types import DraftParams
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 
@@ -77,14 +77,15 @@ class Parts:
 class Generation:
   """The slots of one `generate`, from the first prompt to the last token."""
 
-  def __init__(self, parts: Parts, params: Params, requests: Sequence[Request],
-               state: RolloutState, stats: RolloutStats, *,
-               ahead: Sequence[Request]) -> None:
+  def __init__(self, parts: Parts, params: DraftParams,
+               requests: Sequence[Request], state: RolloutState,
+               stats: RolloutStats, *, ahead: Sequence[Request]) -> None:
     """Begins with empty slots; nothing is decoded yet.
 
     Args:
       parts: of the engine.
-      params: the policy's, placed and rounded for many forwards.
+      params: the policy's and the drafter's, placed and rounded for many
+        forwards.
       requests: as for `RolloutEngine.generate`.
       state: as for `RolloutEngine.generate`.
       stats: counted into.
@@ -134,9 +135,10 @@ class Generation:
       taken += [corpus.prompts] * (rows - len(members))
       self._table.drafts.load(lambda: (taken, *stores.corpus_texts(
           self._state.store, members, rows, corpus)))
-    return self._parts.executor.prefill(self._params,
+    return self._parts.executor.prefill(self._params.policy,
                                         [r.prompt for r in members], rows,
-                                        self._parts.rollout.prompt_length)
+                                        self._parts.rollout.prompt_length,
+                                        self._table.drafts.wants_hidden)
 
   def _admit(self, queue: Queue) -> None:
     """Fills free slots from a queue, in order."""
@@ -154,6 +156,9 @@ class Generation:
                          sample.index, place)
       table.slots = self._parts.executor.admit(
           table.slots, blocks.block, taken, self._parts.rollout.max_new_tokens)
+      table.drafts.admit(table.slots, blocks.block, {
+          slot: entry[0] for slot, entry in taken.items()
+      })
 
   def _compact(self) -> None:
     """Shrinks N to the least count that holds the rows still decoding.
@@ -174,6 +179,7 @@ class Generation:
         if places and owner:
           places.collect(owner.group)
       table.slots = self._parts.executor.gather(table.slots, kept)
+      table.drafts.gather(kept)
       table.owners = [table.owners[i] for i in kept]
 
   def _grow(self) -> None:
@@ -185,6 +191,7 @@ class Generation:
     if needed > capacity:
       target = min(c for c in self._parts.capacities if c >= needed)
       table.slots = self._parts.executor.grow(table.slots, target)
+      table.drafts.grow(target)
 
   def _done_rows(self) -> int:
     """Returns how many counted rows may be done before the host should act."""
