@@ -1,10 +1,11 @@
 # Copyright 2026 The rlax_llm Authors. Apache-2.0 licence.
 """Checkpoints: Orbax underneath, every byte verified before it is used.
 
-workdir/checkpoints/STEP holds two items: `state`, the device pytree, and
-`host`, a JSON object with the host-side state, the description of every leaf
-and the SHA-256 of both. `restore` takes the newest step whose content matches
-its digests; a later one that does not is named and passed over.
+workdir/checkpoints/STEP holds one item for each named device pytree (`policy`
+and whatever trains beside it), and `host`, a JSON object with the host-side
+state, the description of every leaf and a SHA-256 of each item. `restore` takes
+the newest step whose content matches its digests; a later one that does not is
+named and passed over.
 """
 
 import functools
@@ -15,7 +16,7 @@ import pathlib
 import shutil
 import sys
 from types import TracebackType
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Collection, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -85,12 +86,13 @@ class Checkpoints:
       return []
     return sorted(int(p.name) for p in self._root.iterdir() if p.name.isdigit())
 
-  def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
-    """Begins to save; returns once `state` may be donated.
+  def save(self, step: int, states: Mapping[str, Any],
+           host: Mapping[str, Any]) -> None:
+    """Begins to save; returns once the states may be donated.
 
     Args:
       step: names the checkpoint; above every step saved before.
-      state: pytree of arrays.
+      states: pytrees of arrays by name.
       host: JSON-able dict with string keys throughout.
 
     Raises:
@@ -102,31 +104,41 @@ class Checkpoints:
       self._clear()
       self._saved = True
     record = {
-        'leaves': _describe(state),
-        'state_sha256': digest_arrays(state),
+        'leaves': {
+            name: _describe(state) for name, state in states.items()
+        },
+        'sha256': {
+            name: digest_arrays(state) for name, state in states.items()
+        },
         'host': host,
     }
     record['record_sha256'] = _digest_json(record)
-    if not self._open().save(step,
-                             args=ocp.args.Composite(
-                                 state=ocp.args.StandardSave(state),
-                                 host=ocp.args.JsonSave(record))):
+    items = {
+        name: ocp.args.StandardSave(state) for name, state in states.items()
+    }
+    if not self._open().save(
+        step, args=ocp.args.Composite(host=ocp.args.JsonSave(record), **items)):
       raise ValueError(f'step {step} cannot be saved: {self._root} holds steps '
                        f'{self.steps()}; steps must grow')
 
-  def restore(self,
-              abstract_state: Any,
-              *,
-              step: int | None = None) -> tuple[int, Any, Any] | None:
+  def restore(
+      self,
+      abstract: Mapping[str, Any],
+      *,
+      step: int | None = None,
+      optional: Collection[str] = ()
+  ) -> tuple[int, dict[str, Any], Any] | None:
     """Reads the newest checkpoint that is whole, or that of one step.
 
     Args:
-      abstract_state: pytree of `jax.ShapeDtypeStruct` (or arrays) as `state`
-        was; their shardings place what is read.
+      abstract: by name, pytrees of `jax.ShapeDtypeStruct` (or arrays) as the
+        states were; their shardings place what is read. States that are not
+        named are not read.
       step: the only one to read; None: the newest.
+      optional: names that the result may lack, where none was saved.
 
     Returns:
-      (step, state, host), or None where nothing was ever saved.
+      (step, states, host), or None where nothing was ever saved.
 
     Raises:
       ConfigError: checkpoints exist and none is whole, or none is of `step`, or
@@ -143,7 +155,7 @@ class Checkpoints:
       if step not in (None, candidate):
         continue
       path = self._root / str(candidate)
-      found, reason = self._attempt(candidate, abstract_state)
+      found, reason = self._attempt(candidate, abstract, optional)
       if found is None:
         failures.append(f'{path} is unreadable ({reason})')
         self._unreadable.append(candidate)
@@ -186,7 +198,6 @@ class Checkpoints:
     if self._manager is None:
       self._manager = ocp.CheckpointManager(
           self._root,
-          item_names=('state', 'host'),
           options=ocp.CheckpointManagerOptions(max_to_keep=self._keep))
     return self._manager
 
@@ -203,13 +214,14 @@ class Checkpoints:
     for left_over in self._root.glob('*.orbax-checkpoint-tmp*'):
       shutil.rmtree(left_over, ignore_errors=True)
 
-  def _attempt(self, step: int,
-               abstract_state: Any) -> tuple[tuple[Any, Any] | None, str]:
-    """Returns ((state, host), ''), or (None, why it cannot be read)."""
+  def _attempt(
+      self, step: int, abstract: Mapping[str, Any],
+      optional: Collection[str]) -> tuple[tuple[dict, Any] | None, str]:
+    """Returns ((states, host), ''), or (None, why it cannot be read)."""
     hook = sys.unraisablehook
     sys.unraisablehook = functools.partial(_pass_on, hook)
     try:
-      found = self._read(step, abstract_state)
+      found = self._read(step, abstract, optional)
     except ConfigError:
       sys.unraisablehook = hook
       raise
@@ -220,21 +232,33 @@ class Checkpoints:
     sys.unraisablehook = hook
     return found, ''
 
-  def _read(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
+  def _read(self, step: int, abstract: Mapping[str, Any],
+            optional: Collection[str]) -> tuple[dict[str, Any], Any]:
     manager = self._open()
     args = ocp.args.Composite(host=ocp.args.JsonRestore())
     record = manager.restore(step, args=args).host
     expected = record.pop('record_sha256')
     if _digest_json(record) != expected:
       raise ValueError('the digest of the host state does not match')
-    _check_leaves(self._root / str(step), record['leaves'],
-                  _describe(abstract_state))
-    abstract = jax.tree.map(_abstract, abstract_state)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    state = manager.restore(step, args=args).state
-    if digest_arrays(state) != record['state_sha256']:
-      raise ValueError('the digest of the arrays does not match')
-    return state, record['host']
+    wanted = {
+        name: state
+        for name, state in abstract.items()
+        if name in record['leaves'] or name not in optional
+    }
+    path = self._root / str(step)
+    for name, state in wanted.items():
+      _check_leaves(path, name, record['leaves'].get(name, {}),
+                    _describe(state))
+    items = {
+        name: ocp.args.StandardRestore(jax.tree.map(_abstract, state))
+        for name, state in wanted.items()
+    }
+    read = manager.restore(step, args=ocp.args.Composite(**items))
+    states = {name: read[name] for name in wanted}
+    for name, state in states.items():
+      if digest_arrays(state) != record['sha256'][name]:
+        raise ValueError(f'the digest of the arrays of {name} does not match')
+    return states, record['host']
 
 
 def _to_stderr(line: str) -> None:
@@ -271,15 +295,15 @@ def _describe(tree: Any) -> dict[str, str]:
   }
 
 
-def _check_leaves(path: pathlib.Path, saved: Mapping[str, str],
+def _check_leaves(path: pathlib.Path, state: str, saved: Mapping[str, str],
                   wanted: Mapping[str, str]) -> None:
-  for name in sorted(saved.keys() | wanted.keys()):
-    there, here = saved.get(name, 'absent'), wanted.get(name, 'absent')
+  for leaf in sorted(saved.keys() | wanted.keys()):
+    there, here = saved.get(leaf, 'absent'), wanted.get(leaf, 'absent')
     if there != here:
       raise ConfigError(
-          f'checkpoint {path} is of another model: {name} is {there} there and '
-          f'{here} in this config; give that model\'s config or another '
-          '--workdir')
+          f'checkpoint {path} is of another model: {state}/{leaf} '
+          f'is {there} there and {here} in this config; give that model\'s '
+          'config or another --workdir')
 
 
 def _digest_json(value: Any) -> str:

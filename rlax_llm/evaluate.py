@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
   run = make_run(config)
   manifest.check_workdir(_WORKDIR.value, to_dict(run.config))
   executables.enable_compilation_cache()
-  step, state, _ = run.restore(_WORKDIR.value)
+  step, state, _ = run.states.restore(_WORKDIR.value)
   with Verifier(run.config.task, run.config.seed) as verifier:
     values = evaluate(run, run.engine(evaluation_sampling(run)), state.params,
                       verifier, held_out_problems(run))

@@ -290,13 +290,13 @@ def export(workdir: str,
   """
   check_target(out)
   run = make_run(sample.load_config(workdir))
-  model = run.model_config
+  model = run.states.model_config
   if adapter:
     _check_adapters(model)
   # Before the checkpoint is read: no architecture may have these settings.
   hugging_face.to_config_json(model, '')
   token_ids, files = tokenizer_facts(run)
-  step, state, _ = run.restore(workdir, step=step)
+  step, state, _ = run.states.restore(workdir, step=step)
   if adapter:
     export_adapter(out, model, state.params)
   else:

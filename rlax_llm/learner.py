@@ -182,6 +182,6 @@ def make_learner(run: Run) -> Learner:
   return Learner(run,
                  algorithm=run.algorithm,
                  sampling=run.sampling,
-                 optimizer=run.optimizer,
+                 optimizer=run.states.optimizer,
                  name='policy',
                  learning=run.config.learning)

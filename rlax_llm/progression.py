@@ -28,6 +28,12 @@ class Progression:
     self.tokens_sha256 = digest.hexdigest()
     self.tokens_sampled += sum(r.length for r in rollouts)
 
+  def add_reward(self, mean: float) -> None:
+    """Notes the mean reward of a step."""
+    self.reward_last = mean
+    if self.reward_first is None:
+      self.reward_first = mean
+
 
 class Stopwatch:
   """Seconds by name, for `time/*`."""
@@ -38,7 +44,8 @@ class Stopwatch:
     self.seconds: dict[str, float] = {}
 
   def lap(self, name: str) -> None:
-    """Books the time since the last lap."""
+    """Books the time since the last lap; adds to what the name has."""
     now = self._clock()
-    self.seconds[f'time/{name}'] = now - self._last
+    name = f'time/{name}'
+    self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
     self._last = now

@@ -229,7 +229,7 @@ def main(argv: list[str]) -> None:
   if temperature is not None:
     sampling = sampling._replace(temperature=temperature)
   executables.enable_compilation_cache()
-  _, state, _ = run.restore(_WORKDIR.value)
+  _, state, _ = run.states.restore(_WORKDIR.value)
   completions = sample_texts(run,
                              state.params,
                              _PROMPT.value,

@@ -37,7 +37,7 @@ def warm_start(run: Run, params: Params, show: Callable[[int, float],
                              optimizer=optimizer,
                              name='sft',
                              learning=learning)
-  state = run.init_state(params, optimizer, 'sft')
+  state = run.states.init_state(params, optimizer, 'sft')
   for step in range(config.steps):
     first = step * config.sequences_per_step
     samples = [

@@ -32,13 +32,18 @@ def _abstract(state):
 def _save(folder, steps, keep=3):
   with Checkpoints(folder, keep=keep) as checkpoints:
     for step in steps:
-      checkpoints.save(step, _state(step), {'cursor': step, 'text': ['é', 1.5]})
+      checkpoints.save(step, {'policy': _state(step)}, {
+          'cursor': step,
+          'text': ['é', 1.5]
+      })
 
 
 def _restore(folder, wanted=None):
   warnings = []
   with Checkpoints(folder, warn=warnings.append) as checkpoints:
-    found = checkpoints.restore(wanted or _abstract(_state()))
+    found = checkpoints.restore({'policy': wanted or _abstract(_state())})
+  if found:
+    found = found[0], found[1]['policy'], found[2]
   return found, warnings
 
 
@@ -75,10 +80,11 @@ def test_donation_right_after_save(tmp_path):
   state = _state(1)
   wanted = digest_arrays(state)
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, state, {})
+    checkpoints.save(1, {'policy': state}, {})
     for _ in range(5):
       state = update(state)
-    _, restored, _ = checkpoints.restore(_abstract(_state()))
+    _, found, _ = checkpoints.restore({'policy': _abstract(_state())})
+    restored = found['policy']
   assert digest_arrays(restored) == wanted
 
 
@@ -88,23 +94,23 @@ def _largest(path):
 
 
 def _flip(path):
-  file = _largest(path / 'state')
+  file = _largest(path / 'policy')
   data = bytearray(file.read_bytes())
   data[len(data) // 2] ^= 4
   file.write_bytes(data)
 
 
 def _truncate(path):
-  file = _largest(path / 'state')
+  file = _largest(path / 'policy')
   file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
 
 
 def _delete(path):
-  _largest(path / 'state').unlink()
+  _largest(path / 'policy').unlink()
 
 
 def _delete_item(path):
-  shutil.rmtree(path / 'state')
+  shutil.rmtree(path / 'policy')
 
 
 def _delete_host(path):
@@ -130,8 +136,8 @@ def _edit_leaves(path):
 
 def _swap(path):
   """Whole and decodable, but of another step: only the digest tells."""
-  shutil.rmtree(path / 'state')
-  shutil.copytree(path.parent / '1' / 'state', path / 'state')
+  shutil.rmtree(path / 'policy')
+  shutil.copytree(path.parent / '1' / 'policy', path / 'policy')
 
 
 def _empty(path):
@@ -161,7 +167,7 @@ def test_warning_reaches_the_terminal(tmp_path, capsys):
   _save(tmp_path, [1, 2])
   _delete(tmp_path / 'checkpoints' / '2')
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.restore(_abstract(_state()))
+    checkpoints.restore({'policy': _abstract(_state())})
   lines = capsys.readouterr().err.splitlines()
   assert [line[:9] for line in lines] == ['warning: ']
 
@@ -172,10 +178,10 @@ def test_run_goes_on_over_a_damaged_step(tmp_path):
   _truncate(tmp_path / 'checkpoints' / '2')
   (tmp_path / 'checkpoints' / '3.orbax-checkpoint-tmp').mkdir()
   with Checkpoints(tmp_path, warn=lambda _: None) as checkpoints:
-    checkpoints.restore(_abstract(_state()))
+    checkpoints.restore({'policy': _abstract(_state())})
     assert checkpoints.steps() == [1, 2]  # reading moves nothing
-    checkpoints.save(2, _state(7), {'cursor': 7})
-    checkpoints.save(3, _state(8), {'cursor': 8})
+    checkpoints.save(2, {'policy': _state(7)}, {'cursor': 7})
+    checkpoints.save(3, {'policy': _state(8)}, {'cursor': 8})
   (step, _, host), warnings = _restore(tmp_path)
   assert (step, host['cursor'], warnings) == (3, 8, [])
   assert (tmp_path / 'checkpoints' / '2.unreadable').is_dir()
@@ -207,14 +213,14 @@ def test_other_model_is_named(tmp_path, wanted, words):
 def test_host_must_survive_json(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(ValueError, match=r'host.a\[0\] has the key 3'):
-      checkpoints.save(1, _state(), {'a': [{3: 'x'}]})
+      checkpoints.save(1, {'policy': _state()}, {'a': [{3: 'x'}]})
 
 
 def test_same_step_twice_is_refused(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(2, _state(), {})
+    checkpoints.save(2, {'policy': _state()}, {})
     with pytest.raises(ValueError, match='step 2 cannot be saved'):
-      checkpoints.save(2, _state(), {})
+      checkpoints.save(2, {'policy': _state()}, {})
 
 
 def test_sharding_comes_from_the_target(tmp_path):
@@ -260,3 +266,22 @@ def test_digest_of_a_view_is_that_of_its_values():
   """Mutant: hashing the buffer under a transposed view."""
   array = np.arange(6, dtype=np.float32).reshape(2, 3)
   assert digest_arrays([array.T]) == digest_arrays([array.T.copy()])
+
+
+def test_states_are_read_by_name(tmp_path):
+  """Mutants: `_read` restores every item; the digest of `policy` for all."""
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {
+        'policy': _state(1),
+        'critic': _state(2, width=32)
+    }, {})
+  shape = _abstract(_state())
+  with Checkpoints(tmp_path) as checkpoints:
+    _, found, _ = checkpoints.restore({'critic': _abstract(_state(0, 32))})
+    assert list(found) == ['critic']
+    assert digest_arrays(found['critic']) == digest_arrays(_state(2, 32))
+    wanted = {'policy': shape, 'drafter': shape}
+    _, found, _ = checkpoints.restore(wanted, optional=('drafter',))
+    assert list(found) == ['policy']
+    with pytest.raises(ConfigError, match='drafter/.* is absent there'):
+      checkpoints.restore(wanted)

@@ -760,7 +760,7 @@ def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   run = make_run(config)
   model = _read({})
   want = _load(folder, model)
-  _, state, _ = run.restore(workdir, step=0)
+  _, state, _ = run.states.restore(workdir, step=0)
   assert digest_arrays(state.params) == digest_arrays(want)
   out = tmp_path / 'out'
   assert export.export(workdir, str(out), step=0) == 0

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
+from rlax_llm import credit
 from rlax_llm import learner as learners
 from rlax_llm import testing
-from rlax_llm import train
 from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import ConfigError
 from rlax_llm.learning import algorithms
@@ -438,7 +438,7 @@ def _samples(count=24, seed=0):
 
 def _params(run):
   """Parameters with larger logits, so that gradients are not tiny."""
-  return jax.tree.map(lambda x: x * 2, run.init_params())
+  return jax.tree.map(lambda x: x * 2, run.states.init_params())
 
 
 def _state(run, optimizer=CAPTURE):
@@ -770,8 +770,8 @@ def test_unscorable_samples_have_no_advantage():
   rewards = np.array([[1, 0, 0, 1], [1, 1, 1, 1]], np.float32)
   unscorable = np.zeros((2, 4), bool)
   unscorable[0, 1] = True
-  advantages = train.group_advantages(run, rewards, np.full((2, 4), 7),
-                                      unscorable)
+  advantages = credit.group_advantages(run, rewards, np.full((2, 4), 7),
+                                       unscorable)
   assert advantages[0, 1] == 0 and advantages[0, 2] < 0 < advantages[0, 0]
   assert np.all(advantages[1] == 0)
 
@@ -782,11 +782,11 @@ def test_permuted_rewards_are_a_permutation():
   Mutant: shuffling within each group only, which keeps the group's mean.
   """
   rewards = np.arange(32, dtype=np.float32).reshape(8, 4)
-  one, two = (train.permuted(rewards, 0, step) for step in (0, 1))
+  one, two = (credit.permuted(rewards, 0, step) for step in (0, 1))
   assert sorted(one.ravel()) == sorted(rewards.ravel())
   assert not np.array_equal(one, two)
   assert not np.array_equal(one.mean(axis=1), rewards.mean(axis=1))
-  np.testing.assert_array_equal(one, train.permuted(rewards, 0, 0))
+  np.testing.assert_array_equal(one, credit.permuted(rewards, 0, 0))
 
 
 # ---- Optimizer and presets --------------------------------------------------

@@ -116,15 +116,15 @@ def test_only_adapters_are_trained(tmp_path):
   everything in `update`.
   """
   run = make_run(_config())
-  params = run.init_params()
+  params = run.states.init_params()
   before = jax.device_get(params)
-  state = run.init_state(params)
+  state = run.states.init_state(params)
   moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
   adapters = jax.tree.leaves(
       lora.split(state.params, lora.trainable(state.params))[0])
   assert sorted(x.shape for x in moments) == sorted(
       x.shape for x in adapters * 2)
-  reference = run.reference(str(tmp_path), state.params, 0)
+  reference = run.states.reference(str(tmp_path), state.params, 0)
   assert len(jax.tree.leaves(reference)) == len(adapters)
   learner = learners.make_learner(run)
   samples = [
@@ -167,8 +167,8 @@ def test_exported_adapters_add_up(tmp_path, targets):
   in B.
   """
   run = make_run(_exportable(targets))
-  params = _moved(run.init_params())
-  model = run.model_config
+  params = _moved(run.states.init_params())
+  model = run.states.model_config
   base = dataclasses.replace(model, lora=freeze(LoRAConfig()))
   _, frozen = lora.split(params, lora.trainable(params))
   plain = {k: _without_gaps(v) for k, v in frozen.items()}
@@ -195,7 +195,7 @@ def test_exported_adapters_add_up(tmp_path, targets):
 
   config = _exportable(targets)
   config.model.pretrained = str(tmp_path / 'base')
-  begun = make_run(config).init_params()
+  begun = make_run(config).states.init_params()
   trained = lora.trainable(begun)
   jax.tree.map(np.testing.assert_array_equal,
                lora.split(begun, trained)[1],
@@ -210,7 +210,7 @@ def test_a_run_without_adapters_exports_none(tmp_path):
   """--adapter without adapters is refused by name."""
   run = make_run(_exportable(LORA_TARGETS, rank=0))
   with pytest.raises(ConfigError, match='--adapter.*model.lora.rank=0'):
-    export.export_adapter(str(tmp_path / 'a'), run.model_config, {})
+    export.export_adapter(str(tmp_path / 'a'), run.states.model_config, {})
 
 
 @pytest.mark.parametrize('changes, words', [
@@ -239,10 +239,11 @@ def test_rollouts_copy_no_base():
   config.learning.precision.compute = 'bfloat16'
   config.learning.precision.head = 'bfloat16'
   run = make_run(config)
-  params = run.init_params()
+  params = run.states.init_params()
   engine = run.engine(run.sampling)
   # pylint: disable=protected-access
-  gathered = engine._executor.gather_params(params, run._rollout_placement())
+  gathered = engine._executor.gather_params(params,
+                                            run.states.rollout_placement())
   trained = lora.trainable(params)
   same = jax.tree.map(lambda a, b: a is b, params, gathered)
   assert same == jax.tree.map(lambda x: not x, trained)
@@ -255,4 +256,5 @@ def test_a_target_that_cannot_be_made_is_refused(tmp_path):
   (tmp_path / 'file').write_text('')
   run = make_run(_exportable(LORA_TARGETS))
   with pytest.raises(ConfigError, match='--out=.*cannot be written'):
-    export.export_adapter(str(tmp_path / 'file' / 'out'), run.model_config, {})
+    export.export_adapter(str(tmp_path / 'file' / 'out'),
+                          run.states.model_config, {})

@@ -50,7 +50,7 @@ def _run(mesh=(1, 1, 1), gather=True, width=16):
 def _generate(run):
   requests = run.requests(run.problems(0), samples=6, domain=TRAIN, step=0)
   engine = run.engine(run.sampling)
-  rollouts, _ = engine.generate(run.init_params(), requests,
+  rollouts, _ = engine.generate(run.states.init_params(), requests,
                                 RolloutState(store=run.rollout_store()))
   return rollouts, engine.stats
 
@@ -59,7 +59,7 @@ class _Margins(helpers.World):
   """What `assert_same_tokens` asks of a world, of a run's model."""
 
   def __init__(self, run):
-    self.model, self.params = run.model, run.init_params()
+    self.model, self.params = run.model, run.states.init_params()
     self.seed, self.sampling = run.config.seed, run.sampling
 
 
@@ -101,7 +101,7 @@ def _gradient(run):
                              optimizer=CAPTURE,
                              name='capture',
                              learning=run.config.learning)
-  state = run.init_state(run.init_params(), CAPTURE, 'capture')
+  state = run.states.init_state(run.states.init_params(), CAPTURE, 'capture')
   state, _ = learner.update(state, learner.put(learner.pack(_samples())))
   leaves = jax.tree.leaves(jax.device_get(state.opt_state))
   return np.concatenate([x.ravel() for x in leaves]), state
@@ -119,7 +119,7 @@ def test_no_mesh_changes_the_gradient(mesh):
   want, _ = _gradient(_run())
   got, state = _gradient(_run(mesh))
   assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
-  placement = _run(mesh).params_placement()
+  placement = _run(mesh).states.params_placement()
   jax.tree.map(
       lambda x, where: x.sharding.is_equivalent_to(where, x.ndim) or pytest.
       fail(f'{x.shape} lies at {x.sharding}'), state.params, placement)
@@ -130,7 +130,7 @@ def test_memory_shrinks_with_fsdp():
   needs = []
   for fsdp in (1, 2, 4, 8):
     run = _run((1, fsdp, 1), width=256)
-    state = run.init_state(run.init_params())
+    state = run.states.init_state(run.states.init_params())
     held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)]
     learner = learners.make_learner(run)
     learner.update(state, learner.put(learner.pack(_samples())))
@@ -145,15 +145,15 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path, target):
   """Law: restored leaves are bit-equal and lie where the new mesh wants them.
   """
   first, second = _run((2, 2, 2)), _run(target)
-  state = first.init_state(first.init_params())
+  state = first.states.init_state(first.states.init_params())
   with checkpoint.Checkpoints(str(tmp_path), keep=1) as saved:
-    saved.save(3, state, {})
+    saved.save(3, {'policy': state}, {})
     saved.wait()
-  step, restored, _ = second.restore(str(tmp_path))
+  step, restored, _ = second.states.restore(str(tmp_path))
   assert step == 3
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state),
                jax.device_get(restored))
-  want = second.params_placement()
+  want = second.states.params_placement()
   assert jax.tree.all(
       jax.tree.map(lambda x, w: x.sharding.is_equivalent_to(w, x.ndim),
                    restored.params, want))

@@ -286,7 +286,7 @@ def test_a_corrupt_checkpoint_is_passed_over(base, tmp_path):
   """
   folder = tmp_path / 'copy'
   shutil.copytree(base[0], folder)
-  for path in (folder / 'checkpoints' / '4' / 'state').rglob('*'):
+  for path in (folder / 'checkpoints' / '4' / 'policy').rglob('*'):
     if path.is_file() and path.parent.name == 'd':
       data = bytearray(path.read_bytes())
       data[len(data) // 2] ^= 0xff

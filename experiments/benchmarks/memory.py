@@ -51,7 +51,7 @@ def abstract_batch(run: Run, learner: learners.Learner) -> Batch:
 def measure(run: Run) -> dict[str, int]:
   """Returns bytes on one device: of the state, the update and the segment."""
   learner = learners.make_learner(run)
-  state = run.abstract_state()
+  state = run.states.abstract_state()
   learner.compile_update(state, abstract_batch(run, learner))
   run.engine(run.sampling).compile_largest(state.params)
   held = sum(

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import common
+from rlax_llm import credit
 from rlax_llm import learner as learners
 from rlax_llm import run as runs
-from rlax_llm import train
 from rlax_llm.config import Config
 from rlax_llm.learning.batch import Sample
 from rlax_llm.rollout.state import RolloutState
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
   # No EOS: fixed work.
   engine = run.engine(run.sampling, eos_ids=common.NO_EOS)
   learner = learners.make_learner(run)
-  state = run.init_state(run.init_params())
+  state = run.states.init_state(run.states.init_params())
   prompts = common.random_prompts(_PROMPTS.value, run.model.vocabulary)
   rng = np.random.default_rng(common.SEED.value)
   shape = (_PROMPTS.value, common.SAMPLES.value)
@@ -70,8 +70,8 @@ def main(argv: list[str]) -> None:
     middle = time.perf_counter()
     rewards = rng.random(shape, np.float32)
     lengths = np.array([r.length for r in rollouts]).reshape(shape)
-    advantages = train.group_advantages(run, rewards, lengths,
-                                        np.zeros(shape, bool))
+    advantages = credit.group_advantages(run, rewards, lengths,
+                                         np.zeros(shape, bool))
     samples = [
         Sample(r.request.prompt, r.tokens, float(a), r.behaviour_logprobs)
         for r, a in zip(rollouts, advantages.reshape(-1))

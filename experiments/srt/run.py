@@ -26,15 +26,17 @@ from experiments import common
 from experiments.srt import settings
 from rlax_llm import executables
 from rlax_llm import learner as learners
-from rlax_llm import train
 from rlax_llm.config import Config
 from rlax_llm.config import freeze
 from rlax_llm.drafting.store import RolloutStore
+from rlax_llm.experience import Collector
 from rlax_llm.progression import Progression
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
+from rlax_llm.step import Loop
+from rlax_llm.step import train_step
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout
@@ -115,16 +117,18 @@ def train_and_compare(config: Config, width: int, params: Params | None,
   run = make_run(config)
   config = run.config
   if params is None:
-    params = warm_start(run, run.init_params(), lambda done, loss: None)
+    params = warm_start(run, run.states.init_params(), lambda done, loss: None)
   warm = jax.tree.map(np.array, params)  # a copy: `init_state` donates
-  state = run.init_state(params)
+  states = run.states.init_all(params)
   arms = [ArmRunner(name, run, width) for name in settings.ARMS]
   rows = []
   with Verifier(config.task, config.seed) as verifier:
-    loop = train.Loop(run, run.engine(run.sampling), learners.make_learner(run),
-                      verifier,
-                      run.reference(tempfile.mkdtemp(), state.params, 0),
-                      run.rollout_store(), Progression())
+    collector = Collector(run, run.engine(run.sampling), verifier,
+                          run.rollout_store())
+    reference = run.states.reference(tempfile.mkdtemp(),
+                                     states['policy'].params, 0)
+    loop = Loop(run, collector, learners.make_learner(run), reference,
+                Progression())
     for step in range(config.num_steps):
       make = lambda s: run.requests(run.problems(s),
                                     samples=config.rollout.samples_per_prompt,
@@ -134,7 +138,8 @@ def train_and_compare(config: Config, width: int, params: Params | None,
       want, lengths = None, None
       # Arms take turns at being first: none is always next to a cold cache.
       for arm in arms[step % len(arms):] + arms[:step % len(arms)]:
-        rollouts, numbers = arm.generate(state.params, step, requests, ahead)
+        rollouts, numbers = arm.generate(states['policy'].params, step,
+                                         requests, ahead)
         tokens = [r.tokens.tolist() for r in rollouts]
         want = want or tokens
         lengths = [len(t) for t in tokens]
@@ -151,7 +156,7 @@ def train_and_compare(config: Config, width: int, params: Params | None,
                 'differing_samples':
                     sum(a != b for a, b in zip(tokens, want))
             })
-      state, values, _ = train.train_step(loop, step, state)
+      states, values, _ = train_step(loop, step, states)
       print(f'{tags} step {step}: reward {values["reward/mean"]:.3f}',
             flush=True)
   return rows, warm

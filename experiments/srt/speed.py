@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
   run = make_run(config)
-  params = warm_start(run, run.init_params(), lambda done, loss: None)
+  params = warm_start(run, run.states.init_params(), lambda done, loss: None)
   table: list[dict[str, Any]] = []
   for rows in map(int, _ROWS.value):
     table += measure(run, params, rows, _WIDTH.value, _PAIRS.value)

@@ -1,0 +1,138 @@
+"""One step of RL: rollout -> reward -> batch -> update."""
+
+import dataclasses
+from typing import Any, Sequence
+
+import numpy as np
+
+from rlax_llm import credit
+from rlax_llm import executables
+from rlax_llm.experience import Collector
+from rlax_llm.experience import Group
+from rlax_llm.learner import Learner
+from rlax_llm.progression import Progression
+from rlax_llm.progression import Stopwatch
+from rlax_llm.run import Run
+from rlax_llm.types import Params
+from rlax_llm.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """What every step of a run needs."""
+  run: Run
+  collector: Collector
+  learner: Learner
+  reference: Params | None  # for the KL term
+  progression: Progression  # updated in place
+
+
+def train_step(
+    loop: Loop, step: int, states: dict[str, TrainState]
+) -> tuple[dict[str, TrainState], dict[str, Any], list[dict]]:
+  """Runs one step: rollout -> reward -> batch -> update.
+
+  Args:
+    loop: the run's parts.
+    step: from 0.
+    states: by name, 'policy' among them; donated.
+
+  Returns:
+    (states, metrics of the step, sample rows for samples.jsonl).
+  """
+  run = loop.run
+  watch = Stopwatch(run.clock)
+  compiled = executables.compile_totals()
+  params = states['policy'].params
+  groups = loop.collector.collect(params, step, watch)
+  rewards = credit.group_rewards(run, groups, step)
+  advantages = credit.group_advantages(
+      run, rewards, np.stack([group.lengths for group in groups]),
+      np.stack([group.unscorable for group in groups]))
+  watch.lap('reward')
+  samples = credit.training_samples(groups, advantages)
+  prepared, padding = loop.learner.prepare(params, samples, loop.reference)
+  watch.lap('score')
+  policy, values = loop.learner.learn(states['policy'], prepared)
+  watch.lap('update')
+
+  loop.progression.add_tokens([r for group in groups for r in group.rollouts])
+  loop.progression.add_reward(float(np.mean(rewards)))
+  seconds = watch.seconds
+  after = executables.compile_totals()
+  numbers: dict[str, Any] = {
+      **values,
+      **group_metrics(groups, rewards, step),
+      'learning/learning_rate':
+          run.states.learning_rate(step),
+      'learning/padding_fraction':
+          padding,
+      **loop.collector.metrics(),
+      **seconds,
+      'time/step':
+          sum(seconds.values()),
+      'compile/count':
+          after[0] - compiled[0],
+      'compile/seconds':
+          after[1] - compiled[1],
+      'memory/update':
+          run.pool.memory_bytes('update'),
+      'memory/segment':
+          run.pool.memory_bytes('segment'),
+  }
+  rows = sample_rows(groups, rewards, advantages)
+  return states | {'policy': policy}, numbers, rows
+
+
+def group_metrics(groups: Sequence[Group], rewards: np.ndarray,
+                  step: int) -> dict[str, Any]:
+  """Returns what groups and their rewards tell, under the fixed names.
+
+  Args:
+    groups: of one step.
+    rewards: float32[B, G], those that are learned from.
+    step: from 0.
+  """
+  rollouts = [rollout for group in groups for rollout in group.rollouts]
+  lengths = [rollout.length for rollout in rollouts]
+  parts = {
+      f'reward/{name}': np.mean([group.parts[name] for group in groups])
+      for name in groups[0].parts
+  }
+  return parts | {
+      'reward/mean':
+          np.mean(rewards),
+      'reward/std':
+          np.std(rewards),
+      'reward/unscorable':
+          int(np.sum([group.unscorable for group in groups])),
+      'reward/groups_with_signal':
+          np.mean(np.ptp(rewards, axis=-1) > 0),
+      'rollout/length_mean':
+          np.mean(lengths),
+      'rollout/length_p50':
+          np.percentile(lengths, 50),
+      'rollout/length_p95':
+          np.percentile(lengths, 95),
+      'rollout/length_max':
+          np.max(lengths),
+      'rollout/truncated_fraction':
+          np.mean([not r.finished for r in rollouts]),
+      'rollout/drafted_fraction':
+          np.mean(np.concatenate([r.drafted for r in rollouts])),
+      'policy/staleness_mean':
+          np.mean([step - np.mean(r.token_version) for r in rollouts]),
+  }
+
+
+def sample_rows(groups: Sequence[Group], rewards: np.ndarray,
+                advantages: np.ndarray) -> list[dict]:
+  """Returns the rows of samples.jsonl."""
+  return [{
+      'prompt': group.problem.prompt,
+      'completion': text,
+      'reward': float(reward),
+      'advantage': float(advantage),
+  }
+          for group, *of_group in zip(groups, rewards, advantages)
+          for text, reward, advantage in zip(group.texts, *of_group)]
