@@ -127,7 +127,7 @@ class Executor:
                      shape,
                      functools.partial(_admit, seed=self._seed),
                      slots,
-                     block,
+                     block.replace(hidden=None),
                      fields,
                      donate_argnums=(0,),
                      out_shardings=self._slots)

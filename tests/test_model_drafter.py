@@ -1,0 +1,299 @@
+"""The learned drafter: its state is never stale, and it changes no token."""
+
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rollout_helpers import strict_precision  # noqa: F401
+from rollout_helpers import World
+import rollout_helpers as helpers
+
+from rlax_llm.drafting import model_drafter as drafting
+from rlax_llm.drafting.drafters import Learned
+from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.models.draft_model import DraftModel
+from rlax_llm.ops import trees
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.rollout.drafts import Drafts
+from rlax_llm.types import Request
+from rlax_llm.types import TRAIN
+from rlax_llm.types import UNUSED
+
+LONGEST = 18  # T of helpers.World.engine
+
+
+@functools.cache
+def _world(**options):
+  return World(**options)
+
+
+@functools.cache
+def _plain():
+  """Rollouts of plain sampling: 37 samples in 16 slots."""
+  return _world().generate(helpers.make_requests())[0]
+
+
+@functools.cache
+def _self_draft(world):
+  """The policy as its own drafter, with the cache of a drafter."""
+  model = world.model
+  width = world.params['embedding'].shape[1]
+
+  def extend(params, tokens, features, positions, node_mask, cache, earlier):
+    del features
+    return model.extend(params.policy, tokens, positions, node_mask, cache,
+                        earlier)
+
+  return DraftModel(init=lambda key: (),
+                    init_cache=model.init_cache,
+                    init_features=lambda rows: jnp.zeros((rows, width)),
+                    hidden=None,
+                    extend=extend,
+                    axes=lambda params: (),
+                    rounded=lambda params: params)
+
+
+def _drafter(width, *, branching=1, depth=0, world=None, self_draft=False):
+  world = world or _world()
+  draft_model = _self_draft(world) if self_draft else world.draft_model
+  return drafting.model_drafter(
+      width,
+      drafting.ModelDrafterConfig(world.model,
+                                  draft_model,
+                                  world.sampling,
+                                  branching,
+                                  depth,
+                                  chunk=4))
+
+
+# --- The state is never stale.
+
+BOUNDARIES = {
+    'refill, compaction, growth':
+        dict(),
+    'N = 4':
+        dict(slots=4, control=dict(min_slots=2)),
+    'refill at once':
+        dict(control=dict(refill_threshold=0.01)),
+    'segments of 1':
+        dict(segment_forwards=1, slots=4, control=dict(min_slots=1)),
+}
+
+
+@pytest.mark.parametrize('name', BOUNDARIES)
+def test_a_policy_that_drafts_for_itself_is_always_right(name):
+  """Law: drafted by the policy itself, every forward commits W tokens, up to
+  EOS and the limit.
+
+  The policy keeps a cache of its own through the drafter's state: whatever is
+  stale there, in any row, after any boundary, is a rejected draft. Mutants: the
+  state is not gathered at compaction; not grown; an admission is not taken up;
+  a row's cache is one token short after it; drafts remain in the state.
+  """
+  got, engine = _world().generate(helpers.make_requests(),
+                                  drafter=_drafter(4, self_draft=True),
+                                  **BOUNDARIES[name])
+  helpers.assert_same_tokens(_world(), _plain(), got)
+  for r in got:
+    assert r.forwards == -(-r.length // 4)
+  assert engine.stats.tokens / engine.stats.row_forwards > 3
+
+
+def test_a_policy_that_drafts_trees_for_itself_is_always_right():
+  """Law: the first of every node's children is the target's token.
+
+  Lines of 3 with their siblings; the most probable line is always the right
+  one, so a forward commits at least 2 tokens. Mutants: nodes see the siblings
+  of their ancestors; a level's features are not those of its parents.
+  """
+  got, engine = _world().generate(helpers.make_requests(),
+                                  drafter=_drafter(10,
+                                                   branching=3,
+                                                   depth=3,
+                                                   self_draft=True),
+                                  min_capacity=32)
+  helpers.assert_same_tokens(_world(), _plain(), got)
+  rejected = sum(r.length - r.drafted.sum() - (r.length // 4) > 1 for r in got)
+  assert rejected < len(got) / 3
+  assert engine.stats.tokens / engine.stats.row_forwards > 2.5
+
+
+def _watch_widths(monkeypatch, widths, seed):
+  """Random widths and segment lengths; returns what segments did, by width."""
+  rng, seen = random.Random(seed), []
+  monkeypatch.setattr(
+      WidthPolicy, 'choose', lambda self, rows, capacity, forwards:
+      (rng.choice(widths), rng.randint(1, 3)))
+  observe = WidthPolicy.observe
+
+  def watched(self, rows, capacity, width, **values):
+    seen.append((width, values['row_forwards']))
+    return observe(self, rows, capacity, width, **values)
+
+  monkeypatch.setattr(WidthPolicy, 'observe', watched)
+  return seen
+
+
+@pytest.mark.parametrize('ways', [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_nothing_is_stale_after_segments_without_drafts(ways, monkeypatch):
+  """Law: between W = 1 and W = 4 at random, with refill, compaction and growth
+  meanwhile, the policy that drafts for itself stays right: a token that was not
+  drafted is the last of its forward.
+
+  Mutants: `sync` starts at the row's length; it goes on with the sample that
+  left the row; an admission that was missed is not found; one chunk is enough.
+  """
+  world = _world(ways=ways) if ways > 1 else _world()
+  seen = _watch_widths(monkeypatch, (1, 1, 4), 3)
+  got, _ = world.generate(helpers.make_requests(),
+                          learned=Learned(_self_draft(world)),
+                          drafts_by='model',
+                          width=0,
+                          control=dict(widths=(1, 4)))
+  helpers.assert_same_tokens(_world(), _plain(), got)
+  alone = 0
+  for r in got:
+    run = 0
+    for drafted in r.drafted:
+      if drafted:
+        run += 1
+        continue
+      assert run in (0, 3)
+      alone += run == 0
+      run = 0
+  assert alone == sum(count for width, count in seen if width == 1)
+  assert sum(count for width, count in seen if width == 4) > 30
+
+
+def test_the_state_is_a_function_of_the_text(monkeypatch):
+  """Law: at every boundary the drafter's keys, values and feature are those
+  that are computed from the rows' texts alone.
+
+  With a network that reads features. Mutants: the feature is that of the last
+  drafted node; features are not shifted; the first feature of a sample is that
+  of the sample before; `observe` ignores the path; admission takes the last
+  token's state for that of the one before.
+  """
+  world, checked = _world(), []
+  own = world.draft_params()
+  config = drafting.ModelDrafterConfig(world.model, world.draft_model,
+                                       world.sampling)
+  sync = jax.jit(functools.partial(drafting.sync, config=config))
+  take = Drafts.take
+
+  def watched(self, width, slots):
+    state = take(self, width, slots)
+    if width > 1:
+      clean = jax.tree.map(jnp.zeros_like, state)
+      want = sync(self._params, clean, slots)
+      lengths = np.asarray(slots.length) - 1
+      for row in np.flatnonzero(~np.asarray(slots.done)):
+        end = lengths[row]
+        assert state.cache.length[row] == end
+        for a, b in ((state.cache.keys[0][row, ..., :end],
+                      want.cache.keys[0][row, ..., :end]),
+                     (state.cache.values[0][row, :, :end],
+                      want.cache.values[0][row, :, :end]), (state.feature[row],
+                                                            want.feature[row])):
+          np.testing.assert_allclose(a, b, atol=2e-5)
+        checked.append(end)
+    return state
+
+  monkeypatch.setattr(Drafts, 'take', watched)
+  _watch_widths(monkeypatch, (1, 4, 6), 1)
+  got, _ = world.generate(helpers.make_requests(),
+                          learned=Learned(world.draft_model),
+                          own=own,
+                          drafts_by='model',
+                          branching=2,
+                          width=0,
+                          control=dict(widths=(1, 4, 6)))
+  helpers.assert_same_tokens(world, _plain(), got)
+  assert len(checked) > 50 and max(checked) > 16
+
+
+# --- It changes no token.
+
+
+@pytest.mark.parametrize('name, width, options', [
+    ('chain', 4, dict()),
+    ('short chain', 6, dict(depth=3)),
+    ('tree', 7, dict(branching=3, depth=3)),
+])
+def test_drafts_change_no_token(name, width, options):
+  """Law: tokens are those of plain sampling, whatever the network says.
+
+  Mutants: verification takes the draft's token; nodes of one level have one
+  parent.
+  """
+  world = _world()
+  got, engine = world.generate(helpers.make_requests(),
+                               drafter=_drafter(width, **options),
+                               own=world.draft_params(),
+                               min_capacity=32,
+                               control=dict(compact=False))
+  helpers.assert_same_tokens(world, _plain(), got)
+  assert engine.stats.tokens > 1.1 * engine.stats.row_forwards, name
+
+
+@pytest.mark.parametrize('branching, temperature, top_p', [
+    (1, 1.0, 1.0),
+    pytest.param(2, 0.7, 0.9, marks=pytest.mark.slow),
+])
+def test_law(branching, temperature, top_p):
+  """Law: completions are distributed as the product of the policy's laws.
+
+  Mutant: the draft's token is committed in place of the target's.
+  """
+  world = _world(vocabulary=4,
+                 eos=3,
+                 sampling=Sampling(temperature, top_p=top_p))
+  prompt = np.asarray([1, 2, 1, 0, 1])
+  requests = [Request(prompt, 1024, TRAIN, 0, i) for i in range(12)]
+  got, engine = world.generate(requests,
+                               drafter=_drafter(5,
+                                                branching=branching,
+                                                world=world),
+                               own=world.draft_params(),
+                               slots=1024,
+                               samples_per_prompt=1024,
+                               max_new_tokens=3,
+                               control=dict(refill_threshold=0.5,
+                                            compact=False))
+  helpers.assert_law(world, prompt, 3, got)
+  assert engine.stats.tokens > 1.02 * engine.stats.row_forwards
+
+
+def test_devices_change_no_token():
+  """Law: rows over eight devices give the tokens of one device.
+
+  Mutant: the state's rows are not compacted.
+  """
+  world = _world(ways=8)
+  got, _ = world.generate(helpers.make_requests(),
+                          drafter=_drafter(4, world=world),
+                          own=world.draft_params())
+  helpers.assert_same_tokens(_world(), _plain(), got)
+
+
+# --- Trees.
+
+
+def test_select_keeps_the_most_probable_nodes_and_their_lines():
+  """By hand: five candidates, three kept; equal ones keep their order.
+
+  Mutants: parents are not renumbered; ties go to the later one.
+  """
+  log = lambda *p: jnp.log(jnp.asarray(p))
+  tokens, parents, chosen = trees.select(jnp.asarray([7, 8, 9, 5, 6]),
+                                         jnp.asarray([0, 0, 2, 3, 1]),
+                                         log(0.3, 0.6, 0.6, 0.2, 0.1), 3)
+  assert chosen.tolist() == [1, 2, 0]
+  assert tokens.tolist() == [8, 9, 7]
+  assert parents.tolist() == [0, 1, 0]
+  tokens, parents, _ = trees.select(jnp.asarray([7, 8]), jnp.asarray([0, 1]),
+                                    log(0.5, 0.0), 3)
+  assert parents.tolist() == [0, UNUSED, UNUSED]
