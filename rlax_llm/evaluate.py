@@ -21,6 +21,7 @@ from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
+from rlax_llm.states import drafter_params
 from rlax_llm.tasks import task as tasks
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import EVALUATE
@@ -64,9 +65,13 @@ def summarize(correct: np.ndarray) -> dict[str, float]:
   return values
 
 
-def evaluate(run: Run, engine: RolloutEngine, params: Params,
+def evaluate(run: Run,
+             engine: RolloutEngine,
+             params: Params,
              verifier: Verifier,
-             problems: Sequence[tasks.Problem]) -> dict[str, float]:
+             problems: Sequence[tasks.Problem],
+             *,
+             drafter_params: Params = ()) -> dict[str, float]:
   """Samples and verifies every problem `evaluate.samples` times.
 
   The noise is that of the problem, not of the training step: two evaluations
@@ -79,13 +84,17 @@ def evaluate(run: Run, engine: RolloutEngine, params: Params,
     params: the policy's.
     verifier: scores completions.
     problems: from `held_out_problems`.
+    drafter_params: see `RolloutEngine.generate`.
 
   Returns:
     The metrics of `summarize`.
   """
   samples = run.config.evaluate.samples
   requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
-  rollouts, _ = engine.generate(params, requests, RolloutState())
+  rollouts, _ = engine.generate(params,
+                                requests,
+                                RolloutState(),
+                                drafter_params=drafter_params)
   texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
   repeated = [problem for problem in problems for _ in range(samples)]
   scores = verifier.score(repeated, texts)
@@ -99,10 +108,14 @@ def main(argv: list[str]) -> None:
   run = make_run(config)
   manifest.check_workdir(_WORKDIR.value, to_dict(run.config))
   executables.enable_compilation_cache()
-  step, state, _ = run.states.restore(_WORKDIR.value)
+  step, states, _ = run.states.restore_all(_WORKDIR.value)
   with Verifier(run.config.task, run.config.seed) as verifier:
-    values = evaluate(run, run.engine(evaluation_sampling(run)), state.params,
-                      verifier, held_out_problems(run))
+    values = evaluate(run,
+                      run.engine(evaluation_sampling(run)),
+                      states['policy'].params,
+                      verifier,
+                      held_out_problems(run),
+                      drafter_params=drafter_params(states))
   json.dump({'step': step, **values}, sys.stdout)
   print()
 

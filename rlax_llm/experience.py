@@ -53,13 +53,19 @@ class Collector:
     self._verifier = verifier
     self._store = store
 
-  def collect(self, params: Params, step: int, watch: Stopwatch) -> list[Group]:
+  def collect(self,
+              params: Params,
+              step: int,
+              watch: Stopwatch,
+              *,
+              drafter_params: Params = ()) -> list[Group]:
     """Returns the groups that a step learns from, in the order of requests.
 
     Args:
       params: the policy's.
       step: from 0.
       watch: told of rollout and reward.
+      drafter_params: see `RolloutEngine.generate`.
     """
     problems = self._run.problems(step)
     requests = self._requests(problems, step)
@@ -67,7 +73,8 @@ class Collector:
                                         requests,
                                         RolloutState(version=step,
                                                      store=self._store),
-                                        ahead=self._coming(step + 1))
+                                        ahead=self._coming(step + 1),
+                                        drafter_params=drafter_params)
     self._store.drop_hints(step)
     watch.lap('rollout')
     groups = self._score(problems, rollouts)

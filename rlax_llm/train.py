@@ -21,16 +21,18 @@ from rlax_llm import report
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
+from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.experience import Collector
 from rlax_llm.progress import Progress
 from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
 from rlax_llm.run import make_run
+from rlax_llm.states import drafter_params
+from rlax_llm.states import OPTIONAL
 from rlax_llm.step import Loop
 from rlax_llm.step import train_step
 from rlax_llm.tasks.verifier import Verifier
-from rlax_llm.types import Params
 from rlax_llm.warm_start import warm_start
 
 
@@ -87,6 +89,7 @@ def train(config: Config,
   law = evaluation.evaluation_sampling(run)
   judge = engine if law == run.sampling else run.engine(law)
   learner = learners.make_learner(run)
+  drafter = DrafterTraining(run) if run.states.draft_model else None
   store = run.rollout_store()
   run_id = uuid.uuid4().hex[:8]
 
@@ -98,7 +101,7 @@ def train(config: Config,
     # ---- Restore, or start with a warm start ---------------------------------
     found = None
     if saved.steps():
-      found = saved.restore(run.states.abstract_all())
+      found = saved.restore(run.states.abstract_all(), optional=OPTIONAL)
     first, states, host = found or (0, {}, {})
     progression = Progression(**host.get('progression', {}))
     if found:
@@ -120,8 +123,13 @@ def train(config: Config,
       }
       saved.save(step, states, host)
 
-    def measure(params: Params) -> dict[str, float]:
-      values = evaluation.evaluate(run, judge, params, verifier, held_out)
+    def measure() -> dict[str, float]:
+      values = evaluation.evaluate(run,
+                                   judge,
+                                   states['policy'].params,
+                                   verifier,
+                                   held_out,
+                                   drafter_params=drafter_params(states))
       progression.accuracy_after = values['evaluate/accuracy']
       return values
 
@@ -130,6 +138,7 @@ def train(config: Config,
                                run_id=run_id) as writer:
       if found:
         progress.message(f'continuing {workdir} after step {first}')
+        states = run.states.completed(states)
       else:
         params = run.states.init_params()
         if config.sft.steps:
@@ -143,7 +152,13 @@ def train(config: Config,
 
           params = warm_start(run, params, show)
         states = run.states.init_all(params)
-        values = measure(states['policy'].params)
+        if drafter and config.drafter.warmup_updates:
+          progress.phase('warm-up of the drafter',
+                         config.drafter.warmup_updates)
+          states['drafter'] = drafter.warm_up(
+              states['drafter'], states['policy'].params,
+              lambda done, loss: progress.update(done, {'drafter/loss': loss}))
+        values = measure()
         progression.accuracy_before = progression.accuracy_after
         writer.write(0, values)
         progress.phase('evaluate', 0)
@@ -151,7 +166,7 @@ def train(config: Config,
         save(0)
       loop = Loop(run, Collector(run, engine, verifier, store), learner,
                   run.states.reference(workdir, states['policy'].params, first),
-                  progression)
+                  progression, drafter)
 
       # ---- Train ------------------------------------------------------------
       progress.phase('reinforcement learning', config.num_steps)
@@ -161,7 +176,7 @@ def train(config: Config,
         every = config.evaluate.every
         watch = Stopwatch(clock)
         if last or (every and done % every == 0):
-          values |= measure(states['policy'].params)
+          values |= measure()
           watch.lap('evaluate')
         # Files first: what a checkpoint says happened has been written.
         writer.write_samples(done, rows)

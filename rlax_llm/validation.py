@@ -5,12 +5,16 @@ import types
 import typing
 from typing import Any
 
+from rlax_llm.config import BRANCHING
 from rlax_llm.config import check_positions
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
+from rlax_llm.config import DrafterConfig
 from rlax_llm.config import DRAFTERS
 from rlax_llm.config import freeze
+from rlax_llm.config import FROM_ROLLOUTS
+from rlax_llm.config import LEARNED
 from rlax_llm.config import LORA_TARGETS
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import nearest
@@ -65,6 +69,13 @@ _AT_LEAST: dict[str, float] = {
     'rollout.min_capacity': 1,
     'control.min_slots': 1,
     'control.run_ahead_rows': 0,
+    'drafter.depth': 0,
+    'drafter.every': 0,
+    'drafter.share': 0,
+    'drafter.warmup_updates': 0,
+    'drafter.microbatch_rows': 1,
+    'drafter.passes': 1,
+    'drafter.buffer_tokens': 1,
     'learning.warmup_steps': 0,
     'learning.minibatches': 1,
     'learning.row_length': 0,
@@ -83,14 +94,14 @@ _AT_LEAST: dict[str, float] = {
     'evaluate.temperature': 0,
 }
 _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
-               'learning.max_grad_norm', 'learning.epsilon',
-               'task.verifier_seconds', 'model.rope_theta', 'model.rope_factor',
-               'model.rope_low', 'model.rope_high', 'model.norm_epsilon',
-               'model.lora.alpha', 'model.init_scale',
+               'drafter.learning_rate', 'learning.max_grad_norm',
+               'learning.epsilon', 'task.verifier_seconds', 'model.rope_theta',
+               'model.rope_factor', 'model.rope_low', 'model.rope_high',
+               'model.norm_epsilon', 'model.lora.alpha', 'model.init_scale',
                'control.refill_threshold')
 
 _SHARES = ('control.refill_threshold', 'task.trace_unfinished',
-           'rollout.draft_least')
+           'rollout.draft_least', 'drafter.share')
 
 
 def _get(config: Config, path: str) -> Any:
@@ -127,6 +138,7 @@ def validate(config: Config) -> Config:
       raise ConfigError(f'{path}={_get(config, path)} must be above 0')
   _validate_model(config.model)
   _validate_rollout(config.rollout, config.control, config.model)
+  _validate_drafter(config)
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
@@ -242,6 +254,27 @@ def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
   check_positions(rollout, width, model.max_positions)
 
 
+def _validate_drafter(config: Config) -> None:
+  drafter, name = config.drafter, config.rollout.drafter
+  if name not in LEARNED:
+    for field in dataclasses.fields(drafter):
+      value = getattr(drafter, field.name)
+      if value != getattr(DrafterConfig(), field.name):
+        raise ConfigError(
+            f'drafter.{field.name}={value!r} has no effect with rollout.drafter'
+            f'={name!r}; set that to {" or ".join(map(repr, LEARNED))}, or '
+            'leave it')
+    return
+  if drafter.warmup_updates and not config.sft.steps:
+    raise ConfigError(
+        f'drafter.warmup_updates={drafter.warmup_updates} imitates the traces '
+        'of the warm start, and sft.steps=0; set it to 0 or give steps')
+  if drafter.every and not drafter.share:
+    raise ConfigError(
+        f'drafter.share=0 leaves no time for drafter.every={drafter.every}; '
+        'set every to 0 to keep the drafter as it is')
+
+
 # Nodes verified in one forward: the mask alone takes W^2 per row.
 _WIDEST = 64
 
@@ -264,14 +297,16 @@ def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
     raise ConfigError(
         f"rollout.drafter='none' drafts nothing for rollout.width"
         f'={rollout.width}; set the width to 1, or name a drafter')
-  if rollout.drafter != 'tree_cache':
-    if control.run_ahead_rows or rollout.branching != 1:
+  for name, value, unset, users in (('control.run_ahead_rows',
+                                     control.run_ahead_rows, 0, FROM_ROLLOUTS),
+                                    ('rollout.branching', rollout.branching, 1,
+                                     BRANCHING)):
+    if value != unset and rollout.drafter not in users:
       raise ConfigError(
-          f'control.run_ahead_rows={control.run_ahead_rows} and '
-          f'rollout.branching={rollout.branching} are for '
-          f"rollout.drafter='tree_cache', not {rollout.drafter!r}; set them to "
-          '0 and 1')
-  elif width > 1:
+          f'{name}={value} is for rollout.drafter '
+          f'{" or ".join(map(repr, users))}, not {rollout.drafter!r}; set it '
+          f'to {unset}')
+  if width > 1 and rollout.drafter in FROM_ROLLOUTS:
     group = rollout.samples_per_prompt
     capacity = rollout.prompt_length + rollout.max_new_tokens + width + 7
     texts = rollout.history + group * (2 if control.run_ahead_rows else 1)

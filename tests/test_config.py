@@ -80,7 +80,7 @@ BAD = [
     ({
         'rollout.drafter': 'prompt_lookup',
         'control.run_ahead_rows': 4
-    }, ['run_ahead_rows=4', "'tree_cache'", 'set them']),
+    }, ['run_ahead_rows=4', "'tree_cache'", 'set it to 0']),
     ({
         'rollout.cache_megabytes': 0
     }, ['cache_megabytes=0', 'at least 1']),

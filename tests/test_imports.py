@@ -45,7 +45,8 @@ ALLOWED = {
 # Whatever assembles the parts; it may import all of them.
 TOP = {
     'states', 'run', 'learner', 'experience', 'credit', 'step', 'warm_start',
-    'train', 'evaluate', 'sample', 'report', 'export', 'testing'
+    'drafter_training', 'train', 'evaluate', 'sample', 'report', 'export',
+    'testing'
 }
 NO_JIT = ('ops', 'models', 'drafting', 'learning', 'rollout/segment.py')
 OPTIONAL = ('grain', 'tensorflow_datasets', 'array_record', 'reasoning_gym',

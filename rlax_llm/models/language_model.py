@@ -1,6 +1,6 @@
 """LanguageModel: a tuple of pure functions; and `score`, its log-probs."""
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import chex
 import jax
@@ -98,8 +98,37 @@ def score_tokens(params: Params, tokens: Array, positions: Array,
   chex.assert_type([tokens, positions, segments], jnp.int32)
   hidden = model.hidden(params, tokens, positions, segments)
   predictable = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-  rows, length = tokens.shape
-  count = rows * (length - 1)
+
+  def scores(params: Params, hidden: Array, token: Array) -> TokenScores:
+    law = sampling_ops.log_law(model.logits(params, hidden), sampling)
+    logprobs = jnp.take_along_axis(law, token[:, None], axis=-1)[:, 0]
+    return TokenScores(logprobs, sampling_ops.entropy(law))
+
+  result = map_chunks(scores,
+                      params, (hidden[:, :-1], tokens[:, 1:]),
+                      chunk=chunk)
+  place = lambda x: jnp.pad(jnp.where(predictable, x, 0.0), ((0, 0), (1, 0)))
+  return TokenScores(*(place(x) for x in result))
+
+
+def map_chunks(function: Callable, params: Params, arrays: Sequence[Array], *,
+               chunk: int) -> Any:
+  """Applies a function of positions to `chunk` of them at a time.
+
+  What it makes for its result, logits for instance, exists for one chunk only
+  and is computed again in the backward pass.
+
+  Args:
+    function: (params, *arrays [chunk, ...]) -> tree of arrays [chunk].
+    params: a pytree.
+    arrays: each [R, L, ...].
+    chunk: positions; static.
+
+  Returns:
+    The tree, its arrays [R, L].
+  """
+  rows, length = arrays[0].shape[:2]
+  count = rows * length
   chunk = min(chunk, count)
   chunks = -(-count // chunk)
 
@@ -108,23 +137,14 @@ def score_tokens(params: Params, tokens: Array, positions: Array,
     pad = [(0, chunks * chunk - count)] + [(0, 0)] * (flat.ndim - 1)
     return jnp.pad(flat, pad).reshape(chunks, chunk, *x.shape[2:])
 
-  @jax.checkpoint
-  def scores(params: Params, hidden: Array, token: Array) -> TokenScores:
-    law = sampling_ops.log_law(model.logits(params, hidden), sampling)
-    logprobs = jnp.take_along_axis(law, token[:, None], axis=-1)[:, 0]
-    return TokenScores(logprobs, sampling_ops.entropy(law))
-
+  one = jax.checkpoint(function)
   if chunks == 1:
-    result = scores(params, cut(hidden[:, :-1])[0], cut(tokens[:, 1:])[0])
+    result = one(params, *(cut(x)[0] for x in arrays))
   else:
-    result = jax.lax.map(lambda xs: scores(params, *xs),
-                         (cut(hidden[:, :-1]), cut(tokens[:, 1:])))
-
-  def place(x: Array) -> Array:
-    x = x.reshape(-1)[:count].reshape(rows, length - 1)
-    return jnp.pad(jnp.where(predictable, x, 0.0), ((0, 0), (1, 0)))
-
-  return TokenScores(*(place(x) for x in result))
+    result = jax.lax.map(lambda xs: one(params, *xs),
+                         tuple(cut(x) for x in arrays))
+  return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(rows, length),
+                      result)
 
 
 def score(params: Params, tokens: Array, positions: Array, segments: Array, *,

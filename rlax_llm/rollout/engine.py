@@ -163,8 +163,13 @@ class RolloutEngine:
     Raises:
       ConfigError: if a prompt is empty or longer than
         `rollout.prompt_length`.
+      ValueError: if a network drafts and its parameters are missing.
     """
     self._check(requests)
+    if (self._learned and self._learned.placement is not None and
+        not jax.tree.leaves(drafter_params)):
+      raise ValueError('rollouts are drafted by a network, and `generate` is '
+                       'given no drafter_params; give them')
     start, compiled = self._clock(), self.pool.seconds
     self.stats = RolloutStats()
     placed = self._brought(self._executor.gather_params, params, drafter_params)
