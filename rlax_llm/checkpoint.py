@@ -60,12 +60,14 @@ class Checkpoints:
                workdir: str | os.PathLike[str],
                *,
                keep: int = 2,
+               keep_every: int = 0,
                warn: Callable[[str], None] | None = None) -> None:
     """Opens workdir/checkpoints; makes it on the first save.
 
     Args:
       workdir: the run's folder.
       keep: how many of the newest checkpoints stay; at least 1.
+      keep_every: those of its multiples stay besides; 0: none.
       warn: receives one line per restore that passed over a checkpoint; None:
         stderr does.
 
@@ -75,7 +77,8 @@ class Checkpoints:
     if keep < 1:
       raise ConfigError(f'checkpoint.keep is {keep}; it must be at least 1')
     self._root = pathlib.Path(workdir).absolute() / FOLDER
-    self._keep, self._warn = keep, warn or _to_stderr
+    self._keep, self._keep_every = keep, keep_every
+    self._warn = warn or _to_stderr
     self._manager: ocp.CheckpointManager | None = None
     self._unreadable: list[int] = []
     self._saved = False
@@ -198,7 +201,9 @@ class Checkpoints:
     if self._manager is None:
       self._manager = ocp.CheckpointManager(
           self._root,
-          options=ocp.CheckpointManagerOptions(max_to_keep=self._keep))
+          options=ocp.CheckpointManagerOptions(max_to_keep=self._keep,
+                                               keep_period=self._keep_every or
+                                               None))
     return self._manager
 
   def _clear(self) -> None:

@@ -307,6 +307,12 @@ class LearningConfig(Section):
   microbatch_rows: int = 8  # rows in one forward and backward pass
   score_chunk: int = 2048  # positions whose logits exist at one time
   remat: bool = False  # recompute each layer in the backward pass
+  # After so many updates in a row whose loss or gradient is not finite, and
+  # which were skipped, the run stops.
+  most_skipped: int = 5
+  # Warns where a token's behaviour log-probability and the recomputed one
+  # differ by more, in nats. 0: chosen by learning.precision.compute.
+  gap_alarm: float = 0.0
   precision: PrecisionConfig = dataclasses.field(
       default_factory=PrecisionConfig)
 
@@ -326,7 +332,8 @@ class MeshConfig(Section):
 class CheckpointConfig(Section):
   """When to save, how much to keep."""
   every: int = 50  # steps; 0: only at the start and the end
-  keep: int = 2
+  keep: int = 2  # the newest
+  keep_every: int = 0  # and those of every so many steps; 0: none
 
 
 @dataclasses.dataclass(unsafe_hash=True)

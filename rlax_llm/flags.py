@@ -31,6 +31,7 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
 from rlax_llm.config import Section
+from rlax_llm.stopping import Diverged
 
 FLAGS = flags.FLAGS
 USER_ERROR = 2  # exit code
@@ -133,6 +134,15 @@ def DEFINE_workdir(
   return holder
 
 
+def DEFINE_steps(name: str, help_string: str) -> flags.FlagHolder:
+  """Defines a flag for a range of steps, `--name=A:B`, both included.
+
+  Returns:
+    The holder; its `.value` is (A, B) or None.
+  """
+  return flags.DEFINE(_StepsParser(), name, None, help_string)
+
+
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
   """Parses the command line, calls `main(argv)` and exits.
 
@@ -141,13 +151,17 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
       the exit code (None: 0). A `ConfigError` it raises is a user error.
 
   Raises:
-    SystemExit: always. Code 2 after a user error, 130 when interrupted.
+    SystemExit: always. Code 2 after a user error, 1 when the updates are not
+      finite any more, 130 when interrupted.
   """
   try:
     app.run(main, flags_parser=_parse_quietly)
   except (ConfigError, flags.Error) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
+  except Diverged as e:
+    print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
+    sys.exit(1)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED)
@@ -159,6 +173,19 @@ class _FileParser(flags.ArgumentParser):
 
   def parse(self, path: Any) -> Any:
     return load_config(path)
+
+
+class _StepsParser(flags.ArgumentParser):
+  """Two step numbers, 'A:B'."""
+
+  def parse(self, argument: Any) -> Any:
+    match = re.fullmatch(r'(\d+):(\d+)', argument)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+      raise ValueError('give the first and the last step, from 1, as in 3:5')
+    return int(match[1]), int(match[2])
+
+  def flag_type(self) -> str:
+    return 'steps A:B'
 
 
 class _MappingParser(flags.ArgumentParser):

@@ -46,6 +46,8 @@ METRICS: dict[str, Metric] = {
         Metric('samples', _T, 'samples the verifier could not judge'),
     'reward/groups_with_signal':
         Metric('fraction', _T, 'groups whose rewards differ'),
+    'learning/skipped':
+        Metric('fraction', _T, 'optimizer steps skipped: not finite'),
     'rollout/tokens':
         Metric('tokens', _T, 'completion tokens of the step'),
     'rollout/length_mean':

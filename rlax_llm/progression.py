@@ -34,6 +34,12 @@ class Progression:
     if self.reward_first is None:
       self.reward_first = mean
 
+  def add_accuracy(self, accuracy: float) -> None:
+    """Notes the held-out accuracy; the first is that before RL."""
+    self.accuracy_after = accuracy
+    if self.accuracy_before is None:
+      self.accuracy_before = accuracy
+
 
 class Stopwatch:
   """Seconds by name, for `time/*`."""

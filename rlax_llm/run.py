@@ -45,6 +45,7 @@ class Run:
   pool: ExecutablePool
   clock: Callable[[], float]
   states: States
+  on_boundary: Callable[[], None]
 
   @property
   def sampling(self) -> Sampling:
@@ -73,6 +74,7 @@ class Run:
                          mesh=self.mesh,
                          clock=self.clock,
                          learned=self.states.learned(),
+                         on_boundary=self.on_boundary,
                          params_placement=self.states.rollout_placement(),
                          pool=self.pool)
 
@@ -221,12 +223,14 @@ def _check_groups(algorithm: algorithms.Algorithm, config: Config) -> None:
 
 def make_run(config: Config,
              *,
-             clock: Callable[[], float] = time.perf_counter) -> Run:
+             clock: Callable[[], float] = time.perf_counter,
+             on_boundary: Callable[[], None] = lambda: None) -> Run:
   """Checks a config against itself and the machine, and makes its parts.
 
   Args:
     config: as a config file returned it, or frozen.
     clock: seconds; read for statistics only.
+    on_boundary: called where the work at hand may be given up, by raising.
 
   Raises:
     ConfigError: whatever can be wrong before a device works.
@@ -271,4 +275,5 @@ def make_run(config: Config,
       constrain=constrain) if learned else None
   pool = ExecutablePool(clock)
   return Run(config, algorithm, mesh, tokenizer, task, model, pool, clock,
-             States(config, algorithm, mesh, model, pool, draft_model))
+             States(config, algorithm, mesh, model, pool, draft_model),
+             on_boundary)

@@ -59,6 +59,7 @@ def train_step(
   samples = credit.training_samples(groups, advantages)
   prepared, padding = loop.learner.prepare(params, samples, loop.reference)
   watch.lap('score')
+  run.on_boundary()  # the last time: `learn` takes the state
   policy, values = loop.learner.learn(states['policy'], prepared)
   watch.lap('update')
   states = states | {'policy': policy}

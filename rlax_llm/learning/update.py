@@ -199,11 +199,19 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
                                         (zeros, none))
   gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, trained)
   changes, opt_state = optimizer.update(gradients, state.opt_state, trained)
-  params = lora.join(optax.apply_updates(trained, changes), frozen)
+  norm = optax.global_norm(gradients)
+  # One bad batch must not end a run: nothing but the step count moves then.
+  sound = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
+  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(sound, n, o), new,
+                                       old)
+  params = lora.join(keep(optax.apply_updates(trained, changes), trained),
+                     frozen)
+  opt_state = keep(opt_state, state.opt_state)
   mean = lambda x: x / jnp.maximum(totals.tokens, 1.0)
   metrics = {
       'learning/loss': totals.loss,
-      'learning/grad_norm': optax.global_norm(gradients),
+      'learning/grad_norm': norm,
+      'learning/skipped': 1.0 - sound,
       'policy/entropy': mean(totals.entropy),
       'policy/clip_fraction': mean(totals.clipped),
       'policy/ratio_max': totals.ratio_max,

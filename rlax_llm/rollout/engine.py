@@ -44,6 +44,7 @@ class RolloutEngine:
                seed: int,
                mesh: Mesh,
                clock: Callable[[], float] = time.perf_counter,
+               on_boundary: Callable[[], None] = lambda: None,
                drafter: Drafter | None = None,
                learned: drafters.Learned | None = None,
                params_placement: Any = None,
@@ -59,6 +60,8 @@ class RolloutEngine:
       seed: the run's seed.
       mesh: from `sharding.make_mesh`.
       clock: seconds; read for statistics only.
+      on_boundary: called between segments; to give up a `generate`, it
+        raises.
       drafter: overrides `rollout.drafter`, for instance with your own.
       learned: the network that `rollout.drafter` drafts with, if it does.
       params_placement: a sharding for every parameter, to which `generate`
@@ -71,6 +74,7 @@ class RolloutEngine:
         and draft do not fit the model's positions.
     """
     self._clock = clock
+    self._on_boundary = on_boundary
     self._params_placement = params_placement
     self._learned = learned
     ways = sharding.ways(mesh)
@@ -184,6 +188,7 @@ class RolloutEngine:
                             self.stats,
                             ahead=ahead)
     while generation.admit():
+      self._on_boundary()
       generation.decode()
     results = generation.results
     if state.store is not None:
