@@ -12,6 +12,8 @@ import dataclasses
 import difflib
 from typing import Any, Iterator, Mapping
 
+# What the hybrid drafter drafts from.
+SOURCES = ('tree_cache', 'model')
 # The matrices of a layer, by their published names.
 LORA_TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
                 'down_proj')
@@ -231,12 +233,13 @@ class RolloutConfig(Section):
 
   # Speed values: none of these changes a token.
   slots: int = 64  # N: rows decoded together
-  drafter: str = 'tree_cache'  # none | prompt_lookup | tree_cache | model
+  # none | prompt_lookup | tree_cache | model | hybrid (those two, merged)
+  drafter: str = 'tree_cache'
   # W: nodes verified in one forward; 1: no speculation; 0: chosen for every
   # segment from control.widths.
   width: int = 0
-  # tree_cache, model: a draft is a chain (1), or a tree with at most so many
-  # children to a node.
+  # tree_cache, model, hybrid: a draft is a chain (1), or a tree with at most so
+  # many children to a node. The hybrid's sources draft so each.
   branching: int = 1
   draft_least: float = 0.05  # nodes less probable are not counted on
   history: int = 8  # R: earlier rollouts of a prompt that are drafted from
@@ -267,6 +270,8 @@ class DrafterConfig(Section):
   # Tokens of its longest line; 0: W - 1. rollout.branching says how many
   # children a node has.
   depth: int = 0
+  # hybrid: what is drafted from; leave one out to switch it off.
+  sources: tuple[str, ...] = SOURCES
   # Steps between two trainings of it; 0: it stays as the warm-up left it.
   every: int = 1
   share: float = 0.05  # of the run's time that its training may take
@@ -387,12 +392,12 @@ def check_positions(rollout: RolloutConfig, width: int, limit: int) -> None:
 
 
 # The names of `rollout.drafter`; drafting/drafters.py implements them.
-DRAFTERS = ('none', 'prompt_lookup', 'tree_cache', 'model')
+DRAFTERS = ('none', 'prompt_lookup', 'tree_cache', 'model', 'hybrid')
 # Which of them draft from what is kept of other rollouts, with a network, and
 # trees.
-FROM_ROLLOUTS = ('tree_cache',)
-LEARNED = ('model',)
-BRANCHING = ('tree_cache', 'model')
+FROM_ROLLOUTS = ('tree_cache', 'hybrid')
+LEARNED = ('model', 'hybrid')
+BRANCHING = ('tree_cache', 'model', 'hybrid')
 
 
 def to_dict(config: Any) -> Any:

@@ -83,7 +83,7 @@ class DrafterTraining:
         room -= len(samples[-1].prompt) + len(samples[-1].completion)
       state, loss = self._update(state, policy, self._pack(samples), 0)
       if done % _SHOWN_EVERY == 0 or done == config.warmup_updates:
-        show(done, float(loss))
+        show(done, float(jax.device_get(loss)))
     return state
 
   def after_step(self, state: TrainState, policy: Params, step: int,
@@ -125,7 +125,7 @@ class DrafterTraining:
         break
       start = self._now()
       state, loss = self._update(state, policy, batch, int(place))
-      losses.append(float(loss))  # waits for the device
+      losses.append(float(jax.device_get(loss)))  # waits for the device
       self._cost = self._now() - start
       self._allowed -= self._cost
     return state, losses

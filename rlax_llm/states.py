@@ -242,6 +242,7 @@ class States:
     axes = self.draft_model.axes(params)
     return Learned(self.draft_model,
                    depth=self.config.drafter.depth,
+                   sources=self.config.drafter.sources,
                    placement=sharding.place_tree(params, axes, self.mesh,
                                                  self._rollout_table))
 

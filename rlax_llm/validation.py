@@ -20,6 +20,7 @@ from rlax_llm.config import ModelConfig
 from rlax_llm.config import nearest
 from rlax_llm.config import RolloutConfig
 from rlax_llm.config import Section
+from rlax_llm.config import SOURCES
 
 # What the string fields may hold; the modules that implement them are tested
 # against these.
@@ -268,6 +269,16 @@ def _validate_drafter(config: Config) -> None:
             f'={name!r}; set that to {" or ".join(map(repr, LEARNED))}, or '
             'leave it')
     return
+  unknown = sorted(set(drafter.sources) - set(SOURCES))
+  if unknown or not drafter.sources:
+    raise ConfigError(
+        f'drafter.sources={tuple(drafter.sources)}'
+        f'{nearest(unknown[0], SOURCES) if unknown else ""}; name some of '
+        f'{", ".join(SOURCES)}')
+  if name != 'hybrid' and tuple(drafter.sources) != SOURCES:
+    raise ConfigError(
+        f'drafter.sources={tuple(drafter.sources)} is for rollout.drafter='
+        f"'hybrid', not {name!r}; leave it")
   if drafter.warmup_updates and not config.sft.steps:
     raise ConfigError(
         f'drafter.warmup_updates={drafter.warmup_updates} imitates the traces '

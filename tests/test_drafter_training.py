@@ -1,25 +1,25 @@
 """Training of the drafter beside RL: it learns, and changes nothing else."""
 
+import dataclasses
+import functools
 import json
-import pathlib
 import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 import test_train as runs
 
 from rlax_llm import drafter_training
-from rlax_llm import sample
-from rlax_llm import testing
+from rlax_llm import export
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.strategy import WidthPolicy
 from rlax_llm.learning import auxiliary
 from rlax_llm.learning.batch import Sample
 from rlax_llm.run import make_run
 from rlax_llm.types import DraftParams
-from rlax_llm.validation import validate
 
 LONG = runs.LONG | dict(num_steps=40)
 
@@ -67,3 +67,182 @@ def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
   accept = [r['rollout/accept_length'] for r in rows]
   # It learns, from nothing but its own rollouts.
   assert np.mean(accept[-10:]) > np.mean(accept[:3]) + 0.2
+
+
+def test_the_hybrid_changes_nothing(plain, tmp_path):
+  """Law: so do drafts from the network and from past rollouts, merged.
+
+  Mutant: the store is not restored to what it was.
+  """
+  summary, _ = runs._train(tmp_path,
+                           **(LONG | TREE | dict(rollout__drafter='hybrid')))
+  runs._assert_same_run(tmp_path, summary, plain)
+  rows = [r for r in runs._rows(tmp_path, 'timing.jsonl') if 'time/step' in r]
+  assert max(r['rollout/accept_length'] for r in rows[1:]) > 1.5
+  assert rows[-1]['rollout/cached_prompts'] == 2
+
+
+def test_a_continued_run_goes_on_with_its_drafter(tmp_path):
+  """Law: the drafter and its optimizer are in the checkpoint; a run that takes
+  up drafting begins with a fresh one; one that leaves it has the same tokens.
+
+  Mutants: `completed` makes a fresh drafter in any case; the optimizer's state
+  is left out.
+  """
+  settings = CHAIN | dict(drafter__share=0.9, drafter__every=1)
+  folder = tmp_path / 'run'
+  runs._train(folder, num_steps=2, **settings)
+  run = make_run(runs._config(**settings))
+  _, before, _ = run.states.restore_all(str(folder))
+  taken = int(before['drafter'].step)
+  assert taken > 0
+  # Frozen, it stays as it was.
+  frozen = settings | dict(drafter__every=0, drafter__share=0.05)
+  first, _ = runs._train(folder, num_steps=3, **frozen)
+  step, after, _ = run.states.restore_all(str(folder))
+  assert step == 3
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(before['drafter']),
+               jax.device_get(after['drafter']))
+  out = tmp_path / 'exported'
+  assert export.export(str(folder), str(out), drafter=True) == 3
+  tensors = load_file(out / 'model.safetensors')
+  params = jax.device_get(after['drafter'].params)
+  np.testing.assert_array_equal(tensors['fc.weight'],
+                                params['join']['kernel'].T)
+  joint = params['layer']['query_key_value']['kernel']
+  np.testing.assert_array_equal(tensors['layers.0.self_attn.k_proj.weight'],
+                                joint[:, :, -2].reshape(16, -1).T)
+  size = sum(x.size for x in jax.tree.leaves(params))
+  assert sum(x.size for x in tensors.values()) == size
+  assert json.loads((out / 'config.json').read_text())['num_hidden_layers'] == 1
+  # Without, and with again.
+  plain, other = dict(rollout__width=1, rollout__drafter='none'), tmp_path / 'b'
+  runs._train(other, num_steps=2, **plain)
+  with pytest.raises(ConfigError, match='this run has none'):
+    export.export(str(other), str(tmp_path / 'none'), drafter=True)
+  second, _ = runs._train(other, num_steps=3, **settings)
+  for name in runs.VALUES:
+    assert first[name] == second[name], name
+
+
+# --- What is learned.
+
+
+@functools.cache
+def _run():
+  config = runs._config(**CHAIN)
+  return make_run(config)
+
+
+def _window(run, samples):
+  batch = drafter_training.DrafterTraining(run)._pack(samples)
+  return auxiliary.DraftWindow(*(jnp.asarray(getattr(batch, name)[0])
+                                 for name in ('tokens', 'positions', 'segments',
+                                              'targets')))
+
+
+def _samples(seed, count=6):
+  rng = np.random.default_rng(seed)
+  return [
+      Sample(
+          rng.integers(0, 5, 3).astype(np.int32),
+          rng.integers(0, 5, rng.integers(1, 8)).astype(np.int32))
+      for _ in range(count)
+  ]
+
+
+def test_the_loss_is_its_definition():
+  """By definition, position by position, in NumPy: 0.5 SmoothL1 + 0.5 CE on
+  the positions before the tokens of responses; one pass.
+
+  Mutants: the position of the token itself counts; the prompt counts; features
+  cross into the next segment; the halves are not halves.
+  """
+  run = _run()
+  learning = dataclasses.replace(run.states.draft_learning, passes=1, chunk=5)
+  params = run.states.init_params()
+  own = run.states.init_drafter().params
+  samples = _samples(0)
+  window = _window(run, samples)
+  hidden = run.model.hidden(params, window.tokens, window.positions,
+                            window.segments)
+  got = auxiliary.drafter_loss(own, params, hidden, window, learning)
+  values = []
+  for sample in samples:
+    tokens = np.r_[sample.prompt, sample.completion][None]
+    order = np.arange(tokens.shape[1])[None]
+    h = run.model.hidden(params, jnp.asarray(tokens), order,
+                         np.ones_like(order))
+    features = jnp.concatenate([jnp.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
+    estimate = run.states.draft_model.hidden(DraftParams(params, own),
+                                             jnp.asarray(tokens), features,
+                                             order, np.ones_like(order))
+    law = lambda x: np.asarray(jax.nn.softmax(run.model.logits(params, x)[0]),
+                               np.float64)
+    gap = np.abs(np.asarray(estimate - h, np.float64))[0]
+    smooth = np.where(gap < 1, gap**2 / 2, gap - 0.5).mean(-1)
+    entropy = -(law(h) * np.log(law(estimate))).sum(-1)
+    first = len(sample.prompt) - 1
+    values += list((0.5 * smooth + 0.5 * entropy)[first:-1])
+  np.testing.assert_allclose(got, np.mean(values), rtol=1e-5)
+
+
+def test_updates_lower_the_loss():
+  """Law: on one window the loss falls towards the target's entropy; the policy
+  gets no gradient. Mutant: the sign of the update."""
+  run = _run()
+  training = drafter_training.DrafterTraining(run)
+  state, params = run.states.init_drafter(), run.states.init_params()
+  batch = training._pack(_samples(1, 12))
+  losses = []
+  for _ in range(60):
+    state, loss = training._update(state, params, batch, 0)
+    losses.append(float(loss))
+  assert losses[-1] < 0.6 * losses[0]
+  assert int(state.step) == 60
+
+
+def test_long_answers_stay_in_the_buffer():
+  """By hand: of answers of 4, 9, 1 and 6 tokens the two longest fit.
+
+  Mutant: the first ones stay.
+  """
+  make = lambda n: Sample(np.zeros(2, np.int32), np.zeros(n, np.int32))
+  kept = drafter_training.keep_longest([make(n) for n in (4, 9, 1, 6)], 20)
+  assert [len(s.completion) for s in kept] == [9, 6]
+
+
+class _Clock:
+  """A clock on which every update takes a second."""
+
+  def __init__(self):
+    self.seconds = 0.0
+
+  def __call__(self):
+    self.seconds += 0.5
+    return self.seconds
+
+
+def test_the_budget_is_kept(monkeypatch):
+  """Law: over many steps training takes its share of the time, whatever an
+  update costs; 0 steps between trainings: none.
+
+  Each update takes 0.5 s by the clock, each step 2 s, the share is a tenth.
+  Mutants: a debt is forgotten; the budget is spent anew in every step.
+  """
+  run = dataclasses.replace(make_run(runs._config(drafter__share=0.1, **CHAIN)),
+                            clock=_Clock())
+  rollouts = [_Rollout(sample) for sample in _samples(2, 20)]
+  training = drafter_training.DrafterTraining(run)
+  monkeypatch.setattr(training, '_update', lambda *args: (None, jnp.zeros(())))
+  updates = 0
+  for step in range(50):
+    _, values = training.after_step(None, None, step, rollouts, 2.0)
+    updates += values['drafter/updates']
+  assert updates * 0.5 == pytest.approx(50 * 2.0 * 0.1, abs=0.5)
+
+
+class _Rollout:
+
+  def __init__(self, sample):
+    self.tokens, self.request = sample.completion, sample

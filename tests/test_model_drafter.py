@@ -1,7 +1,9 @@
 """The learned drafter: its state is never stale, and it changes no token."""
 
+import dataclasses
 import functools
 import random
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,16 @@ from rollout_helpers import strict_precision  # noqa: F401
 from rollout_helpers import World
 import rollout_helpers as helpers
 
+from rlax_llm.drafting import hybrid as hybrids
 from rlax_llm.drafting import model_drafter as drafting
 from rlax_llm.drafting.drafters import Learned
+from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.drafting.strategy import WidthPolicy
 from rlax_llm.models.draft_model import DraftModel
 from rlax_llm.ops import trees
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.drafts import Drafts
+from rlax_llm.types import Path
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 from rlax_llm.types import UNUSED
@@ -149,7 +154,7 @@ def test_nothing_is_stale_after_segments_without_drafts(ways, monkeypatch):
   world = _world(ways=ways) if ways > 1 else _world()
   seen = _watch_widths(monkeypatch, (1, 1, 4), 3)
   got, _ = world.generate(helpers.make_requests(),
-                          learned=Learned(_self_draft(world)),
+                          learned=Learned(_self_draft(world), chunk=4),
                           drafts_by='model',
                           width=0,
                           control=dict(widths=(1, 4)))
@@ -297,3 +302,107 @@ def test_select_keeps_the_most_probable_nodes_and_their_lines():
   tokens, parents, _ = trees.select(jnp.asarray([7, 8]), jnp.asarray([0, 1]),
                                     log(0.5, 0.0), 3)
   assert parents.tolist() == [0, UNUSED, UNUSED]
+
+
+def test_merge_keeps_one_node_of_each_line():
+  """By hand: two chains that part at depth 2, and one node twice.
+
+  Mutants: nodes of one token and other lines are merged; a moved node keeps its
+  parent; the estimate of a node is the first source's.
+  """
+  # Source 0: 7 -> 8 -> 9. Source 1: 7 -> 5, and 8 below the root.
+  tokens = jnp.asarray([7, 8, 9, 7, 5, 8])
+  parents = jnp.asarray([0, 1, 2, 0, 4, 0])
+  conditional = jnp.asarray([[0.5, 0.4, 0.3, 0.0, 0.0, 0.0],
+                             [0.0, 0.0, 0.0, 0.9, 0.6, 0.1]])
+  merged = trees.merge(tokens, parents, conditional, 3)
+  assert merged.depth.tolist() == [1, 2, 3, 1, 2, 1]
+  np.testing.assert_allclose(
+      merged.conditional,
+      [[0.5, 0.4, 0.3, 0.0, 0.0, 0.0], [0.9, 0.0, 0.0, 0.0, 0.6, 0.1]])
+  assert merged.parents[4] == 1  # below the first 7
+  own = jnp.log(jnp.max(merged.conditional, axis=0))
+  line = trees.fold(lambda above: above + own, merged.parents, jnp.zeros(()), 3)
+  np.testing.assert_allclose(jnp.exp(line), [0.9, 0.36, 0.108, 0.0, 0.54, 0.1],
+                             rtol=1e-5)
+
+
+# --- The hybrid.
+
+
+@pytest.mark.parametrize('sources', [('tree_cache', 'model'), ('model',),
+                                     ('tree_cache',)],
+                         ids='+'.join)
+def test_the_hybrid_changes_no_token(sources):
+  """Law: merged drafts, or those of either source, change no token.
+
+  Mutants: the tree's tokens are not those of its nodes; the state that is
+  gathered is another source's.
+  """
+  world = _world()
+  store = RolloutStore(history=8, megabytes=1, tokenizer='')
+  store.add(_plain()[1:20:2])
+  got, engine = world.generate(helpers.make_requests(),
+                               learned=Learned(world.draft_model,
+                                               depth=3,
+                                               sources=sources),
+                               own=world.draft_params(),
+                               store=store,
+                               drafts_by='hybrid',
+                               width=6,
+                               branching=2)
+  helpers.assert_same_tokens(world, _plain(), got)
+  assert engine.stats.tokens > 1.2 * engine.stats.row_forwards
+
+
+def test_the_hybrid_drafts_with_whoever_is_right():
+  """Law: beside a source that is always right, another one that is always sure
+  and always wrong takes hardly any nodes, once counted.
+
+  The policy drafts for itself; the cache holds rollouts in which what comes
+  next is always something else. Mutants: estimates are not calibrated; counts
+  of one source go to the other; trials are counted where the parent was not
+  taken.
+  """
+  world = _world()
+  store = RolloutStore(history=8, megabytes=1, tokenizer='')
+  rng = np.random.default_rng(0)
+  for rollout in _plain():
+    wrong = (rollout.tokens + rng.integers(1, 6, rollout.length)) % 7
+    store.add([dataclasses.replace(rollout, tokens=wrong.astype(np.int32))])
+  accept = {}
+  for sources in (('tree_cache', 'model'), ('tree_cache',)):
+    got, engine = world.generate(helpers.make_requests((20, 20, 20)),
+                                 learned=Learned(_self_draft(world),
+                                                 sources=sources),
+                                 store=store,
+                                 drafts_by='hybrid',
+                                 width=5,
+                                 min_capacity=32,
+                                 control=dict(compact=False))
+    accept[sources] = engine.stats.tokens / engine.stats.row_forwards
+  both, cache = accept.values()
+  assert both > 3.5 and both > cache + 1
+
+
+def test_calibration_counts_what_was_tried():
+  """By hand: a node counts if its parent was taken, at its depth.
+
+  Root -> a (0.5) -> b (0.4), and c (0.8) below the root; the target took a and
+  then something else. Mutants: b's trial is left out; c counts as taken.
+  """
+  calibration = hybrids.Calibration(jnp.zeros((2, 3)), jnp.zeros((2, 3)))
+  proposed = hybrids.Proposed(parents=jnp.asarray([[0, 1, 0]]),
+                              depth=jnp.asarray([[1, 2, 1]]),
+                              conditional=jnp.asarray([[[0.5, 0.4, 0.0],
+                                                        [0.0, 0.0, 0.8]]]))
+  path = Path(nodes=jnp.asarray([[0, 1, 0, 0]]),
+              tokens=jnp.zeros((1, 4), jnp.int32),
+              length=jnp.asarray([2]))
+  slots = types.SimpleNamespace(done=jnp.asarray([False]))
+  got = hybrids.learn(calibration, proposed, slots, path)
+  np.testing.assert_allclose(got.accepted, [[1, 0, 0], [0, 0, 0]])
+  np.testing.assert_allclose(got.expected, [[0.5, 0.4, 0], [0.8, 0, 0]])
+  ratio = got.ratio(jnp.asarray([1, 2]))
+  np.testing.assert_allclose(ratio, [[17 / 16.5, 16 / 16.4], [16 / 16.8, 1.0]],
+                             rtol=1e-6)

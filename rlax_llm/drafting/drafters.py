@@ -4,7 +4,9 @@ from typing import Any, Callable, NamedTuple
 
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
+from rlax_llm.config import SOURCES
 from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting import hybrid as hybrids
 from rlax_llm.drafting import model_drafter as models
 from rlax_llm.drafting import tree_cache as trees
 from rlax_llm.drafting.drafter import CorpusShape
@@ -26,11 +28,15 @@ class Learned(NamedTuple):
   Attributes:
     draft_model: the network.
     depth: tokens of its longest line; 0: W - 1.
+    sources: what the hybrid drafts from.
+    chunk: tokens of a row taken up in one forward; see `ModelDrafterConfig`.
     placement: a sharding for each of its parameters, to which they are brought
       for rollouts; None: they are used as they are.
   """
   draft_model: DraftModel
   depth: int = 0
+  sources: tuple[str, ...] = SOURCES
+  chunk: int = 32
   placement: Any = None
 
 
@@ -38,37 +44,52 @@ class Setting(NamedTuple):
   """What a drafter is made for."""
   rollout: RolloutConfig
   width: int
+  widest: int
   shape: CorpusShape
   target: Target
   learned: Learned | None
 
 
-def _tree_cache(setting: Setting) -> Drafter:
+def _cache_config(setting: Setting) -> trees.TreeCacheConfig:
   rollout = setting.rollout
-  return trees.tree_cache(
-      setting.width,
-      trees.TreeCacheConfig(setting.shape,
-                            rollout.branching,
-                            min_probability=rollout.draft_least))
+  return trees.TreeCacheConfig(setting.shape,
+                               rollout.branching,
+                               min_probability=rollout.draft_least)
 
 
-def _model(setting: Setting) -> Drafter:
+def _model_config(setting: Setting) -> models.ModelDrafterConfig:
   learned = setting.learned
   if learned is None:
     raise ValueError(f'rollout.drafter={setting.rollout.drafter!r} needs a '
                      'network: give `learned`')
-  return models.model_drafter(
+  return models.ModelDrafterConfig(setting.target.model, learned.draft_model,
+                                   setting.target.sampling,
+                                   setting.rollout.branching, learned.depth,
+                                   learned.chunk)
+
+
+def _hybrid(setting: Setting) -> Drafter:
+  sources = setting.learned.sources if setting.learned else ()
+  return hybrids.hybrid(
       setting.width,
-      models.ModelDrafterConfig(setting.target.model, learned.draft_model,
-                                setting.target.sampling,
-                                setting.rollout.branching, learned.depth))
+      hybrids.HybridConfig(
+          cache=_cache_config(setting) if 'tree_cache' in sources else None,
+          model=_model_config(setting) if 'model' in sources else None,
+          deepest=setting.widest - 1))
 
 
 DRAFTERS: dict[str, Callable[[Setting], Drafter]] = {
-    'none': lambda setting: drafting.no_drafter(),
-    'prompt_lookup': lambda setting: drafting.prompt_lookup(setting.width),
-    'tree_cache': _tree_cache,
-    'model': _model,
+    'none':
+        lambda setting: drafting.no_drafter(),
+    'prompt_lookup':
+        lambda setting: drafting.prompt_lookup(setting.width),
+    'tree_cache':
+        lambda setting: trees.tree_cache(setting.width, _cache_config(setting)),
+    'model':
+        lambda setting: models.model_drafter(setting.width,
+                                             _model_config(setting)),
+    'hybrid':
+        _hybrid,
 }
 
 
@@ -114,5 +135,5 @@ def make_drafters(rollout: RolloutConfig,
   made: dict[int, Drafter] = {}
   for w in (rollout.width,) if rollout.width else control.widths:
     if w > 1:
-      made[w] = make(Setting(rollout, w, shape, target, learned))
+      made[w] = make(Setting(rollout, w, width, shape, target, learned))
   return {1: drafting.no_drafter()} | made

@@ -307,6 +307,14 @@ def axes(state: DraftState) -> Any:
 
 
 @functools.cache
+def row_operations(draft_model: DraftModel) -> RowOperations:
+  """Returns what boundaries do to a DraftState."""
+  return RowOperations(admit=functools.partial(admit, draft_model=draft_model),
+                       gather=gather,
+                       grow=grow)
+
+
+@functools.cache
 def model_drafter(width: int, config: ModelDrafterConfig) -> Drafter:
   """Returns the learned drafter; its state is a DraftState.
 
@@ -324,8 +332,5 @@ def model_drafter(width: int, config: ModelDrafterConfig) -> Drafter:
           params, state, slots, path, hidden, draft_model),
       sync=lambda params, state, slots: sync(params, state, slots, config),
       width=width,
-      rows=RowOperations(admit=functools.partial(admit,
-                                                 draft_model=draft_model),
-                         gather=gather,
-                         grow=grow),
+      rows=row_operations(draft_model),
       axes=axes)

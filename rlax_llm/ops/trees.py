@@ -1,5 +1,7 @@
 """Draft trees of candidate nodes. One row; callers vmap."""
 
+from typing import Callable, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -40,3 +42,62 @@ def select(tokens: Array, parents: Array, logprobs: Array,
   return (jnp.pad(tokens[chosen],
                   pad), jnp.pad(found, pad,
                                 constant_values=UNUSED), jnp.pad(chosen, pad))
+
+
+def fold(step: Callable[[Array], Array], parents: Array, root: Array,
+         depth: int) -> Array:
+  """Computes values of nodes from those of their parents, down every line.
+
+  Args:
+    step: [M] values of the nodes' parents -> [M] values of the nodes.
+    parents: int32[M], as for `select`.
+    root: [], the root's value.
+    depth: of the deepest node, at least; static.
+
+  Returns:
+    [M], the nodes' values.
+  """
+  above = jnp.maximum(parents - 1, 0)
+  value = jnp.broadcast_to(root, parents.shape)
+  for _ in range(depth):
+    value = step(jnp.where(parents > 0, value[above], root))
+  return value
+
+
+class Merged(NamedTuple):
+  """The nodes of several trees, each once; see `merge`."""
+  parents: Array  # int32[M]
+  depth: Array  # int32[M], 1 below the root
+  conditional: Array  # float32[Q, M] by source; 0 for all: not a node
+
+
+def merge(tokens: Array, parents: Array, conditional: Array,
+          depth: int) -> Merged:
+  """Makes one tree of several: nodes of equal lines become the first of them.
+
+  Args:
+    tokens: int32[M], those of all trees.
+    parents: int32[M], as for `select`.
+    conditional: float32[Q, M], of a node given its parent, by source; 0 where
+      the source has no such node.
+    depth: of the deepest node; static.
+  """
+  real = jnp.any(conditional > 0, axis=0)
+  zero = jnp.zeros((), jnp.int32)
+  level = fold(lambda above: above + 1, parents, zero, depth)
+  # Lines agree where their hashes do. Should different ones, a draft is worse.
+  line = fold(lambda above: (above ^ tokens) * _HASH_FACTOR + _HASH_STEP,
+              parents, zero, depth)
+  same = (line[:, None] == line[None]) & (level[:, None] == level[None])
+  same = same & real[:, None] & real[None]
+  first = jnp.argmax(same, axis=-1)
+  kept = real & (first == jnp.arange(tokens.shape[0]))
+  best = jnp.max(jnp.where(same[None], conditional[:, None], 0.0), axis=-1)
+  moved = first[jnp.maximum(parents - 1, 0)] + 1
+  return Merged(parents=jnp.where(parents > 0, moved,
+                                  parents).astype(jnp.int32),
+                depth=level,
+                conditional=jnp.where(kept[None], best, 0.0))
+
+
+_HASH_FACTOR, _HASH_STEP = 0x01000193, 0x2545F491  # any odd numbers do

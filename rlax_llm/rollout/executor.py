@@ -174,8 +174,8 @@ class Executor:
                  *args: Any,
                  donate: bool = True) -> Any:
     """Runs a function of the drafter's state, which is donated unless said."""
-    return self._run(name,
-                     shape,
+    shapes = tuple(x.shape for x in jax.tree.leaves(state))
+    return self._run(name, (*shape, shapes),
                      function,
                      state,
                      *args,
@@ -208,9 +208,7 @@ class Executor:
     """Returns the named rows of the drafter's state, in that order."""
     assert drafter.rows is not None
     index = np.asarray(order, np.int32)
-    shapes = tuple(x.shape for x in jax.tree.leaves(state))
-    return self._run_draft('draft_gather',
-                           (drafter.rows.gather, shapes, index.shape),
+    return self._run_draft('draft_gather', (drafter.rows.gather, index.shape),
                            drafter.rows.gather,
                            state,
                            index,
@@ -219,8 +217,7 @@ class Executor:
   def draft_grow(self, state: Any, drafter: Drafter, capacity: int) -> Any:
     """Returns the drafter's state with a larger S."""
     assert drafter.rows is not None
-    shapes = tuple(x.shape for x in jax.tree.leaves(state))
-    return self._run_draft('draft_grow', (drafter.rows.grow, shapes, capacity),
+    return self._run_draft('draft_grow', (drafter.rows.grow, capacity),
                            functools.partial(drafter.rows.grow,
                                              capacity=capacity),
                            state,
