@@ -13,6 +13,12 @@ import pytest  # noqa: E402  pylint: disable=wrong-import-position
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+def pytest_addoption(parser):
+  parser.addoption('--full',
+                   action='store_true',
+                   help='the long forms of the crash and soak tests')
+
+
 @pytest.fixture(autouse=True, scope='module')
 def _drop_executables(request):
   """Unloads what a module compiled.

@@ -471,6 +471,7 @@ def test_main_prints_one_line(base, monkeypatch, capsys):
   flag = lambda value: types.SimpleNamespace(value=value)
   monkeypatch.setattr(train, '_CONFIG', flag(_config()), raising=False)
   monkeypatch.setattr(train, '_WORKDIR', flag(str(base[0])), raising=False)
+  monkeypatch.setattr(train, '_PROFILE', flag(None), raising=False)
   train.main([])
   out = capsys.readouterr().out
   assert out.startswith(f'held-out accuracy {base[1]["accuracy_before"]:.3f} '

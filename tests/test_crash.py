@@ -1,0 +1,149 @@
+"""A run that is killed again and again ends with the bits of one that is not.
+
+`pytest -m slow tests/test_crash.py --full` kills it twelve times.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+CONFIG = '''
+from rlax_llm import testing
+
+
+def get_config():
+  """Forty steps with everything on whose state a checkpoint has to hold."""
+  config = testing.tiny_config()
+  config.mesh.data = 1
+  config.num_steps = 40
+  config.task.epoch_prompts = 2
+  config.rollout.width = 0
+  config.rollout.branching = 2
+  config.control.widths = (1, 3)
+  config.control.run_ahead_rows = 4
+  config.learning.minibatches = 2
+  config.algorithm.kl_coefficient = 0.1
+  config.evaluate.every = 5
+  config.checkpoint.every = 3
+  return config
+'''
+VALUES = ('steps', 'tokens_sampled', 'tokens_sha256', 'parameters_sha256',
+          'reward_first', 'reward_last', 'accuracy_before', 'accuracy_after')
+
+
+def _start(folder, cache, *overrides):
+  (folder / 'config.py').write_text(CONFIG)
+  return subprocess.Popen([
+      sys.executable, '-m', 'rlax_llm.train',
+      f'--config={folder / "config.py"}', f'--workdir={folder / "run"}',
+      *overrides
+  ],
+                          stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT,
+                          text=True,
+                          env=cache)
+
+
+@pytest.fixture(name='cache', scope='module')
+def _cache(tmp_path_factory):
+  """The environment: compiled programs are kept between the starts."""
+  folder = tmp_path_factory.mktemp('cache')
+  return {
+      **os.environ, 'JAX_COMPILATION_CACHE_DIR': str(folder),
+      'XLA_FLAGS': ''
+  }
+
+
+@pytest.fixture(name='whole', scope='module')
+def _whole(tmp_path_factory, cache):
+  """The run that nothing disturbs."""
+  folder = tmp_path_factory.mktemp('whole')
+  with _start(folder, cache) as process:
+    out, _ = process.communicate(timeout=600)
+  assert process.returncode == 0, out
+  return folder / 'run'
+
+
+def _steps(run):
+  """Returns how many lines metrics.jsonl has."""
+  path = run / 'metrics.jsonl'
+  return path.read_text().count('\n') if path.exists() else 0
+
+
+def _kill(process, run, rng, writing):
+  """Kills the process a random while later; or in the middle of a save.
+
+  Returns whether it was still alive.
+  """
+  start, more = _steps(run), rng.randint(2, 9)
+  pause = rng.random() * 0.5
+  while process.poll() is None:
+    if _steps(run) >= start + more:
+      if not writing:
+        time.sleep(pause)
+        break
+      if list((run / 'checkpoints').glob('*tmp*')):
+        break
+    time.sleep(0.001)
+  alive = process.poll() is None
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  return alive
+
+
+def _assert_same(run, whole):
+  got, want = (
+      json.loads((r / 'summary.json').read_text()) for r in (run, whole))
+  for name in VALUES:
+    assert got[name] == want[name], name
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path, cache, whole, request):
+  """Law: SIGKILL at random moments, in the middle of a checkpoint too; the
+  same command goes on; the files and parameters are bit-equal in the end.
+
+  Mutants: the store not restored but metrics kept is no failure (hints); the
+  token digest not in the checkpoint; rows of lost steps kept.
+  """
+  rng = random.Random(0)
+  kills = 12 if request.config.getoption('--full') else 4
+  killed = 0
+  while killed < kills:
+    with _start(tmp_path, cache) as process:
+      alive = _kill(process, tmp_path / 'run', rng, writing=killed % 2 == 1)
+    if not alive:  # It reached the end: begin anew.
+      assert process.returncode == 0
+      _assert_same(tmp_path / 'run', whole)
+      (tmp_path / 'run').rename(tmp_path / f'done{killed}')
+      continue
+    killed += 1
+  with _start(tmp_path, cache) as process:
+    out, _ = process.communicate(timeout=600)
+  assert process.returncode == 0, out
+  _assert_same(tmp_path / 'run', whole)
+
+
+@pytest.mark.slow
+def test_speculation_may_change_at_a_resume(tmp_path, cache, whole):
+  """Law: killed, then continued without speculation: the same bits.
+
+  Mutant: log-probabilities of the sampler as old ones.
+  """
+  rng = random.Random(1)
+  with _start(tmp_path, cache) as process:
+    assert _kill(process, tmp_path / 'run', rng, writing=False)
+  with _start(tmp_path, cache, '--config.rollout.drafter=none',
+              '--config.rollout.branching=1',
+              '--config.control.run_ahead_rows=0') as process:
+    out, _ = process.communicate(timeout=600)
+  assert process.returncode == 0, out
+  _assert_same(tmp_path / 'run', whole)
