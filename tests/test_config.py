@@ -85,6 +85,29 @@ BAD = [
         'rollout.cache_megabytes': 0
     }, ['cache_megabytes=0', 'at least 1']),
     ({
+        'drafter.depth': 3
+    }, ['drafter.depth=3', 'no effect', "'tree_cache'", "'model' or 'hybrid'"]),
+    ({
+        'rollout.drafter': 'model',
+        'drafter.warmup_updates': 5
+    }, ['drafter.warmup_updates=5', 'sft.steps=0', 'give steps']),
+    ({
+        'rollout.drafter': 'model',
+        'drafter.share': 0.0
+    }, ['drafter.share=0', 'drafter.every=1', 'every to 0']),
+    ({
+        'rollout.drafter': 'model',
+        'drafter.share': 1.5
+    }, ['drafter.share=1.5', 'at most 1']),
+    ({
+        'rollout.drafter': 'hybrid',
+        'drafter.sources': ('tree_cache', 'modle')
+    }, ['modle', "did you mean 'model'"]),
+    ({
+        'rollout.drafter': 'model',
+        'drafter.sources': ('model',)
+    }, ['drafter.sources', "'hybrid'", 'leave it']),
+    ({
         'rollout.branching': 0
     }, ['branching=0', 'at least 1']),
     ({
