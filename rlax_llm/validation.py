@@ -262,7 +262,7 @@ def _validate_drafter(config: Config) -> None:
   drafter, name = config.drafter, config.rollout.drafter
   if name not in LEARNED:
     for field in dataclasses.fields(drafter):
-      value = getattr(drafter, field.name)
+      value = freeze(getattr(drafter, field.name))
       if value != getattr(DrafterConfig(), field.name):
         raise ConfigError(
             f'drafter.{field.name}={value!r} has no effect with rollout.drafter'

@@ -370,19 +370,20 @@ def test_the_hybrid_drafts_with_whoever_is_right():
   for rollout in _plain():
     wrong = (rollout.tokens + rng.integers(1, 6, rollout.length)) % 7
     store.add([dataclasses.replace(rollout, tokens=wrong.astype(np.int32))])
-  accept = {}
-  for sources in (('tree_cache', 'model'), ('tree_cache',)):
-    got, engine = world.generate(helpers.make_requests((20, 20, 20)),
-                                 learned=Learned(_self_draft(world),
-                                                 sources=sources),
-                                 store=store,
-                                 drafts_by='hybrid',
-                                 width=5,
-                                 min_capacity=32,
-                                 control=dict(compact=False))
-    accept[sources] = engine.stats.tokens / engine.stats.row_forwards
-  both, cache = accept.values()
-  assert both > 3.5 and both > cache + 1
+  accept = []
+  for sources in (('tree_cache', 'model'), ('model',)):
+    _, engine = world.generate(helpers.make_requests((20, 20, 20)),
+                               learned=Learned(_self_draft(world),
+                                               sources=sources),
+                               store=store,
+                               drafts_by='hybrid',
+                               width=5,
+                               min_capacity=32,
+                               control=dict(compact=False))
+    accept.append(engine.stats.tokens / engine.stats.row_forwards)
+  both, alone = accept
+  # There are ten forwards to find it out.
+  assert both > 0.8 * alone > 2.8
 
 
 def test_calibration_counts_what_was_tried():
