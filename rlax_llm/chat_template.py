@@ -41,7 +41,7 @@ def _start(source: str, date: datetime.date) -> subprocess.Popen:
 
 
 def _exchange(process: subprocess.Popen,
-              message: dict[str, Any]) -> dict[str, str] | None:
+              message: dict[str, Any] | None) -> dict[str, Any] | None:
   """Returns the answer to a message; None: the process ended."""
   assert process.stdin is not None and process.stdout is not None
   try:
@@ -116,6 +116,19 @@ class ChatTemplate:
         'messages': [dict(message) for message in messages],
         'add_generation_prompt': add_generation_prompt,
     }
+    return self._answer(request)['text']
+
+  def names(self) -> frozenset[str]:
+    """Returns the variables that the template reads and does not set.
+
+    Raises:
+      ConfigError: as `render`.
+      RuntimeError: the process cannot start.
+    """
+    return frozenset(self._answer(None)['names'])
+
+  def _answer(self, request: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the process's answer to a request."""
     with self._lock:
       if self._process is None:
         self._process = _start(self._source, self._date)
@@ -129,4 +142,4 @@ class ChatTemplate:
           f'the chat template of {self._origin} cannot be rendered '
           f'({answer["error"]}); mend it, change task.system_prompt, or set '
           'task.chat_template=False')
-    return answer['text']
+    return answer

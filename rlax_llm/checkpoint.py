@@ -8,13 +8,16 @@ the newest step whose content matches its digests; a later one that does not is
 named and passed over.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
+import threading
 from types import TracebackType
 from typing import Any, Callable, Collection, Iterator, Mapping
 
@@ -22,7 +25,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlax_llm import processes
 from rlax_llm.config import ConfigError
+from rlax_llm.files import writing
 
 FOLDER = 'checkpoints'
 
@@ -39,7 +44,8 @@ def digest_arrays(tree: Any) -> str:
   """SHA-256 over the leaves of a pytree: path, dtype, shape and bytes.
 
   Args:
-    tree: arrays of any dtype; sharded ones must be addressable as a whole.
+    tree: arrays of any dtype, divided over the devices of any process; one
+      leaf at a time is brought together on the host.
 
   Returns:
     64 hexadecimal digits. Leaves are taken in path order, so dicts,
@@ -47,7 +53,7 @@ def digest_arrays(tree: Any) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in _leaves(tree):
-    array = np.asarray(leaf)
+    array = processes.whole(leaf)
     digest.update(f'{path} {array.dtype.name} {array.shape}\n'.encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
@@ -85,9 +91,10 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Returns the steps that have a checkpoint, ascending, readable or not."""
-    if not self._root.is_dir():
-      return []
-    return sorted(int(p.name) for p in self._root.iterdir() if p.name.isdigit())
+    found = list(self._root.iterdir()) if self._root.is_dir() else []
+    # Another process may have begun to save meanwhile.
+    return processes.broadcast(
+        sorted(int(p.name) for p in found if p.name.isdecimal()))
 
   def save(self, step: int, states: Mapping[str, Any],
            host: Mapping[str, Any]) -> None:
@@ -101,10 +108,12 @@ class Checkpoints:
     Raises:
       ValueError: `host` would not come back from JSON as it is, or the step
         exists already.
+      WriteError: it cannot be written.
     """
     _check_keys(host, 'host')
     if not self._saved:
-      self._clear()
+      with self._writing():
+        self._clear()
       self._saved = True
     record = {
         'leaves': {
@@ -119,8 +128,10 @@ class Checkpoints:
     items = {
         name: ocp.args.StandardSave(state) for name, state in states.items()
     }
-    if not self._open().save(
-        step, args=ocp.args.Composite(host=ocp.args.JsonSave(record), **items)):
+    args = ocp.args.Composite(host=ocp.args.JsonSave(record), **items)
+    with self._writing():
+      saved = self._open().save(step, args=args)
+    if not saved:
       raise ValueError(f'step {step} cannot be saved: {self._root} holds steps '
                        f'{self.steps()}; steps must grow')
 
@@ -159,7 +170,8 @@ class Checkpoints:
         continue
       path = self._root / str(candidate)
       found, reason = self._attempt(candidate, abstract, optional)
-      if found is None:
+      reason = next(filter(None, processes.gather(reason)), '')
+      if found is None or reason:
         failures.append(f'{path} is unreadable ({reason})')
         self._unreadable.append(candidate)
         continue
@@ -177,10 +189,15 @@ class Checkpoints:
     return None
 
   def wait(self) -> None:
-    """Returns once every save has reached the disk; raises if one failed."""
+    """Returns once every save has reached the disk.
+
+    Raises:
+      WriteError: one has not; the checkpoints before it are whole.
+    """
     if self._manager:
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
+      with self._writing():
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
 
   def close(self) -> None:
     """Waits, then lets go of the folder."""
@@ -197,7 +214,20 @@ class Checkpoints:
                trace: TracebackType | None) -> None:
     self.close()
 
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Turns what a full or read-only disk makes Orbax raise into one line."""
+    with writing(self._root):
+      try:
+        yield
+      except ValueError as error:  # TensorStore's, with the system's own code
+        code = re.search(r"\[os_error_code='(\d+)'", str(error))
+        if code is None:
+          raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
   def _open(self) -> ocp.CheckpointManager:
+    _quieten()
     if self._manager is None:
       self._manager = ocp.CheckpointManager(
           self._root,
@@ -209,13 +239,18 @@ class Checkpoints:
   def _clear(self) -> None:
     """Makes room for the steps to come; reading alone changes no file."""
     self.close()
+    if processes.is_writer():
+      self._clear_files()
+    self._unreadable.clear()
+    processes.barrier()
+
+  def _clear_files(self) -> None:
     for step in self._unreadable:
       path = self._root / str(step)
       target = path.with_name(f'{step}.unreadable')
       if path.exists():
         shutil.rmtree(target, ignore_errors=True)
         path.rename(target)
-    self._unreadable.clear()
     for left_over in self._root.glob('*.orbax-checkpoint-tmp*'):
       shutil.rmtree(left_over, ignore_errors=True)
 
@@ -223,19 +258,13 @@ class Checkpoints:
       self, step: int, abstract: Mapping[str, Any],
       optional: Collection[str]) -> tuple[tuple[dict, Any] | None, str]:
     """Returns ((states, host), ''), or (None, why it cannot be read)."""
-    hook = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_pass_on, hook)
     try:
-      found = self._read(step, abstract, optional)
+      return self._read(step, abstract, optional), ''
     except ConfigError:
-      sys.unraisablehook = hook
       raise
     except Exception as e:  # Orbax raises whatever its readers raise.
-      # The new hook stays: what it is for may come at any later time.
       text = ' '.join(str(e).split()).split(' See full TensorStore')[0]
       return None, f'{type(e).__name__}: {text[:200]}'
-    sys.unraisablehook = hook
-    return found, ''
 
   def _read(self, step: int, abstract: Mapping[str, Any],
             optional: Collection[str]) -> tuple[dict[str, Any], Any]:
@@ -267,14 +296,24 @@ class Checkpoints:
 
 
 def _to_stderr(line: str) -> None:
-  print(f'warning: {line}', file=sys.stderr, flush=True)
+  if processes.is_writer():
+    print(f'warning: {line}', file=sys.stderr, flush=True)
+
+
+def _quieten() -> None:
+  """Installs the filters, for good: their cases may come at any later time."""
+  if getattr(sys.unraisablehook, 'func', None) is not _pass_on:
+    sys.unraisablehook = functools.partial(_pass_on, sys.unraisablehook)
+  if getattr(threading.excepthook, 'func', None) is not _pass_on_thread:
+    threading.excepthook = functools.partial(_pass_on_thread,
+                                             threading.excepthook)
 
 
 def _pass_on(hook: Callable[[Any], Any], unraisable: Any) -> None:
-  """Calls `hook`, except for what a failed read leaves behind.
+  """Calls `hook`, except for what a failed read or write leaves behind.
 
-  When one array cannot be read, Orbax closes its event loop under the reads of
-  the others; each would print a traceback in the middle of the run.
+  When one array fails, Orbax closes its event loop under the others; each would
+  print a traceback in the middle of the run.
   """
   code = getattr(unraisable.object, 'cr_code', None)
   abandoned = code is not None and 'orbax' in code.co_filename
@@ -282,6 +321,12 @@ def _pass_on(hook: Callable[[Any], Any], unraisable: Any) -> None:
             'Event loop is closed' in str(unraisable.exc_value))
   if not (abandoned or closed):
     hook(unraisable)
+
+
+def _pass_on_thread(hook: Callable[[Any], Any], raised: Any) -> None:
+  """Calls `hook`, except for Orbax's own threads: `wait` raises the same."""
+  if not type(raised.thread).__module__.startswith('orbax.'):
+    hook(raised)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

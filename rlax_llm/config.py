@@ -243,7 +243,7 @@ class RolloutConfig(Section):
   branching: int = 1
   draft_least: float = 0.05  # nodes less probable are not counted on
   history: int = 8  # R: earlier rollouts of a prompt that are drafted from
-  cache_megabytes: int = 256  # host memory for earlier rollouts
+  cache_megabytes: int = 256  # memory for earlier rollouts, in every process
   segment_forwards: int = 32  # forwards between two boundaries, at most
   min_capacity: int = 64  # S starts here and doubles
 
@@ -430,9 +430,13 @@ def from_dict(items: Mapping[str, Any]) -> Config:
     ConfigError: if a field is unknown, as after an upgrade.
   """
 
-  def fill(section: Any, values: Mapping[str, Any], path: str) -> None:
+  def fill(section: Any, values: Any, path: str) -> None:
+    if not isinstance(values, Mapping):
+      raise ConfigError(f'the recorded config has no fields in {path or "it"}: '
+                        f'{str(values)[:80]!r}; it is damaged')
+    known = {field.name for field in dataclasses.fields(section)}
     for name, value in values.items():
-      if not hasattr(section, name):
+      if name not in known:
         raise ConfigError(f'the recorded config has the unknown field '
                           f'{path}{name}; it is of another version')
       current = getattr(section, name)

@@ -15,6 +15,7 @@ from typing import Callable, Sequence
 import jax
 import numpy as np
 
+from rlax_llm import processes
 from rlax_llm import sharding
 from rlax_llm.learning import auxiliary
 from rlax_llm.learning import batch as batches
@@ -104,7 +105,8 @@ class DrafterTraining:
     config = self._config
     samples = [Sample(r.request.prompt, r.tokens) for r in rollouts]
     self._recent.append(keep_longest(samples, config.buffer_tokens))
-    self._allowed += config.share * seconds
+    # Every process takes as many updates: the first one's clock decides.
+    self._allowed += config.share * processes.broadcast(seconds)
     losses: list[float] = []
     if config.every and (step + 1) % config.every == 0:
       state, losses = self._train(state, policy)
@@ -126,7 +128,7 @@ class DrafterTraining:
       start = self._now()
       state, loss = self._update(state, policy, batch, int(place))
       losses.append(float(jax.device_get(loss)))  # waits for the device
-      self._cost = self._now() - start
+      self._cost = processes.broadcast(self._now() - start)
       self._allowed -= self._cost
     return state, losses
 
@@ -147,7 +149,7 @@ class DrafterTraining:
     """Takes one update on one microbatch."""
     mesh = self._run.mesh
     window = auxiliary.DraftWindow(
-        *(jax.device_put(getattr(batch, name)[place], sharding.rows(mesh))
+        *(processes.put(getattr(batch, name)[place], sharding.rows(mesh))
           for name in ('tokens', 'positions', 'segments', 'targets')))
     learning = self._run.states.draft_learning
     return self._run.pool(

@@ -12,6 +12,7 @@ import numpy as np
 from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
+from rlax_llm import processes
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
@@ -95,10 +96,14 @@ def evaluate(run: Run,
                                 requests,
                                 RolloutState(),
                                 drafter_params=drafter_params)
-  texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
-  repeated = [problem for problem in problems for _ in range(samples)]
-  scores = verifier.score(repeated, texts)
-  return summarize((scores.rewards == 1.0).reshape(len(problems), samples))
+
+  def score(mine: Sequence[int]) -> list[bool]:
+    texts = [run.tokenizer.decode(rollouts[i].tokens) for i in mine]
+    scores = verifier.score([problems[i // samples] for i in mine], texts)
+    return (scores.rewards == 1.0).tolist()
+
+  correct = processes.share(score, range(len(rollouts)))
+  return summarize(np.reshape(correct, (len(problems), samples)))
 
 
 def main(argv: list[str]) -> None:
@@ -107,6 +112,8 @@ def main(argv: list[str]) -> None:
   config: Config = _CONFIG.value
   run = make_run(config)
   manifest.check_workdir(_WORKDIR.value, to_dict(run.config))
+  problems = held_out_problems(run)
+  run.check_prompts(problems)
   executables.enable_compilation_cache()
   step, states, _ = run.states.restore_all(_WORKDIR.value)
   with Verifier(run.config.task, run.config.seed) as verifier:
@@ -114,13 +121,15 @@ def main(argv: list[str]) -> None:
                       run.engine(evaluation_sampling(run)),
                       states['policy'].params,
                       verifier,
-                      held_out_problems(run),
+                      problems,
                       drafter_params=drafter_params(states))
-  json.dump({'step': step, **values}, sys.stdout)
-  print()
+  if processes.is_writer():
+    json.dump({'step': step, **values}, sys.stdout)
+    print()
 
 
 if __name__ == '__main__':
   _CONFIG = flags.DEFINE_config()
   _WORKDIR = flags.DEFINE_workdir()
+  flags.DEFINE_processes()
   flags.run(main)

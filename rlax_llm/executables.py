@@ -5,6 +5,8 @@ from typing import Any, Callable, Hashable
 
 import jax
 
+from rlax_llm import processes
+
 
 class ExecutablePool:
   """Compiles lazily, ahead of the call, and never the same key twice.
@@ -17,7 +19,7 @@ class ExecutablePool:
   def __init__(self, clock: Callable[[], float]) -> None:
     self._clock = clock
     self._compiled: dict[Hashable, Any] = {}
-    self.seconds = 0.0  # spent tracing, lowering and compiling
+    self.seconds = 0.0  # spent tracing, lowering, compiling and waiting
 
   @property
   def count(self) -> int:
@@ -59,8 +61,10 @@ class ExecutablePool:
       start = self._clock()
       jitted = jax.jit(function, **jit_options)
       self._compiled[key] = jitted.lower(*args).compile()
+      # The collectives of a program do not wait long for a slow compiler.
+      processes.barrier()
       self.seconds += self._clock() - start
-    return self._compiled[key]
+    return processes.in_turn(self._compiled[key])
 
   def __call__(self, key: Hashable, function: Callable, *args: Any,
                **jit_options: Any) -> Any:

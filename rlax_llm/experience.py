@@ -5,6 +5,7 @@ from typing import Sequence
 
 import numpy as np
 
+from rlax_llm import processes
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.progression import Stopwatch
@@ -83,9 +84,11 @@ class Collector:
 
   def metrics(self) -> dict[str, float]:
     """Returns the speed values of the last `collect`."""
+    parts = processes.gather([self._store.bytes, len(self._store)])
+    kept, prompts = (sum(values) for values in zip(*parts))
     return self._engine.stats.metrics() | {
-        'rollout/cache_bytes': self._store.bytes,
-        'rollout/cached_prompts': len(self._store),
+        'rollout/cache_bytes': kept,
+        'rollout/cached_prompts': prompts,
     }
 
   def _requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
@@ -114,10 +117,20 @@ class Collector:
     decode = self._run.tokenizer.decode
     texts = [decode(rollout.tokens) for rollout in rollouts]
     size = len(rollouts) // len(problems)
-    scores = self._verifier.reward([p for p in problems for _ in range(size)],
-                                   texts,
-                                   tokens=[r.length for r in rollouts],
-                                   finished=[r.finished for r in rollouts])
+    names: tuple[str, ...] = ()
+
+    def reward(mine: Sequence[int]) -> list[list[float]]:
+      nonlocal names
+      scores = self._verifier.reward(
+          [problems[i // size] for i in mine], [texts[i] for i in mine],
+          tokens=[rollouts[i].length for i in mine],
+          finished=[rollouts[i].finished for i in mine])
+      names = tuple(scores.parts)
+      columns = scores.rewards, scores.unscorable, *scores.parts.values()
+      return np.stack(columns, axis=1).tolist()
+
+    rows = processes.share(reward, range(len(rollouts)))
+    rewards, unscorable, *values = np.asarray(rows, np.float32).T
     groups = []
     for i, problem in enumerate(problems):
       mine = slice(i * size, (i + 1) * size)
@@ -125,9 +138,9 @@ class Collector:
           Group(problem=problem,
                 rollouts=tuple(rollouts[mine]),
                 texts=tuple(texts[mine]),
-                rewards=scores.rewards[mine],
-                unscorable=scores.unscorable[mine],
+                rewards=rewards[mine],
+                unscorable=unscorable[mine].astype(bool),
                 parts={
-                    k: v[mine] for k, v in scores.parts.items()
+                    name: value[mine] for name, value in zip(names, values)
                 }))
     return groups

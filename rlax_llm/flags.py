@@ -27,15 +27,19 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
+from rlax_llm import launch
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
 from rlax_llm.config import Section
+from rlax_llm.files import WriteError
 from rlax_llm.stopping import Diverged
 
 FLAGS = flags.FLAGS
 USER_ERROR = 2  # exit code
+STOPPED = 1  # exit code: not by the user's input
 INTERRUPTED = 130  # exit code, 128 + SIGINT as shells have it
+_PROCESS_FLAGS = [field.name for field in dataclasses.fields(launch.Launch)]
 
 
 def field_paths(config: Section, prefix: str = '') -> dict[str, Any]:
@@ -76,7 +80,7 @@ def load_config(path: str) -> Config:
   try:
     get_config = runpy.run_path(path).get('get_config')
     config = get_config() if get_config else None
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     message = e.msg if isinstance(e, SyntaxError) else _one_line(e)
     raise ConfigError(f'config file {path!r} fails: {type(e).__name__}: '
                       f'{message}{_line_in(path, e)}') from e
@@ -134,6 +138,24 @@ def DEFINE_workdir(
   return holder
 
 
+def DEFINE_processes() -> None:
+  """Defines how a process finds the others of its run; `run` joins them."""
+  flags.DEFINE_string('coordinator', None,
+                      'HOST:PORT of process 0, if there are several')
+  flags.DEFINE_integer('processes', None, 'how many processes there are')
+  flags.DEFINE_integer('process', None, 'which of them this is, from 0')
+  flags.DEFINE_boolean(
+      'distributed', False,
+      'find the other processes by the environment: SLURM, TPU pods, Open MPI')
+
+
+def _launch() -> launch.Launch:
+  values: dict[str, Any] = {
+      name: FLAGS[name].value for name in _PROCESS_FLAGS if name in FLAGS
+  }
+  return launch.Launch(**values)
+
+
 def DEFINE_steps(name: str, help_string: str) -> flags.FlagHolder:
   """Defines a flag for a range of steps, `--name=A:B`, both included.
 
@@ -146,22 +168,30 @@ def DEFINE_steps(name: str, help_string: str) -> flags.FlagHolder:
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
   """Parses the command line, calls `main(argv)` and exits.
 
+  With the flags of `DEFINE_processes`, all processes call their `main`
+  together.
+
   Args:
     main: the program; argv holds only the program's name. Its return value is
       the exit code (None: 0). A `ConfigError` it raises is a user error.
 
   Raises:
     SystemExit: always. Code 2 after a user error, 1 when the updates are not
-      finite any more, 130 when interrupted.
+      finite any more or a file cannot be written, 130 when interrupted.
   """
+
+  def together(argv: list[str]) -> Any:
+    with launch.joined(_launch()):
+      return main(argv)
+
   try:
-    app.run(main, flags_parser=_parse_quietly)
+    app.run(together, flags_parser=_parse_quietly)
   except (ConfigError, flags.Error) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
-  except Diverged as e:
+  except (Diverged, WriteError) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(STOPPED)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED)
@@ -192,7 +222,10 @@ class _MappingParser(flags.ArgumentParser):
   """A dict field, written as a JSON object."""
 
   def parse(self, argument: Any) -> Any:
-    value = json.loads(argument) if isinstance(argument, str) else argument
+    try:
+      value = json.loads(argument) if isinstance(argument, str) else argument
+    except RecursionError as error:
+      raise ValueError('nested too deeply') from error
     if not isinstance(value, collections.abc.Mapping):
       raise ValueError('not a JSON object')
     return value
@@ -210,9 +243,10 @@ def _require(name: str, what: str) -> None:
 def _parse_quietly(argv: list[str]) -> list[str]:
   rest = _parse(argv)
   # absl.app raises a verbosity left at its default to INFO, where Orbax writes
-  # dozens of lines per checkpoint; after that it no longer looks defaulted.
+  # dozens of lines per checkpoint, and as errors what it raises besides; after
+  # that it no longer looks defaulted.
   if FLAGS['verbosity'].using_default_value:
-    FLAGS.verbosity = logging.ERROR  # type: ignore[assignment]
+    FLAGS.verbosity = logging.FATAL  # type: ignore[assignment]
   return rest
 
 
@@ -220,13 +254,19 @@ def _parse(argv: list[str]) -> list[str]:
   """Parses argv into FLAGS; every refusal is a `ConfigError`."""
   if 'config' in FLAGS:
     _check_overrides(argv)
+  for argument in argv[1:]:
+    name = argument.lstrip('-').split('=')[0]
+    if name in _PROCESS_FLAGS and name not in FLAGS:
+      raise ConfigError(f'--{name}: this program runs in one process; leave '
+                        'it out, or use rlax_llm.train or evaluate')
   try:
     rest = FLAGS(argv)
   except flags.Error as e:
     raise ConfigError(_explain(e)) from e
   if len(rest) > 1:
-    raise ConfigError(f'unexpected argument {rest[1]!r}: every argument is a '
-                      'flag, --name=value')
+    raise ConfigError(
+        f'unexpected argument {_short(rest[1])!r}: every argument is a '
+        'flag, --name=value')
   return rest
 
 
@@ -241,8 +281,9 @@ def _check_overrides(argv: list[str]) -> None:
       continue
     path = match[1]
     if path not in paths:
-      raise ConfigError(f'--config.{path}: the config has no field {path!r}'
-                        f'{_near(path, paths)}')
+      raise ConfigError(
+          f'--config.{_short(path)}: the config has no field {_short(path)!r}'
+          f'{_near(path, paths)}')
     if isinstance(paths[path], Section):
       fields = ', '.join(f.name for f in dataclasses.fields(paths[path]))
       raise ConfigError(f'--config.{path} is a section; override one of its '
@@ -281,7 +322,7 @@ def _explain(error: flags.Error) -> str:
                 '', text)
   match = re.match(r'flag --(?:no)?config\.([\w.]+)=(.*?): ', text)
   if match:
-    path, value = match.groups()
+    path, value = match[1], _short(match[2])
     fields = field_paths(Config())
     parent, _, leaf = path.rpartition('.')
     section = type(fields[parent]) if parent else Config
@@ -293,6 +334,10 @@ def _explain(error: flags.Error) -> str:
     return (f'--config.{path}={value} is not of type {kind}; '
             f'its default is {fields[path]!r}')
   return text
+
+
+def _short(text: str) -> str:
+  return text if len(text) <= 80 else f'{text[:80]}...'
 
 
 def _one_line(error: BaseException) -> str:

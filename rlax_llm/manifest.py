@@ -20,12 +20,14 @@ from typing import Any, Mapping, Sequence
 
 import jax
 
+from rlax_llm import processes
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import Section
 from rlax_llm.config import to_dict
+from rlax_llm.files import write_atomic
+from rlax_llm.files import WriteError
 from rlax_llm.metrics import jsonable
-from rlax_llm.metrics import write_atomic
 
 MANIFEST_FILE = 'manifest.json'
 
@@ -65,10 +67,13 @@ def read_manifest(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
     return None
   try:
     manifest = json.loads(path.read_text(encoding='utf-8'))
-    if manifest['config'] and manifest['runs']:
-      return manifest
-    raise ValueError('it lists no run')
-  except (ValueError, KeyError, TypeError) as e:
+    runs = manifest['runs']
+    if not isinstance(manifest['config'], dict) or not manifest['config']:
+      raise ValueError('it holds no config')
+    if not runs or not all(isinstance(run, dict) for run in list(runs)):
+      raise ValueError('it lists no run')
+    return manifest
+  except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
     raise ConfigError(f'{path} is not a manifest ({type(e).__name__}: {e}); '
                       'give another --workdir') from e
 
@@ -166,6 +171,7 @@ def environment() -> dict[str, Any]:
       'platform': f'{platform.system()} {platform.machine()}',
       'backend': jax.default_backend(),
       'devices': [device.device_kind for device in jax.devices()],
+      'processes': processes.count(),
       'xla_flags': os.environ.get('XLA_FLAGS', ''),
       'cpu_count': os.cpu_count(),
   }
@@ -213,13 +219,17 @@ def write_manifest(workdir: str | os.PathLike[str],
       'runs': [*earlier, run]
   },
                     indent=2)
-  write_atomic(root / MANIFEST_FILE, text + '\n')
+  try:
+    write_atomic(root / MANIFEST_FILE, text + '\n')
+  except WriteError as error:
+    # Before any work: another folder may do.
+    raise ConfigError(f'--workdir={os.fspath(workdir)!r}: {error}') from error
   return warnings
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  names = ('commit', 'versions', 'platform', 'backend', 'devices', 'xla_flags',
-           'cpu_count')
+  names = ('commit', 'versions', 'platform', 'backend', 'devices', 'processes',
+           'xla_flags', 'cpu_count')
   flat_old = _flatten({name: old.get(name) for name in names})
   flat_new = _flatten({name: new.get(name) for name in names})
   return [
@@ -246,7 +256,9 @@ def _commit() -> str | None:
 
   def git(*arguments: str) -> str:
     return subprocess.run(
-        ['git', '-C', str(here.parent), *arguments],
+        # Only reads: a full disk must leave no lock in the checkout.
+        ['git', '--no-optional-locks', '-C',
+         str(here.parent), *arguments],
         check=True,
         capture_output=True,
         text=True,
@@ -255,6 +267,7 @@ def _commit() -> str | None:
   try:
     # An installed package may lie inside somebody else's checkout.
     git('ls-files', '--error-unmatch', here.name)
-    return git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    return git('rev-parse', 'HEAD') + ('-dirty' if changed else '')
   except (OSError, subprocess.SubprocessError):
     return None

@@ -11,16 +11,18 @@ infinity, so either is written as null; TensorBoard receives the value itself.
 """
 
 import json
-import logging
 import math
 import os
 import pathlib
 import re
+import sys
 from types import TracebackType
-from typing import Any, IO, Iterable, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 import numpy as np
-import tensorboardX
+
+from rlax_llm import board
+from rlax_llm import files
 
 
 class Metric(NamedTuple):
@@ -198,21 +200,6 @@ def jsonable(value: Any) -> Any:
   return jsonable(array.tolist())
 
 
-def write_atomic(path: pathlib.Path, text: str) -> None:
-  """Replaces a file's content; a reader sees the old or the new, never a part.
-
-  Args:
-    path: the file.
-    text: its new content.
-  """
-  temporary = path.with_name(path.name + '.tmp')
-  with open(temporary, 'w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-
-
 def write_summary(workdir: str | os.PathLike[str],
                   summary: Mapping[str, Any]) -> None:
   """Writes summary.json, atomically.
@@ -221,7 +208,7 @@ def write_summary(workdir: str | os.PathLike[str],
     workdir: the run's folder.
     summary: what to write; numbers may be NumPy or JAX scalars.
   """
-  write_atomic(
+  files.write_atomic(
       pathlib.Path(workdir) / SUMMARY_FILE,
       json.dumps(jsonable(summary), indent=2) + '\n')
 
@@ -243,7 +230,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for line in file:
       try:
         row = json.loads(line)
-      except json.JSONDecodeError:
+      except (ValueError, RecursionError):
         continue
       if isinstance(row, dict):
         rows.append(row)
@@ -253,8 +240,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class MetricsWriter:
   """Writes a run's metrics and samples; flushed after every step."""
 
-  def __init__(self, workdir: str | os.PathLike[str], *,
-               resume_step: int | None, run_id: str) -> None:
+  def __init__(self,
+               workdir: str | os.PathLike[str],
+               *,
+               resume_step: int | None,
+               run_id: str,
+               warn: Callable[[str], None] | None = None) -> None:
     """Opens the files, keeping what belongs before the restored step.
 
     Args:
@@ -263,22 +254,28 @@ class MetricsWriter:
         the lines up to it, whole ones only. None: the run starts from nothing,
         and so do these two files. timing.jsonl is always kept.
       run_id: written into each line of timing.jsonl.
+      warn: receives one line when TensorBoard's copy is lost; None: stderr
+        does.
+
+    Raises:
+      WriteError: a file cannot be written; so do the methods.
     """
     root = pathlib.Path(workdir)
-    root.mkdir(parents=True, exist_ok=True)
+    with files.writing(root):
+      root.mkdir(parents=True, exist_ok=True)
     self._run_id = run_id
     kept = _truncate(root / METRICS_FILE, resume_step)
     _truncate(root / SAMPLES_FILE, resume_step)
     self._last_step = kept[-1] if kept else None
-    self._metrics = _append_to(root / METRICS_FILE)
-    self._samples = _append_to(root / SAMPLES_FILE)
-    self._timing = _append_to(root / TIMING_FILE)
-    # It warns of every NaN; the files and the plots show them.
-    logging.getLogger('tensorboardX').setLevel(logging.ERROR)
-    self._board = tensorboardX.SummaryWriter(
-        str(root / 'tensorboard'),
+    self._metrics = files.LineFile(root / METRICS_FILE)
+    self._samples = files.LineFile(root / SAMPLES_FILE)
+    self._timing = files.LineFile(root / TIMING_FILE)
+    self._board = board.Board(
+        root,
         # TensorBoard then hides what an interrupted run wrote beyond it.
-        purge_step=None if resume_step is None else resume_step + 1)
+        purge_step=None if resume_step is None else resume_step + 1,
+        run_id=run_id,
+        warn=warn or _to_stderr)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one step's metrics, each to the file of its kind.
@@ -300,12 +297,10 @@ class MetricsWriter:
                          f'already holds step {self._last_step}; write the '
                          'training values of a step in one call')
       self._last_step = step
-      _write_line(self._metrics, {'step': step}, kinds[_T])
+      self._metrics.write(_line({'step': step}, kinds[_T]))
     if kinds[_S]:
-      _write_line(self._timing, {'step': step, 'run': self._run_id}, kinds[_S])
-    for name, value in values.items():
-      self._board.add_scalar(name, float(value), step)
-    self._board.flush()
+      self._timing.write(_line({'step': step, 'run': self._run_id}, kinds[_S]))
+    self._board.write(step, values)
 
   def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes the first `SAMPLES_PER_STEP` rows to samples.jsonl.
@@ -316,7 +311,7 @@ class MetricsWriter:
         tells a reader about the sample.
     """
     for row, _ in zip(rows, range(SAMPLES_PER_STEP)):
-      _write_line(self._samples, {'step': step}, jsonable(row))
+      self._samples.write(_line({'step': step}, jsonable(row)))
 
   def close(self) -> None:
     """Closes every file."""
@@ -333,30 +328,27 @@ class MetricsWriter:
     self.close()
 
 
-def _write_line(file: IO[str], head: Mapping[str, Any],
-                values: Mapping[str, Any]) -> None:
+class NoWriter(MetricsWriter):
+  """Writes nothing: of several processes one writes."""
+
+  def __init__(self, workdir: str | os.PathLike[str], *,
+               resume_step: int | None, run_id: str,
+               warn: Callable[[str], None]) -> None:
+    """Takes what `MetricsWriter` takes."""
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Does nothing."""
+
+  def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
+def _line(head: Mapping[str, Any], values: Mapping[str, Any]) -> str:
   row = {**head, **{k: values[k] for k in sorted(values) if k not in head}}
-  file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + '\n')
-  file.flush()
-
-
-def _append_to(path: pathlib.Path) -> IO[str]:
-  """Opens for appending, on a line of its own even behind a torn one."""
-  torn = False
-  if path.exists() and path.stat().st_size:
-    with open(path, 'rb') as file:
-      file.seek(-1, os.SEEK_END)
-      torn = file.read(1) != b'\n'
-  # A lone surrogate (undecodable bytes of a completion) becomes \\udcXX, which
-  # is how JSON escapes it.
-  stream = open(path,
-                'a',
-                encoding='utf-8',
-                errors='backslashreplace',
-                newline='\n')
-  if torn:
-    stream.write('\n')
-  return stream
+  return json.dumps(row, allow_nan=False, ensure_ascii=False)
 
 
 def _truncate(path: pathlib.Path, last: int | None) -> list[int]:
@@ -364,13 +356,20 @@ def _truncate(path: pathlib.Path, last: int | None) -> list[int]:
   if not path.exists():
     return []
   kept, steps = [], []
-  for line in path.read_bytes().splitlines(keepends=True):
+  with files.writing(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+  for line in lines:
     try:
-      step = json.loads(line)['step']
-    except (ValueError, KeyError, TypeError):
+      step = json.loads(line.decode('utf-8'))['step']
+    except (ValueError, KeyError, TypeError, RecursionError):
       continue
-    if last is not None and step <= last and line.endswith(b'\n'):
-      kept.append(line.decode('utf-8'))
+    if (last is not None and isinstance(step, int) and step <= last and
+        line.endswith(b'\n')):
+      kept.append(line)
       steps.append(step)
-  write_atomic(path, ''.join(kept))
+  files.write_atomic(path, b''.join(kept))
   return steps
+
+
+def _to_stderr(line: str) -> None:
+  print(f'warning: {line}', file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
+from rlax_llm import files
 from rlax_llm.config import ConfigError
 from rlax_llm.metrics import METRICS_FILE
 from rlax_llm.metrics import read_jsonl
@@ -336,5 +337,6 @@ def render(name: str, path: pathlib.Path, run: Run, other: Run | None) -> bool:
                     ncols=min(len(labels), 5) if len(labels) > 3 else 1,
                     columnspacing=1.0,
                     handlelength=1.6)
-    figure.savefig(path)
+    with files.writing(path):
+      figure.savefig(path)
   return True

@@ -45,8 +45,9 @@ def read_config(folder: str) -> dict[str, Any]:
                       'the folder of a published model')
   try:
     return json.loads(path.read_text(encoding='utf-8'))
-  except (ValueError, OSError) as error:
-    raise ConfigError(f'{path} cannot be read: {error}') from error
+  except (ValueError, OSError, RecursionError) as error:
+    raise ConfigError(f'{path} cannot be read: {error}; fetch the folder '
+                      'again') from error
 
 
 def resolve(config: Config) -> Config:
@@ -60,8 +61,9 @@ def resolve(config: Config) -> Config:
       config sets disagrees with it.
   """
   model = config.model
-  if not isinstance(model, ModelConfig) or not isinstance(
-      model.pretrained, str):
+  if (not isinstance(model, ModelConfig) or
+      not isinstance(model.pretrained, str) or
+      not isinstance(model.tokenizer, str)):
     return config  # the check of types comes later and names it
   fields: dict[str, Any] = {}
   if model.pretrained:
@@ -149,7 +151,8 @@ def _list_files(root: pathlib.Path,
     names = sorted(set(index.values()))
     if any(os.path.basename(name) != name for name in names):
       raise ValueError('it names files elsewhere')
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError,
+          RecursionError) as error:
     problems.append(f'{INDEX_FILE} is no index ({type(error).__name__}: '
                     f'{error})')
     return None, []

@@ -14,6 +14,9 @@ from rlax_llm import tokenizer_files
 from rlax_llm.config import ConfigError
 
 _UNKNOWN = '\N{REPLACEMENT CHARACTER}'
+_OURS = frozenset(
+    ('messages', 'add_generation_prompt'))  # variables that the run sets
+_NAMED = 20  # names in one message
 _PROBE = 'How many legs have 3 cats?'
 
 
@@ -55,6 +58,7 @@ class PretrainedTokenizer:
     self._variables = {**self._names, **variables}
     if chat:
       self._check_template()
+      self._check_variables(variables)
 
   def _find_lead(self, add_bos: bool) -> tuple[int, ...]:
     """Returns the ids that begin every prompt."""
@@ -78,6 +82,20 @@ class PretrainedTokenizer:
       if part not in text:
         raise ConfigError(f'the chat template of {self._folder!r} drops the '
                           f'{name}; mend it or set task.chat_template=False')
+
+  def _check_variables(self, variables: Mapping[str, Any]) -> None:
+    """Refuses variables of the user's that change nothing."""
+    if not variables:
+      return
+    assert self._template is not None
+    read = self._template.names() - _OURS
+    for name in variables:
+      if name not in read:
+        raise ConfigError(
+            f'task.chat_variables[{name!r}] is none that the chat template of '
+            f'{self._folder!r} leaves to you'
+            f'{config_lib.nearest(name, read)}; those are '
+            f'{", ".join(sorted(read)[:_NAMED]) or "none"}')
 
   @property
   def vocab_size(self) -> int:

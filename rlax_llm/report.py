@@ -19,7 +19,7 @@ from absl import flags as absl_flags
 
 from rlax_llm import flags
 from rlax_llm import plots
-from rlax_llm.metrics import write_atomic
+from rlax_llm.files import write_atomic
 from rlax_llm.plots import Run
 
 _LONGEST_TEXT = 1200  # characters of a sample that are shown

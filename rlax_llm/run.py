@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import os
 import time
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 from jax.sharding import Mesh
 import numpy as np
 
 from rlax_llm import pretrained
+from rlax_llm import processes
 from rlax_llm import sharding
 from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
@@ -79,7 +80,7 @@ class Run:
                          pool=self.pool)
 
   def rollout_store(self) -> RolloutStore:
-    """Returns an empty store of past rollouts."""
+    """Returns an empty store of past rollouts, this process's part."""
     rollout = self.config.rollout
     width = rollout.width or max(self.config.control.widths)
     # Where nobody drafts from it, it keeps nothing.
@@ -87,7 +88,8 @@ class Run:
     kept = rollout.history if used else 0
     return RolloutStore(history=kept,
                         megabytes=rollout.cache_megabytes,
-                        tokenizer=self._tokenizer_name)
+                        tokenizer=self._tokenizer_name,
+                        part=(processes.index(), processes.count()))
 
   @property
   def _tokenizer_name(self) -> str:
@@ -104,9 +106,19 @@ class Run:
     Raises:
       ConfigError: if the task has too few.
     """
+
+    def make(indices: Sequence[int]) -> list[dict[str, Any]]:
+      try:
+        return [vars(self.task.problem('train', i)) for i in indices]
+      except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+    share = lambda indices: [
+        tasks.Problem(**fields) for fields in processes.share(make, indices)
+    ]
     try:
       return tasks.problems_for_step(self.task, self.config.task,
-                                     self.config.seed, step)
+                                     self.config.seed, step, share)
     except ValueError as error:
       raise ConfigError(str(error)) from error
 
@@ -119,8 +131,11 @@ class Run:
   def check_prompts(self, problems: Sequence[tasks.Problem]) -> None:
     """Raises ConfigError if a problem's prompt is too long or not encodable."""
     longest = self.config.rollout.prompt_length
-    for problem in problems:
-      length = len(self.encode(problem.prompt, prompt=True))
+
+    def measure(mine: Sequence[tasks.Problem]) -> list[int]:
+      return [len(self.encode(p.prompt, prompt=True)) for p in mine]
+
+    for problem, length in zip(problems, processes.share(measure, problems)):
       if length > longest:
         raise ConfigError(
             f'the prompt {problem.prompt[:60]!r} has {length} tokens; '
@@ -245,6 +260,8 @@ def make_run(config: Config,
     task = tasks.make_task(config.task, config.seed)
     # Workers make their own; a mistake ends the run here.
     rewards.make_rewards(config.task, task)
+    if ':' in config.task.name:
+      tasks.problem_json(task.problem('train', 0))
   except ValueError as error:
     raise ConfigError(str(error)) from error
   mesh = sharding.make_mesh(config.mesh)

@@ -63,7 +63,8 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     found = {name: _entry(path, 8 + length, e) for name, e in header.items()}
   except _Duplicate as error:
     raise ValueError(f'names {error.args[0]} twice') from None
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError,
+          RecursionError) as error:
     raise ValueError('has a header that is no safetensors header '
                      f'({type(error).__name__})') from None
   end = max((stop for _, stop in found.values()), default=8 + length)

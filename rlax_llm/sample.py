@@ -19,6 +19,7 @@ from rlax_llm import flags
 from rlax_llm import manifest
 from rlax_llm import sharding
 from rlax_llm import states as states_of
+from rlax_llm.config import check_positions
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
@@ -107,24 +108,7 @@ def sample_texts(
     ConfigError: no prompt, one that is too long or not encodable, or counts
       that are out of range.
   """
-  if not prompts:
-    raise ConfigError('there is no prompt; give at least one')
-  if samples < 1:
-    raise ConfigError(f'samples={samples} must be at least 1')
-  requests = []
-  for i, prompt in enumerate(prompts):
-    tokens = run.encode(prompt, prompt=True)
-    longest = run.config.rollout.prompt_length
-    if len(tokens) > longest:
-      raise ConfigError(
-          f'the prompt {prompt[:60]!r} has {len(tokens)} tokens; the run was '
-          f'made for rollout.prompt_length={longest}: shorten it')
-    requests.append(
-        Request(prompt=np.asarray(tokens, np.int32),
-                samples=samples,
-                domain=EVALUATE,
-                step=0,
-                request=i))
+  requests = _make_requests(run, prompts, samples)
   run = _resized(run, samples * len(prompts), max_new_tokens)
   engine = run.engine(run.sampling if sampling is None else sampling)
   rollouts, _ = engine.generate(params,
@@ -143,6 +127,30 @@ def sample_texts(
   ]
 
 
+def _make_requests(run: Run, prompts: Sequence[str],
+                   samples: int) -> list[Request]:
+  """Returns a request for each prompt; raises ConfigError."""
+  if not prompts:
+    raise ConfigError('there is no prompt; give at least one')
+  if samples < 1:
+    raise ConfigError(f'samples={samples} must be at least 1')
+  requests = []
+  for i, prompt in enumerate(prompts):
+    tokens = run.encode(prompt, prompt=True)
+    longest = run.config.rollout.prompt_length
+    if len(tokens) > longest:
+      raise ConfigError(
+          f'the prompt {prompt[:60]!r} has {len(tokens)} tokens; the run was '
+          f'made for rollout.prompt_length={longest}: shorten it')
+    requests.append(
+        Request(prompt=np.asarray(tokens, np.int32),
+                samples=samples,
+                domain=EVALUATE,
+                step=0,
+                request=i))
+  return requests
+
+
 def _resized(run: Run, rows: int, max_new_tokens: int | None) -> Run:
   """Returns the run with no more slots than rows, and another T."""
   ways = sharding.ways(run.mesh)
@@ -151,6 +159,9 @@ def _resized(run: Run, rows: int, max_new_tokens: int | None) -> Run:
     max_new_tokens = rollout.max_new_tokens
   if max_new_tokens < 1:
     raise ConfigError(f'max_new_tokens={max_new_tokens} must be at least 1')
+  check_positions(dataclasses.replace(rollout, max_new_tokens=max_new_tokens),
+                  rollout.width or max(run.config.control.widths),
+                  run.config.model.max_positions)
   rollout = dataclasses.replace(rollout,
                                 slots=min(rollout.slots,
                                           -(-rows // ways) * ways),
@@ -236,6 +247,9 @@ def main(argv: list[str]) -> None:
   sampling = run.sampling._replace(top_p=top_p)
   if temperature is not None:
     sampling = sampling._replace(temperature=temperature)
+  # A mistake ends the program before the weights are read.
+  _make_requests(run, _PROMPT.value, _SAMPLES.value)
+  _resized(run, 1, _MAX_NEW_TOKENS.value)
   executables.enable_compilation_cache()
   _, states, _ = run.states.restore_all(_WORKDIR.value)
   completions = sample_texts(run,

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from rlax_llm import processes
 from rlax_llm.config import ConfigError
 from rlax_llm.config import MeshConfig
 from rlax_llm.config import ModelConfig
@@ -55,9 +56,10 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
   Raises:
     ConfigError: if the ways do not multiply to a number of devices that
-      there are.
+      there are; with several processes, to all of them.
   """
   devices = jax.devices()
+  processes.check_devices()
   model_ways = config.fsdp * config.tensor
   data = config.data or len(devices) // model_ways
   count = data * model_ways
@@ -71,6 +73,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     raise ConfigError(
         f'{len(devices)} devices are not divisible by fsdp x tensor = '
         f'{model_ways}; set mesh.data to the ways wanted, or others')
+  if processes.count() > 1 and count != len(devices):
+    raise ConfigError(
+        f'{shape} leaves {len(devices) - count} of {len(devices)} devices idle;'
+        f' a run of {processes.count()} processes uses them all: set '
+        'mesh.data=0, or start fewer processes')
   # Explicit axes, the default of jax.make_mesh, would make gathers such as
   # embedding[tokens] an error.
   return Mesh(np.asarray(devices[:count]).reshape(data, config.fsdp,
@@ -180,7 +187,7 @@ def ways(mesh: Mesh) -> int:
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Puts a Batch on the mesh, its rows divided."""
-  place = lambda x: jax.device_put(
+  place = lambda x: processes.put(
       x,
       microbatches(mesh) if np.ndim(x) else replicated(mesh))
   return jax.tree.map(place, batch)

@@ -7,6 +7,8 @@ from types import FrameType
 from types import TracebackType
 from typing import Any
 
+from rlax_llm import processes
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -21,8 +23,9 @@ class Diverged(RuntimeError):
 class StopRequest:
   """Notes the first SIGTERM or SIGINT; the second ends the process at once.
 
-  A run looks at it between segments and before it changes its state. Signals
-  reach the main thread only: elsewhere nothing is installed.
+  A run looks at it between segments and before it changes its state; several
+  processes do so together, and one signal stops them all. Signals reach the
+  main thread only: elsewhere nothing is installed.
   """
 
   def __init__(self) -> None:
@@ -31,8 +34,9 @@ class StopRequest:
 
   def check(self) -> None:
     """Raises `Stopped` if a signal has come."""
-    if self._noted is not None:
-      raise Stopped(signal.Signals(self._noted).name)
+    for noted in processes.gather(self._noted):
+      if noted is not None:
+        raise Stopped(signal.Signals(noted).name)
 
   def __enter__(self) -> 'StopRequest':
     if threading.current_thread() is threading.main_thread():

@@ -6,7 +6,8 @@ nested loops, `'a' * 10**10` and a string doubled in a loop are all legal. A
 rendering that exceeds its time is ended by the kernel, process and all.
 
 The first line is {"source", "date"}; each further line is {name: value}, the
-template's variables. End of input ends the process.
+template's variables, or null, which asks for their names. End of input ends the
+process.
 """
 
 import datetime
@@ -18,6 +19,7 @@ import sys
 from typing import Any, BinaryIO, Mapping, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2 import nodes
 from jinja2 import sandbox
 import jinja2.ext
@@ -101,16 +103,28 @@ class _Renderer:
   """A template that is compiled by its first rendering, under its limits."""
 
   def __init__(self, source: str, date: datetime.date) -> None:
+    self._source = source
     self._compile = lambda: compile_template(source, date)
     self._template: jinja2.Template | None = None
 
-  def answer(self, variables: Mapping[str, Any]) -> dict[str, str]:
-    """Returns {'text': the rendering} or {'error': what was wrong}."""
+  def _names(self, template: jinja2.Template) -> list[str]:
+    """Returns the variables that the template reads and does not set."""
+    tree = template.environment.parse(self._source)
+    return sorted(meta.find_undeclared_variables(tree))
+
+  def answer(self, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns {'text': the rendering} or {'error': what was wrong}.
+
+    Args:
+      variables: None: {'names': those the template reads} is wanted.
+    """
     # The default action of both signals ends the process, inside C code too.
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, _WALL_SECONDS)
     try:
       self._template = self._template or self._compile()
+      if variables is None:
+        return {'names': self._names(self._template)}
       return {'text': _render(self._template, variables)}
     except Exception as error:  # Whatever the template's code may raise.
       return {'error': _describe(error)}

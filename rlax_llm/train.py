@@ -5,7 +5,9 @@
 Rerunning the same command continues a run that was stopped.
 """
 
+import contextlib
 import dataclasses
+import io
 import math
 import time
 from typing import Any, Callable, Sequence
@@ -19,6 +21,7 @@ from rlax_llm import guards
 from rlax_llm import learner as learners
 from rlax_llm import manifest
 from rlax_llm import metrics
+from rlax_llm import processes
 from rlax_llm import report
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
@@ -45,7 +48,7 @@ from rlax_llm.warm_start import warm_start
 from rlax_llm.workdir_lock import lock_workdir
 
 
-def restore_store(store: RolloutStore, text: str | None) -> list[str]:
+def restore_store(store: RolloutStore, texts: list[str]) -> list[str]:
   """Restores past rollouts; returns warnings.
 
   They are hints: a run goes on without them where they cannot be read.
@@ -54,7 +57,8 @@ def restore_store(store: RolloutStore, text: str | None) -> list[str]:
     ConfigError: they are of another tokenizer.
   """
   try:
-    store.restore(text or '')
+    for text in texts:
+      store.restore(text)
   except ValueError as error:
     if isinstance(error, ConfigError):
       raise
@@ -122,7 +126,7 @@ class _Trainer:
           name: math.nan if value is None else value
           for name, value in values.items()
       }
-    return step, restore_store(self._store, host.get('rollouts'))
+    return step, restore_store(self._store, host['rollouts'])
 
   def go(self, first: int | None, profile: tuple[int, int] | None) -> None:
     """Trains from where the checkpoint stands; None: from the start.
@@ -132,9 +136,13 @@ class _Trainer:
       Diverged: after too many updates that were not finite; likewise.
     """
     config, run = self.run.config, self.run
-    with metrics.MetricsWriter(self._workdir,
-                               resume_step=first,
-                               run_id=self._run_id) as self._writer:
+    make_writer = (metrics.MetricsWriter
+                   if processes.is_writer() else metrics.NoWriter)
+    with make_writer(self._workdir,
+                     resume_step=first,
+                     run_id=self._run_id,
+                     warn=lambda line: self.progress.message(f'warning: {line}')
+                    ) as self._writer:
       if first is None:
         self._begin()
         first, self._unwritten = 0, {'values': {}, 'rows': []}
@@ -263,7 +271,7 @@ class _Trainer:
     self.progression.wall_seconds = self._seconds()
     host: dict[str, Any] = {
         'progression': dataclasses.asdict(self.progression),
-        'rollouts': self._store.dump(),
+        'rollouts': processes.gather(self._store.dump(), to_writer=True),
     }
     if unwritten is not None:
       host['unwritten'] = unwritten
@@ -271,6 +279,11 @@ class _Trainer:
 
   def _seconds(self) -> float:
     return self._earlier + self.run.clock() - self._started
+
+
+def _make_display() -> Progress:
+  """Returns where progress is shown: of several processes one shows it."""
+  return Progress(None if processes.is_writer() else io.StringIO())
 
 
 def train(config: Config,
@@ -311,12 +324,18 @@ def train(config: Config,
       facts = {} if saved.steps() else run.states.check_pretrained()
     executables.enable_compilation_cache()
     run_id = uuid.uuid4().hex[:8]
-    with (lock_workdir(workdir), Verifier(config.task, config.seed) as verifier,
+    lock = (lock_workdir(workdir)
+            if processes.is_writer() else contextlib.nullcontext())
+    with (lock,
+          Verifier(config.task,
+                   config.seed,
+                   warn=lambda line: progress.message(f'warning: {line}')) as
+          verifier,
           checkpoint.Checkpoints(workdir,
                                  keep=config.checkpoint.keep,
                                  keep_every=config.checkpoint.keep_every,
                                  warn=lambda line: progress.message(line)) as
-          saved, display or Progress() as progress):
+          saved, display or _make_display() as progress):
       trainer = _Trainer(run,
                          workdir=workdir,
                          run_id=run_id,
@@ -327,11 +346,12 @@ def train(config: Config,
                          started=started)
       first, more = trainer.restore()
       warnings += more
-      warnings += manifest.write_manifest(workdir,
-                                          to_dict(config),
-                                          run_id=run_id,
-                                          resume_step=first,
-                                          extra=facts)
+      if processes.is_writer():
+        warnings += manifest.write_manifest(workdir,
+                                            to_dict(config),
+                                            run_id=run_id,
+                                            resume_step=first,
+                                            extra=facts)
       for line in warnings:
         progress.message(f'warning: {line}')
       if first is not None:
@@ -339,8 +359,9 @@ def train(config: Config,
       trainer.go(first, profile)
       saved.wait()
   summary = trainer.summary(compiled)
-  metrics.write_summary(workdir, summary)
-  report.build_report(workdir)
+  if processes.is_writer():
+    metrics.write_summary(workdir, summary)
+    report.build_report(workdir)
   return summary
 
 
@@ -355,7 +376,10 @@ def main(argv: list[str]) -> None:
       steps = saved.steps()
     state = (f'the state after step {steps[-1]} is saved, and the same command '
              'continues' if steps else 'nothing was saved yet')
-    print(f'{signal}: stopped; {state}')
+    if processes.is_writer():
+      print(f'{signal}: stopped; {state}')
+    return
+  if not processes.is_writer():
     return
   before, after = summary['accuracy_before'], summary['accuracy_after']
   print(f'held-out accuracy {before:.3f} -> {after:.3f} in '
@@ -365,5 +389,6 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   _CONFIG = flags.DEFINE_config()
   _WORKDIR = flags.DEFINE_workdir()
+  flags.DEFINE_processes()
   _PROFILE = flags.DEFINE_steps('profile_steps', 'trace these steps, A:B')
   flags.run(main)

@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import Any, Mapping
 
 from rlax_llm.config import BRANCHING
 from rlax_llm.config import check_positions
@@ -21,6 +21,7 @@ from rlax_llm.config import nearest
 from rlax_llm.config import RolloutConfig
 from rlax_llm.config import Section
 from rlax_llm.config import SOURCES
+from rlax_llm.config import TaskConfig
 
 # What the string fields may hold; the modules that implement them are tested
 # against these.
@@ -104,8 +105,14 @@ _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
                'model.norm_epsilon', 'model.lora.alpha', 'model.init_scale',
                'control.refill_threshold')
 
-_SHARES = ('control.refill_threshold', 'task.trace_unfinished',
-           'rollout.draft_least', 'drafter.share')
+_AT_MOST: dict[str, float] = {
+    'task.verifier_processes': 1024,
+    'task.verifier_seconds': 3600,
+    'control.refill_threshold': 1,
+    'task.trace_unfinished': 1,
+    'rollout.draft_least': 1,
+    'drafter.share': 1,
+}
 
 
 def _get(config: Config, path: str) -> Any:
@@ -137,8 +144,11 @@ def validate(config: Config) -> Config:
   for path, least in _AT_LEAST.items():
     if not _get(config, path) >= least:
       raise ConfigError(f'{path}={_get(config, path)} must be at least {least}')
+  for path, most in _AT_MOST.items():
+    if _get(config, path) > most:
+      raise ConfigError(f'{path}={_get(config, path)} must be at most {most}')
   for path in _ABOVE_ZERO:
-    if not 0 < _get(config, path) < float('inf'):
+    if not _get(config, path) > 0:
       raise ConfigError(f'{path}={_get(config, path)} must be above 0')
   _validate_model(config.model)
   _validate_rollout(config.rollout, config.control, config.model)
@@ -150,15 +160,12 @@ def validate(config: Config) -> Config:
     value = getattr(config.learning, name)
     if not 0 <= value < 1:
       raise ConfigError(f'learning.{name}={value} must be in [0, 1)')
-  for path in _SHARES:
-    if _get(config, path) > 1:
-      raise ConfigError(f'{path}={_get(config, path)} is a share; it must be '
-                        'at most 1')
   if config.task.prompts_per_step % config.learning.minibatches:
     raise ConfigError(
         f'task.prompts_per_step={config.task.prompts_per_step} is not '
         f'divisible by learning.minibatches={config.learning.minibatches}; '
         'every optimizer step takes whole groups')
+  _check_unused(config.task)
   for path in ('task.system_prompt', 'task.chat_variables'):
     if _get(config, path) and not config.task.chat_template:
       raise ConfigError(f'{path} is read by the chat template only; set '
@@ -180,26 +187,100 @@ def validate(config: Config) -> Config:
   return freeze(config)
 
 
+def _check_unused(task: TaskConfig) -> None:
+  """Refuses data that the task does not read; one of your own may."""
+  for path, readers in (('mixture', ('mixture',)),
+                        ('path', ('jsonl', 'mixture')), ('held_out_path',
+                                                         ('jsonl', 'mixture'))):
+    if (getattr(task, path) and ':' not in task.name and
+        task.name not in readers):
+      raise ConfigError(
+          f'task.{path} is set, but task.name={task.name!r} does not read it; '
+          f'set task.name={" or ".join(map(repr, readers))}, or leave it empty')
+
+
 def _check_types(section: Section, prefix: str = '') -> None:
   """Refuses values of another type: a config file may assign anything."""
   for field in dataclasses.fields(section):  # type: ignore[arg-type]
-    value = getattr(section, field.name)
-    kind: Any = field.type
-    if isinstance(value, Section) and isinstance(value, kind):
+    value, kind = getattr(section, field.name), field.type
+    if isinstance(value, Section) and value.__class__ is kind:
       _check_types(value, f'{prefix}{field.name}.')
-      continue
-    union = isinstance(kind, types.UnionType)
-    kinds = typing.get_args(kind) if union else (kind,)
-    kinds = tuple(typing.get_origin(k) or k for k in kinds)
-    if float in kinds:
-      kinds += (int,)
-    if tuple in kinds:
-      kinds += (list,)  # freezing makes it one
-    if not isinstance(value, kinds) or (isinstance(value, bool) and
-                                        bool not in kinds):
-      names = ' or '.join(k.__name__ for k in kinds)
-      raise ConfigError(f'{prefix}{field.name}={value!r} is of type '
-                        f'{type(value).__name__}; give it as {names}')
+    else:
+      _check_value(value, kind, f'{prefix}{field.name}')
+
+
+# What `Any` stands for: the types of JSON, so that the manifest can hold them.
+_JSON = (type(None), bool, int, float, str, tuple, Mapping)
+_DEEPEST = 32  # brackets in one another
+_LARGEST_INT = 2**31 - 1  # counters and shapes are int32
+# Magnitudes that float32 holds, with room to compute.
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 1e-30, 1e30
+
+
+def _check_value(value: Any, kind: Any, path: str, depth: int = 0) -> None:
+  """Refuses a value that is not of a type, or an element of it.
+
+  Args:
+    value: of a field, or in one.
+    kind: its annotation.
+    path: names it.
+    depth: brackets around it.
+  """
+  if depth > _DEEPEST:
+    raise ConfigError(f'{path[:80]}... lies in more than {_DEEPEST} brackets; '
+                      'flatten it')
+  union = isinstance(kind, types.UnionType)
+  kinds = _JSON if kind is Any else typing.get_args(kind) if union else (kind,)
+  kinds = tuple(typing.get_origin(k) or k for k in kinds)
+  if float in kinds:
+    kinds += (int,)
+  if tuple in kinds:
+    kinds += (list,)  # freezing makes it one
+  if not isinstance(value, kinds) or (isinstance(value, bool) and
+                                      bool not in kinds):
+    names = ' or '.join(dict.fromkeys(k.__name__ for k in kinds))
+    raise ConfigError(f'{path}={_show(value)} is of type '
+                      f'{type(value).__name__}; give it as {names}')
+  items = typing.get_args(kind)
+  if isinstance(value, Mapping):
+    for name, item in value.items():
+      _check_value(name, str, f'a key of {path}')
+      _check_value(item, items[1] if items else Any, f'{path}[{name!r}]',
+                   depth + 1)
+  elif isinstance(value, (list, tuple)):
+    for i, item in enumerate(value):
+      _check_value(item, items[0] if items else Any, f'{path}[{i}]', depth + 1)
+  elif isinstance(value, str):
+    _check_text(value, path)
+  elif value:
+    _check_number(value, path)
+
+
+def _check_text(value: str, path: str) -> None:
+  try:
+    value.encode('utf-8')
+  except UnicodeEncodeError as error:
+    raise ConfigError(f'{path}={_show(value)} is no Unicode text at character '
+                      f'{error.start}; write it in UTF-8') from None
+
+
+def _check_number(value: int | float, path: str) -> None:
+  if isinstance(value, int):
+    if abs(value) > _LARGEST_INT:
+      raise ConfigError(f'{path}={_show(value)} must be at most {_LARGEST_INT}')
+  elif not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
+    raise ConfigError(
+        f'{path}={value} is no finite number of float32; give 0, or a '
+        f'magnitude from {_SMALLEST_FLOAT} to {_LARGEST_FLOAT}')
+
+
+def _show(value: Any) -> str:
+  """Returns a value for a message: one short line."""
+  try:
+    text = ' '.join(repr(value).split())
+  except ValueError:  # Python writes no integer of thousands of digits.
+    text = 'a number of thousands of digits'
+  return text if len(text) <= 80 else f'{text[:80]}...'
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -295,10 +376,9 @@ _WIDEST = 64
 
 def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
   """Returns the largest W; refuses what cannot be drafted or held."""
-  for width in control.widths:
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-      raise ConfigError(f'control.widths={tuple(control.widths)}: {width!r} is '
-                        'no width; give whole numbers from 1')
+  if min(control.widths, default=1) < 1:
+    raise ConfigError(f'control.widths={tuple(control.widths)} must be at '
+                      'least 1 each')
   if rollout.width == 0 and not control.widths:
     raise ConfigError('rollout.width=0 leaves the choice to the engine, but '
                       'control.widths is empty; list some, for instance (1, 4)')

@@ -9,6 +9,7 @@ import socket
 from typing import Iterator
 
 from rlax_llm.config import ConfigError
+from rlax_llm.files import writing
 
 FILE = 'lock'
 
@@ -44,8 +45,8 @@ def lock_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
       holder = file.read().strip() or 'another process'
       raise ConfigError(f'--workdir={workdir} is in use by {holder}; stop it '
                         'or give another --workdir') from error
-    file.seek(0)
-    file.truncate()
-    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-    file.flush()
+    holder = f'process {os.getpid()} on {socket.gethostname()}\n'
+    with writing(path):  # past the buffer, which close would write again
+      os.ftruncate(file.fileno(), 0)
+      os.write(file.fileno(), holder.encode())
     yield

@@ -310,20 +310,21 @@ def test_merge_keeps_one_node_of_each_line():
   Mutants: nodes of one token and other lines are merged; a moved node keeps its
   parent; the estimate of a node is the first source's.
   """
-  # Source 0: 7 -> 8 -> 9. Source 1: 7 -> 5, and 8 below the root.
-  tokens = jnp.asarray([7, 8, 9, 7, 5, 8])
-  parents = jnp.asarray([0, 1, 2, 0, 4, 0])
-  conditional = jnp.asarray([[0.5, 0.4, 0.3, 0.0, 0.0, 0.0],
-                             [0.0, 0.0, 0.0, 0.9, 0.6, 0.1]])
+  # Source 0: 7 -> 8 -> 9. Source 1: 7 -> 5, and 8 -> 8.
+  tokens = jnp.asarray([7, 8, 9, 7, 5, 8, 8])
+  parents = jnp.asarray([0, 1, 2, 0, 4, 0, 6])
+  conditional = jnp.asarray([[0.5, 0.4, 0.3, 0.0, 0.0, 0.0, 0.0],
+                             [0.0, 0.0, 0.0, 0.9, 0.6, 0.1, 0.2]])
   merged = trees.merge(tokens, parents, conditional, 3)
-  assert merged.depth.tolist() == [1, 2, 3, 1, 2, 1]
-  np.testing.assert_allclose(
-      merged.conditional,
-      [[0.5, 0.4, 0.3, 0.0, 0.0, 0.0], [0.9, 0.0, 0.0, 0.0, 0.6, 0.1]])
+  assert merged.depth.tolist() == [1, 2, 3, 1, 2, 1, 2]
+  np.testing.assert_allclose(merged.conditional,
+                             [[0.5, 0.4, 0.3, 0.0, 0.0, 0.0, 0.0],
+                              [0.9, 0.0, 0.0, 0.0, 0.6, 0.1, 0.2]])
   assert merged.parents[4] == 1  # below the first 7
   own = jnp.log(jnp.max(merged.conditional, axis=0))
   line = trees.fold(lambda above: above + own, merged.parents, jnp.zeros(()), 3)
-  np.testing.assert_allclose(jnp.exp(line), [0.9, 0.36, 0.108, 0.0, 0.54, 0.1],
+  np.testing.assert_allclose(jnp.exp(line),
+                             [0.9, 0.36, 0.108, 0.0, 0.54, 0.1, 0.02],
                              rtol=1e-5)
 
 

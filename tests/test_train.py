@@ -1,5 +1,6 @@
 """Whole runs: files, bits, speculation, stop and resume, learning."""
 
+import contextlib
 import io
 import json
 import pathlib
@@ -7,6 +8,7 @@ import random
 import shutil
 import types
 
+import file_helpers
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.files import WriteError
 from rlax_llm.learning import algorithms
 from rlax_llm.progress import Progress
 from rlax_llm.rollout.engine import RolloutEngine
@@ -296,6 +299,40 @@ def test_a_corrupt_checkpoint_is_passed_over(base, tmp_path):
   assert len(warned) == 1
   assert 'checkpoints/4' in warned[0] and 'checkpoints/2' in warned[0]
   _assert_same_run(folder, summary, base)
+
+
+class _FillingUp(Progress):
+  """Leaves no room for a file beyond a size from some step on."""
+
+  def __init__(self, stack, size):
+    super().__init__(io.StringIO())
+    self._stack, self._size = stack, size
+
+  def update(self, step, values):
+    super().update(step, values)
+    if step == 1:
+      self._stack.enter_context(file_helpers.room(self._size()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnhandledThreadExceptionWarning')
+@pytest.mark.parametrize('name', ['samples.jsonl', 'checkpoints'])
+def test_a_full_disk_stops_a_run_that_goes_on(base, tmp_path, name):
+  """Law: where a file fits no more the run stops and names it; with room again
+  the same call ends with the bits of the undisturbed run.
+
+  Mutants: a torn line kept; what Orbax raises passed on.
+  """
+  size = {
+      'samples.jsonl': lambda: (tmp_path / name).stat().st_size + 9,
+      'checkpoints': lambda: 2**14,
+  }[name]
+  with contextlib.ExitStack() as stack:
+    with pytest.raises(WriteError, match=f'{name} cannot be written'):
+      train.train(_config(), str(tmp_path), display=_FillingUp(stack, size))
+  summary, _ = _train(tmp_path)
+  _assert_same_run(tmp_path, summary, base)
 
 
 def test_another_configs_run_is_refused(base):

@@ -2,8 +2,9 @@
 
 import base64
 import collections
+import hashlib
 import json
-from typing import Sequence
+from typing import Callable, Sequence
 import zlib
 
 import numpy as np
@@ -33,7 +34,8 @@ class RolloutStore:
                history: int,
                megabytes: int,
                tokenizer: str,
-               shared: bool = False) -> None:
+               shared: bool = False,
+               part: tuple[int, int] = (0, 1)) -> None:
     """Makes an empty store.
 
     Args:
@@ -41,11 +43,14 @@ class RolloutStore:
       megabytes: the budget, 2^20 bytes.
       tokenizer: names what the tokens mean; kept in the checkpoint.
       shared: one history for all prompts, as in SuffixDecoding.
+      part: (i, n): keeps the i-th of n parts of all prompts, told apart by a
+        hash, and passes over what is of another part.
     """
     self._history = history
     self._limit = megabytes << 20
     self._tokenizer = tokenizer
     self._shared = shared
+    self._part = part
     # Least recently sampled prompt first; newest completion last.
     self._prompts: collections.OrderedDict[
         bytes, list[np.ndarray]] = collections.OrderedDict()
@@ -62,6 +67,11 @@ class RolloutStore:
       return b''
     return np.asarray(request.prompt, '<i4').tobytes()
 
+  def _keeps(self, key: bytes) -> bool:
+    part, parts = self._part
+    digest = hashlib.sha256(key).digest()
+    return int.from_bytes(digest[:8], 'little') % parts == part
+
   def history(self, request: Request) -> list[np.ndarray]:
     """Returns the stored completions of the request's prompt, oldest first."""
     return list(self._prompts.get(self._key(request), ()))
@@ -77,7 +87,7 @@ class RolloutStore:
     self._evict()
 
   def _add(self, key: bytes, tokens: np.ndarray) -> None:
-    if not self._history:
+    if not self._history or not self._keeps(key):
       return
     kept = self._prompts.pop(key, None)
     if kept is None:
@@ -100,7 +110,8 @@ class RolloutStore:
 
   def add_hint(self, request: Request, index: int, tokens: np.ndarray) -> None:
     """Stores what a sample of a coming step has come to so far."""
-    self._hints[request.step, request.request, index] = tokens
+    if self._keeps(self._key(request)):
+      self._hints[request.step, request.request, index] = tokens
 
   def drop_hints(self, step: int) -> None:
     """Forgets the hints for steps up to `step`."""
@@ -123,7 +134,8 @@ class RolloutStore:
   def restore(self, text: str) -> None:
     """Takes over what `dump` of an earlier run returned.
 
-    A smaller R or budget than that run's keeps the newest.
+    A smaller R or budget than that run's keeps the newest. What several
+    stores, each a part, have dumped is restored one by one.
 
     Raises:
       ConfigError: it is of another tokenizer.
@@ -151,7 +163,8 @@ class RolloutStore:
       for _ in range(count):
         self._add(prompt.tobytes(), next(left))
     self._evict()
-    self._hints = {
+    # Of all parts: which one they belong to is not recorded.
+    self._hints |= {
         (int(step), int(request), int(index)): hint
         for (step, request, index), hint in zip(keys, hints)
     }
@@ -189,9 +202,28 @@ def _inflate(text: str) -> np.ndarray:
   return np.frombuffer(raw, '<i4')
 
 
-def corpus_texts(store: RolloutStore | None, requests: Sequence[Request],
-                 rows: int,
-                 shape: CorpusShape) -> tuple[np.ndarray, np.ndarray]:
+def _completions(store: RolloutStore, requests: Sequence[Request],
+                 shape: CorpusShape) -> list[tuple[int, int, np.ndarray]]:
+  """Returns (row, text, completion) of whatever the store holds."""
+  found = []
+  for row, request in enumerate(requests):
+    if shape.history:
+      kept = store.history(request)[-shape.history:]
+      found += [(row, text, tokens) for text, tokens in enumerate(kept)]
+    for index in range(min(shape.hints, request.samples)):
+      hint = store.hint(request, index)
+      if hint is not None:
+        found.append((row, shape.history + shape.group + index, hint))
+  return found
+
+
+def corpus_texts(
+    store: RolloutStore | None,
+    requests: Sequence[Request],
+    rows: int,
+    shape: CorpusShape,
+    *,
+    merge: Callable[[list], list] = list) -> tuple[np.ndarray, np.ndarray]:
   """Returns the texts with which prompts begin, as `Drafter.load` takes them.
 
   Args:
@@ -199,6 +231,7 @@ def corpus_texts(store: RolloutStore | None, requests: Sequence[Request],
     requests: at most `rows` of them.
     rows: K, prompts that are loaded together.
     shape: gives C and S; a completion that does not fit is cut.
+    merge: joins what stores that are parts of one have found.
 
   Returns:
     (int32[K, C, S], int32[K, C]).
@@ -211,17 +244,11 @@ def corpus_texts(store: RolloutStore | None, requests: Sequence[Request],
     # The group's own texts begin as the prompt, which may be drafted from.
     texts[row, :, :len(prompt)] = prompt
     length[row, shape.history:first] = len(prompt)
-    if store is None:
-      continue
-    completions: dict[int, np.ndarray] = {}
-    if shape.history:
-      completions |= enumerate(store.history(request)[-shape.history:])
-    for index in range(min(shape.hints, request.samples)):
-      hint = store.hint(request, index)
-      if hint is not None:
-        completions[first + index] = hint
-    for text, completion in completions.items():
-      end = min(len(prompt) + len(completion), shape.capacity)
-      texts[row, text, len(prompt):end] = completion[:end - len(prompt)]
-      length[row, text] = end
+  if store is None:
+    return texts, length
+  for row, text, completion in merge(_completions(store, requests, shape)):
+    start = len(requests[row].prompt)
+    end = min(start + len(completion), shape.capacity)
+    texts[row, text, start:end] = completion[:end - start]
+    length[row, text] = end
   return texts, length

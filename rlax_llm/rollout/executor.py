@@ -320,7 +320,8 @@ def _slots_placement(model: LanguageModel, mesh: Mesh) -> Any:
 
 # What the host sends at a boundary is one array, an argument as it is: on CPU
 # `device_put` to a mesh costs as much as a forward of few rows. What the host
-# reads of a segment is one array as well.
+# reads of a segment is one array as well. Every one of several processes sends
+# and reads the same.
 
 
 def _prefill(params: Params, packed: Array,

@@ -11,6 +11,7 @@ from typing import Callable, Sequence
 import jax
 import numpy as np
 
+from rlax_llm import processes
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import store as stores
@@ -134,7 +135,7 @@ class Generation:
       ]
       taken += [corpus.prompts] * (rows - len(members))
       self._table.drafts.load(lambda: (taken, *stores.corpus_texts(
-          self._state.store, members, rows, corpus)))
+          self._state.store, members, rows, corpus, merge=processes.merge)))
     return self._parts.executor.prefill(self._params.policy,
                                         [r.prompt for r in members], rows,
                                         self._parts.rollout.prompt_length,
@@ -215,7 +216,10 @@ class Generation:
     forwards = self._parts.rollout.segment_forwards
     if self._parts.policy is None:
       return self._parts.widest.width, forwards
-    return self._parts.policy.choose(rows, capacity, forwards)
+    # It reads clocks, which differ between processes: the first one's decide.
+    width, forwards = processes.broadcast(
+        self._parts.policy.choose(rows, capacity, forwards))
+    return width, forwards
 
   def _segment(self) -> None:
     """Runs one segment, reads it once, collects the samples that ended."""

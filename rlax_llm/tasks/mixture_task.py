@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import random
 from typing import Any, Mapping
 
@@ -39,8 +38,7 @@ class MixtureTask:
     for name, weight in weights.items():
       if name == 'mixture':
         raise ValueError('task.mixture holds a mixture; list its tasks instead')
-      number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-      if not (number and math.isfinite(weight) and weight > 0):
+      if not weight > 0:
         raise ValueError(f'task.mixture[{name!r}]={weight!r}; weights are '
                          'positive numbers: remove the task to leave it out')
     unknown = sorted(set(config.options) - set(weights))

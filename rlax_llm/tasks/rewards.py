@@ -64,9 +64,12 @@ class Rewards:
     for name, function in self.functions.items():
       value = function(problem, completion, tokens, finished)
       try:
+        if isinstance(value, (str, bytes)):
+          raise TypeError('text')  # which float() would read
         values[name] = float(value)
-      except (TypeError, ValueError) as error:
-        raise ValueError(f'reward {name!r} returned {value!r}; return a '
+      except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f'reward {name!r} returned {str(value)[:80]!r}, a '
+                         f'{type(value).__name__}; return a finite '
                          'number') from error
       if not abs(values[name]) < _LARGEST:
         raise ValueError(f'reward {name!r} returned {values[name]}; return a '
@@ -87,19 +90,14 @@ def make_rewards(config: config_lib.TaskConfig, task: task_lib.Task) -> Rewards:
     task: whose `score` is the reward `correct`.
 
   Raises:
-    ConfigError: an unknown name, a weight that is not finite, or a reward that
-      the rest of the config does not fit.
+    ConfigError: an unknown name, or a reward that the rest of the config does
+      not fit.
   """
   if not config.rewards:
     raise config_lib.ConfigError(
         "task.rewards is empty; the default is {'correct': 1.0}")
   functions = {'correct': _correct(task)}
-  for name, weight in config.rewards.items():
-    if (isinstance(weight, bool) or not isinstance(weight, (int, float)) or
-        not math.isfinite(weight)):
-      raise config_lib.ConfigError(
-          f'task.rewards[{name!r}]={weight!r} is no weight; give a finite '
-          'number')
+  for name in config.rewards:
     if name != 'correct':
       functions[name] = _make_reward(name, config)
   unused = config.length_limit or config.length_cache

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import importlib
-from typing import Any, Literal, Mapping, Protocol
+import inspect
+import json
+from typing import Any, Callable, Literal, Mapping, Protocol, Sequence
 
 import numpy as np
 
@@ -52,6 +54,28 @@ def make_problem(source: str, prompt: str, answer: str | None,
   """Returns a problem, its `prompt_id` computed."""
   digest = hashlib.sha256(f'{source}\n{prompt}'.encode('utf-8', 'replace'))
   return Problem(digest.hexdigest(), prompt, answer, trace, source, entry)
+
+
+def problem_json(problem: Problem) -> str:
+  """Returns a problem as worker processes receive it.
+
+  Raises:
+    ConfigError: a task of the user's own made something else, or an entry that
+      is no JSON.
+  """
+  if not isinstance(problem, Problem) or not isinstance(problem.prompt, str):
+    raise config_lib.ConfigError(
+        f'{str(problem)[:80]!r}, of type {type(problem).__name__}, is no '
+        'problem; make it with rlax_llm.tasks.task.make_problem')
+  try:
+    return json.dumps({f.name: getattr(problem, f.name) for f in _FIELDS})
+  except (TypeError, ValueError) as error:
+    raise config_lib.ConfigError(
+        f'the entry of a {problem.source!r} problem is no JSON ({error}); use '
+        'JSON types') from error
+
+
+_FIELDS = dataclasses.fields(Problem)
 
 
 def with_instruction(prompt: str, config: config_lib.TaskConfig) -> str:
@@ -136,8 +160,13 @@ def demonstrations(task: Task) -> Task:
   return task.unrestricted if isinstance(task, FiniteTask) else task
 
 
-def problems_for_step(task: Task, config: config_lib.TaskConfig, seed: int,
-                      step: int) -> list[Problem]:
+def problems_for_step(
+    task: Task,
+    config: config_lib.TaskConfig,
+    seed: int,
+    step: int,
+    make: Callable[[Sequence[int]], list[Problem]] | None = None
+) -> list[Problem]:
   """Returns the B problems of a training step.
 
   A function of (task, seed, step): nothing is iterated, so that a resumed
@@ -155,26 +184,28 @@ def problems_for_step(task: Task, config: config_lib.TaskConfig, seed: int,
     config: gives B, `prompts_per_step`.
     seed: the run's seed.
     step: from 0.
+    make: makes the training problems of these indices; None: here, in order.
 
   Raises:
     ValueError: the task has too few problems.
   """
+  make = make or (lambda indices: [task.problem('train', i) for i in indices])
   count = config.prompts_per_step
   available = task.num_problems('train')
   if available is not None:
     indices = _epoch_indices(available, count, seed, step)
-    return [task.problem('train', int(i)) for i in indices]
-  chosen: dict[int, Problem] = {}
+    return make([int(i) for i in indices])
+  chosen = make(range(step * count, (step + 1) * count))
   seen: set[str] = set()
   for i in range(count):
-    for attempt in range(4):
+    for attempt in range(1, 4):
+      if chosen[i].prompt_id not in seen:
+        break
       # Attempts live far beyond the index of any step.
       index = step * count + i + (attempt << 40)
       chosen[i] = task.problem('train', index)
-      if chosen[i].prompt_id not in seen:
-        break
     seen.add(chosen[i].prompt_id)
-  return list(chosen.values())
+  return chosen
 
 
 def _epoch_indices(available: int, count: int, seed: int,
@@ -249,7 +280,7 @@ def imported(path: str, field: str, form: str) -> Any:
         'cannot import; move it to a module of its own')
   try:
     return getattr(importlib.import_module(module_name), name)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise config_lib.ConfigError(
         f'{field} {path!r} cannot be imported ({type(error).__name__}: '
         f'{error}); it is read as {form} and the module must be on '
@@ -267,4 +298,22 @@ def _imported_task(config: config_lib.TaskConfig, seed: int) -> Task:
     raise ValueError(
         f'task.name {config.name!r} lacks {", ".join(missing)}; a task has '
         'the methods of rlax_llm.tasks.task.Task')
-  return task_class(config, seed)
+  _check_call(task_class, f'task.name {config.name!r}', config, seed)
+  task = task_class(config, seed)
+  for name, arguments in (('problem', ('train', 0)), ('score', ({}, '')),
+                          ('num_problems', ('train',))):
+    _check_call(getattr(task, name), f'{name} of task.name {config.name!r}',
+                *arguments)
+  return task
+
+
+def _check_call(function: Callable[..., Any], what: str, *arguments:
+                Any) -> None:
+  """Refuses what cannot be called with so many arguments."""
+  try:
+    inspect.signature(function).bind(*arguments)
+  except (TypeError, ValueError) as error:
+    raise config_lib.ConfigError(
+        f'{what} takes other arguments ({error}); a task is constructed as '
+        'Class(config, seed) and has the methods of rlax_llm.tasks.task.Task'
+    ) from error

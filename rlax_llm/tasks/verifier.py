@@ -2,27 +2,25 @@
 
 import collections
 import dataclasses
+import itertools
 import json
-import os
 import selectors
-import signal
-import subprocess
 import sys
 import threading
 import time
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
-from absl import logging
 import numpy as np
 
 from rlax_llm import config as config_lib
 from rlax_llm.tasks import task as task_lib
+from rlax_llm.tasks import verifier_process
 from rlax_llm.tasks import verifier_worker
 
 _START_SECONDS = 180.0  # a cold import of reasoning-gym on a network disk
 _WINDOW = 32  # samples handed to a worker before the first is answered
 _MAX_FAILED_STARTS = 3
-_FIELDS = tuple(f.name for f in dataclasses.fields(task_lib.Problem))
+_MAX_WARNINGS = 20  # kinds of failures that are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,96 +32,28 @@ class Scores:
   unscorable: np.ndarray  # bool[n]: hung, crashed or raised in the verifier
 
 
-class _Worker:
-  """A process, its pipes, and the samples it was given."""
-
-  def __init__(self, setup: bytes) -> None:
-    # The packages and modules that this process sees, wherever they are.
-    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    # A verifier must not take the accelerator, and one thread is enough.
-    environment = {
-        **os.environ, 'PYTHONPATH': path,
-        'JAX_PLATFORMS': 'cpu',
-        'OMP_NUM_THREADS': '1',
-        'OPENBLAS_NUM_THREADS': '1'
-    }
-    # Its own session, so that Ctrl-C reaches only the parent, which closes it.
-    self.process = subprocess.Popen(
-        [sys.executable, '-m', verifier_worker.__name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
-        env=environment,
-        start_new_session=True)
-    assert self.process.stdin is not None and self.process.stdout is not None
-    self.stdin = self.process.stdin.fileno()
-    self.stdout = self.process.stdout.fileno()
-    os.set_blocking(self.stdin, False)
-    os.set_blocking(self.stdout, False)
-    self.unsent = bytearray(setup)
-    self.received = b''
-    self.pending: collections.deque[int] = collections.deque()
-    self.alone = False  # retries one sample: gets no other until it answers
-    self.ready = False
-    self.ended = False
-    self.since = time.monotonic()  # of the start, or of the last answer
-    self.send()
-
-  def add(self, index: int, line: bytes) -> None:
-    """Queues a sample."""
-    if not self.pending:
-      self.since = time.monotonic()
-    self.pending.append(index)
-    self.unsent += line
-
-  def send(self) -> None:
-    """Writes what the pipe takes."""
-    try:
-      while self.unsent:
-        # A slice: deleting from the front of a long bytearray is cheap.
-        del self.unsent[:os.write(self.stdin, self.unsent[:65536])]
-    except BlockingIOError:
-      pass
-    except BrokenPipeError:
-      self.unsent.clear()  # its end is read from the other pipe
-
-  def receive(self) -> list[dict[str, Any]]:
-    """Returns the messages that have arrived."""
-    chunks = [self.received]
-    try:
-      while chunk := os.read(self.stdout, 65536):
-        chunks.append(chunk)
-      self.ended = True
-    except BlockingIOError:
-      pass
-    *lines, self.received = b''.join(chunks).split(b'\n')
-    return [json.loads(line) for line in lines]
-
-  def close(self) -> None:
-    """Kills the process and waits for it."""
-    if self.process.poll() is None:
-      # With what the verifier's code may have started.
-      os.killpg(self.process.pid, signal.SIGKILL)
-    with self.process:  # closes the pipes
-      pass
-
-
 class Verifier:
   """Scores completions in `config.verifier_processes` processes.
 
   A sample has `config.verifier_seconds` of CPU time and 2 GiB of memory. One
   that hangs or kills its worker is tried once more, alone in a fresh worker;
   if that fails too its reward is 0.0 and it is marked unscorable. The others
-  are not affected. Construction returns at once: workers start in the
-  background.
+  are not affected: answers depend on time through these limits only.
+  Construction returns at once: workers start in the background.
   """
 
-  def __init__(self, config: config_lib.TaskConfig, seed: int) -> None:
+  def __init__(self,
+               config: config_lib.TaskConfig,
+               seed: int,
+               *,
+               warn: Callable[[str], None] | None = None) -> None:
     """Starts the workers.
 
     Args:
       config: the task, and the limits.
       seed: the run's seed.
+      warn: receives one text for each kind of failure, with a traceback where
+        there is one; None: stderr does.
 
     Raises:
       ValueError: a limit that is not positive.
@@ -142,9 +72,12 @@ class Verifier:
     }).encode() + b'\n'
     self._lock = threading.Lock()
     self._failed_starts = 0
-    self._logged = False
+    self._warn = warn or _to_stderr
+    self._warned: set[str] = set()
+    self._ids = itertools.count()
     self._workers = [
-        _Worker(self._setup) for _ in range(config.verifier_processes)
+        verifier_process.Worker(self._setup)
+        for _ in range(config.verifier_processes)
     ]
 
   def __enter__(self) -> 'Verifier':
@@ -212,9 +145,11 @@ class Verifier:
         # Answers to this batch must not reach the next one.
         self._workers = [self._replace(worker) for worker in self._workers]
         raise
-      if batch.error and not self._logged:
-        self._logged = True
-        logging.warning('the verifier raised; the first time:\n%s', batch.error)
+      for kind, text in batch.errors.items():
+        if kind not in self._warned and len(self._warned) < _MAX_WARNINGS:
+          self._warned.add(kind)
+          self._warn(f'a sample is unscorable, further ones like it are only '
+                     f'counted: {text}')
       return Scores(batch.rewards, batch.parts, batch.unscorable)
 
   def _advance(self, batch: '_Batch') -> None:
@@ -225,8 +160,7 @@ class Verifier:
         # Refilled by halves: one event then carries several answers.
         if len(worker.pending) <= _WINDOW // 2 and not worker.alone:
           for _ in range(min(share, len(batch.queue))):
-            index = batch.queue.popleft()
-            worker.add(index, batch.line(index))
+            self._hand_out(batch.queue.popleft(), worker, batch)
         worker.send()
         selector.register(worker.stdout, selectors.EVENT_READ)
         if worker.unsent:
@@ -236,12 +170,15 @@ class Verifier:
       selector.select(min(max(0.0, limit - now), 60.0))
     for place, worker in enumerate(self._workers):
       for message in worker.receive():
-        self._take(worker, message, batch)
+        if not worker.fault:
+          self._take(worker, message, batch)
       # Judged after reading: this process may have been the slow one.
-      if worker.ended or time.monotonic() > self._deadline(worker):
+      if not worker.ended and time.monotonic() > self._deadline(worker):
+        worker.fault = verifier_process.TOO_LONG
+      if worker.ended or worker.fault:
         self._workers[place] = self._recover(worker, batch)
 
-  def _deadline(self, worker: _Worker) -> float:
+  def _deadline(self, worker: verifier_process.Worker) -> float:
     """Returns the monotonic time at which a worker counts as hung."""
     if not worker.ready:
       return worker.since + _START_SECONDS
@@ -250,7 +187,7 @@ class Verifier:
     # The worker's own timer goes first.
     return worker.since + verifier_worker.wall_seconds(self._seconds) + 1
 
-  def _take(self, worker: _Worker, message: dict[str, Any],
+  def _take(self, worker: verifier_process.Worker, message: dict[str, Any],
             batch: '_Batch') -> None:
     worker.since = time.monotonic()
     if 'failed' in message:
@@ -259,12 +196,16 @@ class Verifier:
       worker.ready = True
       self._failed_starts = 0
       return
-    index = worker.pending.popleft()
-    assert index == message['index'], 'answers come in the order of samples'
+    # Samples are answered in their order; whoever says otherwise is a process
+    # of the user's code that writes where it must not.
+    if not worker.pending or message.get('id') != worker.pending[0].id:
+      worker.fault = verifier_process.NO_ANSWER
+      return
     worker.alone = False
-    batch.answer(index, message)
+    batch.answer(worker.pending.popleft().sample, message)
 
-  def _recover(self, worker: _Worker, batch: '_Batch') -> _Worker:
+  def _recover(self, worker: verifier_process.Worker,
+               batch: '_Batch') -> verifier_process.Worker:
     """Replaces a worker that died or hung; returns the new one."""
     fresh = self._replace(worker)
     if not worker.ready:
@@ -274,24 +215,32 @@ class Verifier:
             f'{_MAX_FAILED_STARTS} verifier processes ended while starting '
             f'(exit status {worker.process.poll()}); see standard error')
       if worker.alone:
-        self._retry(worker.pending.popleft(), fresh, batch)
+        self._retry(worker.pending.popleft().sample, fresh, batch)
     elif worker.pending:
       # Samples are answered in order: the first is the one in flight.
-      suspect = worker.pending.popleft()
+      suspect = worker.pending.popleft().sample
       if worker.alone:
-        batch.answer(suspect, None)
+        end = worker.describe_end()
+        batch.answer(suspect, {'error': end, 'kind': end})
       else:
         self._retry(suspect, fresh, batch)
-    batch.queue.extendleft(reversed(worker.pending))
+    batch.queue.extendleft(p.sample for p in reversed(worker.pending))
     return fresh
 
-  def _retry(self, index: int, worker: _Worker, batch: '_Batch') -> None:
+  def _retry(self, index: int, worker: verifier_process.Worker,
+             batch: '_Batch') -> None:
     worker.alone = True
-    worker.add(index, batch.line(index))
+    self._hand_out(index, worker, batch)
 
-  def _replace(self, worker: _Worker) -> _Worker:
+  def _hand_out(self, index: int, worker: verifier_process.Worker,
+                batch: '_Batch') -> None:
+    pending = verifier_process.Pending(next(self._ids), index)
+    worker.add(pending, batch.line(pending))
+
+  def _replace(self,
+               worker: verifier_process.Worker) -> verifier_process.Worker:
     worker.close()
-    return _Worker(self._setup)
+    return verifier_process.Worker(self._setup)
 
 
 class _Batch:
@@ -314,32 +263,36 @@ class _Batch:
     self.rewards = np.zeros(count, np.float32)
     self.parts = {name: np.zeros(count, np.float32) for name in names}
     self.unscorable = np.zeros(count, np.bool_)
-    self.error: str | None = None
+    self.errors: dict[str, str] = {}  # the first of each kind
 
-  def line(self, index: int) -> bytes:
+  def line(self, pending: verifier_process.Pending) -> bytes:
     """Returns the request for a sample."""
+    index = pending.sample
     problem = self._problems[index]
     text = self._texts.get(id(problem))
     if text is None:
-      try:
-        text = json.dumps({name: getattr(problem, name) for name in _FIELDS})
-      except (TypeError, ValueError) as error:
-        raise ValueError(f'the entry of a {problem.source!r} problem is no '
-                         f'JSON ({error}); use JSON types') from error
+      text = task_lib.problem_json(problem)
       self._texts[id(problem)] = text
     sample: dict[str, Any] = {'completion': self._completions[index]}
     if self._ends is not None:
       sample['tokens'], sample['finished'] = self._ends[index]
-    return (f'{{"index": {index}, "problem": {text}, '
+    return (f'{{"id": {pending.id}, "problem": {text}, '
             f'{json.dumps(sample)[1:]}\n').encode()
 
-  def answer(self, index: int, message: Mapping[str, Any] | None) -> None:
-    """Records a worker's answer on a sample; None: it never came."""
-    if message is not None and 'reward' in message:
+  def answer(self, index: int, message: Mapping[str, Any]) -> None:
+    """Records what a worker says of a sample, or what became of the worker."""
+    if 'reward' in message:
       self.rewards[index] = message['reward']
       for name, values in self.parts.items():
         values[index] = message['parts'][name]
     else:
       self.unscorable[index] = True
-      self.error = self.error or (message or {}).get('error')
+      self.errors.setdefault(
+          message['kind'], f'{message["error"].rstrip()}\n'
+          f'prompt {self._problems[index].prompt[-200:]!r}, completion '
+          f'{self._completions[index][-200:]!r}')
     self.unanswered -= 1
+
+
+def _to_stderr(text: str) -> None:
+  print(f'warning: {text}', file=sys.stderr, flush=True)

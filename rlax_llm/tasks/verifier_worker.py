@@ -40,11 +40,15 @@ def _limit_memory() -> None:
 
 def _score(rewards: rewards_lib.Rewards, sample: dict[str, Any],
            seconds: float) -> dict[str, Any]:
-  """Returns {'reward': float, 'parts': dict} or {'error': the traceback}.
+  """Returns {'reward': float, 'parts': dict}, or {'error': the traceback,
+  'kind': what was raised, and where}.
 
   A sample without its number of tokens is scored by `correct` alone.
   """
-  # The default action of both signals ends the process, inside C code too.
+  # The default action of both signals ends the process, inside C code too. An
+  # earlier sample's code may have set another.
+  for name in (signal.SIGPROF, signal.SIGALRM):
+    signal.signal(name, signal.SIG_DFL)
   signal.setitimer(signal.ITIMER_PROF, seconds)
   signal.setitimer(signal.ITIMER_REAL, wall_seconds(seconds))
   try:
@@ -55,8 +59,10 @@ def _score(rewards: rewards_lib.Rewards, sample: dict[str, Any],
     reward, parts = rewards(problem, completion, tokens or 0,
                             sample.get('finished', False))
     return {'reward': reward, 'parts': parts}
-  except (Exception, SystemExit):  # pylint: disable=broad-exception-caught
-    return {'error': traceback.format_exc(limit=20)[-4000:]}
+  except BaseException as error:  # pylint: disable=broad-exception-caught
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    kind = f'{type(error).__name__} {place.filename}:{place.lineno}'
+    return {'error': traceback.format_exc(limit=20)[-4000:], 'kind': kind}
   finally:
     signal.setitimer(signal.ITIMER_PROF, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -76,17 +82,18 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
   try:
     task = task_lib.make_task(config, setup['seed'])
     rewards = rewards_lib.make_rewards(config, task)
-  except Exception:  # pylint: disable=broad-exception-caught
+  except BaseException:  # pylint: disable=broad-exception-caught
     reply({'failed': traceback.format_exc(limit=20)[-4000:]})
     return
   _limit_memory()
+  process = os.getpid()
   reply({'ready': True})
   for line in requests:
     sample = json.loads(line)
-    reply({
-        'index': sample['index'],
-        **_score(rewards, sample, config.verifier_seconds)
-    })
+    answer = _score(rewards, sample, config.verifier_seconds)
+    if os.getpid() != process:
+      os._exit(0)  # a fork of the user's that came back: one answers
+    reply({'id': sample['id'], **answer})
 
 
 def main() -> None:
@@ -99,8 +106,7 @@ def main() -> None:
   os.dup2(nothing, 0)
   os.close(nothing)
   warnings.simplefilter('ignore')
-  for name in (signal.SIGPROF, signal.SIGALRM, signal.SIGPIPE):
-    signal.signal(name, signal.SIG_DFL)
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)
   try:
     _serve(requests, replies)
   finally:

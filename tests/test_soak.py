@@ -1,0 +1,61 @@
+"""Many steps: memory stays flat and steps stay as fast as they were.
+
+`pytest -m slow tests/test_soak.py --full` takes 2,000 steps instead of 500.
+"""
+
+import gc
+import io
+import os
+import statistics
+
+import jax
+import pytest
+
+from rlax_llm import testing
+from rlax_llm import train
+from rlax_llm.progress import Progress
+
+_PAGE = os.sysconf('SC_PAGE_SIZE')
+
+
+class _Watch(Progress):
+  """Notes memory and step times instead of showing anything."""
+
+  def __init__(self):
+    super().__init__(io.StringIO())
+    self.resident, self.arrays, self.seconds = [], [], []
+
+  def update(self, step, values=None):
+    if not values or 'time/step' not in values:
+      return
+    self.seconds.append(values['time/step'])
+    if step % 10 == 0:
+      gc.collect()
+    with open('/proc/self/statm', encoding='ascii') as file:
+      self.resident.append(int(file.read().split()[1]) * _PAGE)
+    self.arrays.append(sum(x.nbytes for x in jax.live_arrays()))
+
+
+@pytest.mark.slow
+def test_memory_and_step_time_stay_flat(tmp_path, request):
+  """Law: over the second half of a run host memory grows by less than 1 %,
+  device memory by nothing, and steps do not slow down.
+
+  Mutants: every batch kept in a list; the store without a budget.
+  """
+  config = testing.tiny_config()
+  config.mesh.data = 1
+  config.num_steps = 2000 if request.config.getoption('--full') else 500
+  config.task.epoch_prompts = 2
+  config.checkpoint.every = 50
+  config.evaluate.every = 100
+  watch = _Watch()
+  train.train(config, str(tmp_path), display=watch)
+  half = config.num_steps // 2
+  assert len(watch.seconds) == config.num_steps
+  # The least of a stretch: what a save or an evaluation takes comes and goes.
+  middle = min(watch.resident[half:half + 50])
+  assert min(watch.resident[-50:]) < 1.01 * middle
+  assert min(watch.arrays[-50:]) == min(watch.arrays[half:half + 50])
+  late = statistics.median(watch.seconds[-half // 2:])
+  assert late < 1.5 * statistics.median(watch.seconds[half // 2:half])
