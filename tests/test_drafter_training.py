@@ -46,9 +46,6 @@ def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
   """Law: 40 steps, drafted by a network that is trained meanwhile, and in one
   case with a random clock, width and segment length at every boundary: tokens,
   parameters and metrics are bit-equal to plain sampling.
-
-  Mutants: the drafter's update moves the policy's embedding; the drafter is
-  trained on what the learner then skips.
   """
   clock = None
   if changes['rollout__width'] == 0:
@@ -70,10 +67,7 @@ def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
 
 
 def test_the_hybrid_changes_nothing(plain, tmp_path):
-  """Law: so do drafts from the network and from past rollouts, merged.
-
-  Mutant: the store is not restored to what it was.
-  """
+  """Law: so do drafts from the network and from past rollouts, merged."""
   summary, _ = runs._train(tmp_path,
                            **(LONG | TREE | dict(rollout__drafter='hybrid')))
   runs._assert_same_run(tmp_path, summary, plain)
@@ -85,9 +79,6 @@ def test_the_hybrid_changes_nothing(plain, tmp_path):
 def test_a_continued_run_goes_on_with_its_drafter(tmp_path):
   """Law: the drafter and its optimizer are in the checkpoint; a run that takes
   up drafting begins with a fresh one; one that leaves it has the same tokens.
-
-  Mutants: `completed` makes a fresh drafter in any case; the optimizer's state
-  is left out.
   """
   settings = CHAIN | dict(drafter__share=0.9, drafter__every=1)
   folder = tmp_path / 'run'
@@ -156,7 +147,7 @@ def test_the_loss_is_its_definition():
   the positions before the tokens of responses; one pass.
 
   Mutants: the position of the token itself counts; the prompt counts; features
-  cross into the next segment; the halves are not halves.
+  cross into the next segment; the weights are 0.9 and 0.1.
   """
   run = _run()
   learning = dataclasses.replace(run.states.draft_learning, passes=1, chunk=5)
@@ -239,7 +230,7 @@ def test_the_budget_is_kept(monkeypatch):
   update costs; 0 steps between trainings: none.
 
   Each update takes 0.5 s by the clock, each step 2 s, the share is a tenth.
-  Mutants: a debt is forgotten; the budget is spent anew in every step.
+  Mutant: a debt is forgotten.
   """
   run = dataclasses.replace(make_run(runs._config(drafter__share=0.1, **CHAIN)),
                             clock=_Clock())

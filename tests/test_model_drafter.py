@@ -94,9 +94,9 @@ def test_a_policy_that_drafts_for_itself_is_always_right(name):
   EOS and the limit.
 
   The policy keeps a cache of its own through the drafter's state: whatever is
-  stale there, in any row, after any boundary, is a rejected draft. Mutants: the
-  state is not gathered at compaction; not grown; an admission is not taken up;
-  a row's cache is one token short after it; drafts remain in the state.
+  stale there, in any row, after any boundary, is a rejected draft. Mutants:
+  compaction gathers other rows; an admission is not taken up; a row's cache is
+  one token short after it.
   """
   got, engine = _world().generate(helpers.make_requests(),
                                   drafter=_drafter(4, self_draft=True),
@@ -111,8 +111,8 @@ def test_a_policy_that_drafts_trees_for_itself_is_always_right():
   """Law: the first of every node's children is the target's token.
 
   Lines of 3 with their siblings; the most probable line is always the right
-  one, so a forward commits at least 2 tokens. Mutants: nodes see the siblings
-  of their ancestors; a level's features are not those of its parents.
+  one, so a forward commits at least 2 tokens. Mutants: nodes see all that was
+  evaluated before them; the tokens of a level are the first ones.
   """
   got, engine = _world().generate(helpers.make_requests(),
                                   drafter=_drafter(10,
@@ -149,7 +149,7 @@ def test_nothing_is_stale_after_segments_without_drafts(ways, monkeypatch):
   drafted is the last of its forward.
 
   Mutants: `sync` starts at the row's length; it goes on with the sample that
-  left the row; an admission that was missed is not found; one chunk is enough.
+  left the row; it stops after one chunk.
   """
   world = _world(ways=ways) if ways > 1 else _world()
   seen = _watch_widths(monkeypatch, (1, 1, 4), 3)
@@ -178,9 +178,7 @@ def test_the_state_is_a_function_of_the_text(monkeypatch):
   that are computed from the rows' texts alone.
 
   With a network that reads features. Mutants: the feature is that of the last
-  drafted node; features are not shifted; the first feature of a sample is that
-  of the sample before; `observe` ignores the path; admission takes the last
-  token's state for that of the one before.
+  drafted node; features are not shifted; `observe` ignores the path.
   """
   world, checked = _world(), []
   own = world.draft_params()
@@ -229,11 +227,7 @@ def test_the_state_is_a_function_of_the_text(monkeypatch):
     ('tree', 7, dict(branching=3, depth=3)),
 ])
 def test_drafts_change_no_token(name, width, options):
-  """Law: tokens are those of plain sampling, whatever the network says.
-
-  Mutants: verification takes the draft's token; nodes of one level have one
-  parent.
-  """
+  """Law: tokens are those of plain sampling, whatever the network says."""
   world = _world()
   got, engine = world.generate(helpers.make_requests(),
                                drafter=_drafter(width, **options),
@@ -249,10 +243,7 @@ def test_drafts_change_no_token(name, width, options):
     pytest.param(2, 0.7, 0.9, marks=pytest.mark.slow),
 ])
 def test_law(branching, temperature, top_p):
-  """Law: completions are distributed as the product of the policy's laws.
-
-  Mutant: the draft's token is committed in place of the target's.
-  """
+  """Law: completions are distributed as the product of the policy's laws."""
   world = _world(vocabulary=4,
                  eos=3,
                  sampling=Sampling(temperature, top_p=top_p))
@@ -273,10 +264,7 @@ def test_law(branching, temperature, top_p):
 
 
 def test_devices_change_no_token():
-  """Law: rows over eight devices give the tokens of one device.
-
-  Mutant: the state's rows are not compacted.
-  """
+  """Law: rows over eight devices give the tokens of one device."""
   world = _world(ways=8)
   got, _ = world.generate(helpers.make_requests(),
                           drafter=_drafter(4, world=world),
@@ -290,7 +278,7 @@ def test_devices_change_no_token():
 def test_select_keeps_the_most_probable_nodes_and_their_lines():
   """By hand: five candidates, three kept; equal ones keep their order.
 
-  Mutants: parents are not renumbered; ties go to the later one.
+  Mutant: parents are not renumbered.
   """
   log = lambda *p: jnp.log(jnp.asarray(p))
   tokens, parents, chosen = trees.select(jnp.asarray([7, 8, 9, 5, 6]),
@@ -307,7 +295,7 @@ def test_select_keeps_the_most_probable_nodes_and_their_lines():
 def test_merge_keeps_one_node_of_each_line():
   """By hand: two chains that part at depth 2, and one node twice.
 
-  Mutants: nodes of one token and other lines are merged; a moved node keeps its
+  Mutants: nodes of one token and depth are merged; a moved node keeps its
   parent; the estimate of a node is the first source's.
   """
   # Source 0: 7 -> 8 -> 9. Source 1: 7 -> 5, and 8 -> 8.
@@ -335,11 +323,7 @@ def test_merge_keeps_one_node_of_each_line():
                                      ('tree_cache',)],
                          ids='+'.join)
 def test_the_hybrid_changes_no_token(sources):
-  """Law: merged drafts, or those of either source, change no token.
-
-  Mutants: the tree's tokens are not those of its nodes; the state that is
-  gathered is another source's.
-  """
+  """Law: merged drafts, or those of either source, change no token."""
   world = _world()
   store = RolloutStore(history=8, megabytes=1, tokenizer='')
   store.add(_plain()[1:20:2])
@@ -361,9 +345,7 @@ def test_the_hybrid_drafts_with_whoever_is_right():
   and always wrong takes hardly any nodes, once counted.
 
   The policy drafts for itself; the cache holds rollouts in which what comes
-  next is always something else. Mutants: estimates are not calibrated; counts
-  of one source go to the other; trials are counted where the parent was not
-  taken.
+  next is always something else. Mutant: estimates are not calibrated.
   """
   world = _world()
   store = RolloutStore(history=8, megabytes=1, tokenizer='')
@@ -390,16 +372,17 @@ def test_the_hybrid_drafts_with_whoever_is_right():
 def test_calibration_counts_what_was_tried():
   """By hand: a node counts if its parent was taken, at its depth.
 
-  Root -> a (0.5) -> b (0.4), and c (0.8) below the root; the target took a and
-  then something else. Mutants: b's trial is left out; c counts as taken.
+  Root -> a (0.5) -> b (0.4), and root -> c (0.8) -> d (0.7); the target took a
+  and then something else. Mutants: nodes whose parent was not taken count;
+  nodes that a source does not have count as its hits.
   """
   calibration = hybrids.Calibration(jnp.zeros((2, 3)), jnp.zeros((2, 3)))
-  proposed = hybrids.Proposed(parents=jnp.asarray([[0, 1, 0]]),
-                              depth=jnp.asarray([[1, 2, 1]]),
-                              conditional=jnp.asarray([[[0.5, 0.4, 0.0],
-                                                        [0.0, 0.0, 0.8]]]))
-  path = Path(nodes=jnp.asarray([[0, 1, 0, 0]]),
-              tokens=jnp.zeros((1, 4), jnp.int32),
+  proposed = hybrids.Proposed(parents=jnp.asarray([[0, 1, 0, 3]]),
+                              depth=jnp.asarray([[1, 2, 1, 2]]),
+                              conditional=jnp.asarray([[[0.5, 0.4, 0.0, 0.0],
+                                                        [0.0, 0.0, 0.8, 0.7]]]))
+  path = Path(nodes=jnp.asarray([[0, 1, 0, 0, 0]]),
+              tokens=jnp.zeros((1, 5), jnp.int32),
               length=jnp.asarray([2]))
   slots = types.SimpleNamespace(done=jnp.asarray([False]))
   got = hybrids.learn(calibration, proposed, slots, path)
