@@ -281,7 +281,7 @@ class DrafterConfig(Section):
   microbatch_rows: int = 8  # packed rows of one update
   # Passes over a row in one update; each reads the estimates of the one before
   # in place of the target's hidden states, as drafting does.
-  passes: int = 2
+  passes: int = 1
   buffer_tokens: int = 1 << 20  # of each of the last two steps, longest first
 
 
