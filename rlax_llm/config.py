@@ -235,11 +235,12 @@ class RolloutConfig(Section):
   slots: int = 64  # N: rows decoded together
   # none | prompt_lookup | tree_cache | model | hybrid (those two, merged)
   drafter: str = 'tree_cache'
-  # W: nodes verified in one forward; 1: no speculation; 0: chosen for every
-  # segment from control.widths.
+  # W: nodes verified in one forward; 1: no speculation; 0: control.strategy
+  # chooses for every segment.
   width: int = 0
   # tree_cache, model, hybrid: a draft is a chain (1), or a tree with at most so
-  # many children to a node. The hybrid's sources draft so each.
+  # many children to a node (the hybrid's sources draft so each); 0:
+  # control.strategy chooses from control.branchings.
   branching: int = 1
   draft_least: float = 0.05  # nodes less probable are not counted on
   history: int = 8  # R: earlier rollouts of a prompt that are drafted from
@@ -255,9 +256,20 @@ class ControlConfig(Section):
   refill_threshold: float = 0.25
   compact: bool = True  # halve N when half of the rows are done
   min_slots: int = 8  # compaction stops here
-  # The values of W among which rollout.width=0 chooses by measured gain; 1 is
-  # always among them.
+  # With rollout.width=0, what chooses W and the draft's shape:
+  #   cost_model: the most tokens per second by measured costs and acceptance;
+  #   table: by the number of rows that decode;
+  #   bandit: by that number among several arms, by what they earned lately.
+  strategy: str = 'cost_model'
+  # cost_model: the values of W to choose from; 1 is always among them.
   widths: tuple[int, ...] = (1, 4)
+  branchings: tuple[int, ...] = (1, 2)  # with rollout.branching=0
+  # table, bandit: (rows that decode at most, W, W of a further arm, ...),
+  # ascending; above the last one nothing is drafted. A table's have one W.
+  # These are the published ones.
+  buckets: tuple[tuple[int, ...], ...] = ((1, 48), (4, 32), (20, 16), (32, 8))
+  bandit_epsilon: float = 0.1  # probability of an arm drawn at random
+  bandit_window: int = 300  # segments that an arm is judged by
   # When nothing is pending, slots up to this number that would idle sample
   # the coming step, as hints to its drafts (tree_cache). 0: off. Pays where a
   # forward of few rows costs as much as one of many: on accelerators.
@@ -370,6 +382,19 @@ class Config(Section):
   checkpoint: CheckpointConfig = dataclasses.field(
       default_factory=CheckpointConfig)
   evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+
+def list_widths(rollout: 'RolloutConfig',
+                control: 'ControlConfig') -> tuple[int, ...]:
+  """Returns the values of W that a config can lead to, ascending."""
+  if rollout.drafter == 'none':
+    return (1,)
+  if rollout.width:
+    return (rollout.width,)
+  widths = set(control.widths)
+  if control.strategy != 'cost_model':
+    widths = {width for _, *found in control.buckets for width in found}
+  return tuple(sorted({1, *widths}))
 
 
 def check_positions(rollout: RolloutConfig, width: int, limit: int) -> None:

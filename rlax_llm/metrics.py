@@ -112,6 +112,8 @@ METRICS: dict[str, Metric] = {
         Metric('s', _S, 'training the drafter'),
     'rollout/segments':
         Metric('segments', _S, 'segments, each with one read of the device'),
+    'rollout/executables':
+        Metric('1', _S, 'segments compiled so far, by rows, capacity and arm'),
     'rollout/occupancy':
         Metric('fraction', _S, 'slots that hold an unfinished sample'),
     'time/rollout':

@@ -17,6 +17,7 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import FROM_ROLLOUTS
 from rlax_llm.config import LEARNED
+from rlax_llm.config import list_widths
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
@@ -82,9 +83,9 @@ class Run:
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts, this process's part."""
     rollout = self.config.rollout
-    width = rollout.width or max(self.config.control.widths)
+    widest = max(list_widths(rollout, self.config.control))
     # Where nobody drafts from it, it keeps nothing.
-    used = rollout.drafter in FROM_ROLLOUTS and width > 1
+    used = rollout.drafter in FROM_ROLLOUTS and widest > 1
     kept = rollout.history if used else 0
     return RolloutStore(history=kept,
                         megabytes=rollout.cache_megabytes,

@@ -15,6 +15,7 @@ from rlax_llm.config import DRAFTERS
 from rlax_llm.config import freeze
 from rlax_llm.config import FROM_ROLLOUTS
 from rlax_llm.config import LEARNED
+from rlax_llm.config import list_widths
 from rlax_llm.config import LORA_TARGETS
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import nearest
@@ -32,6 +33,7 @@ _CHOICES = {
     'task.match': ('numeric', 'exact', 'math'),
     'model.rope_scaling': ('none', 'linear', 'llama3'),
     'rollout.drafter': DRAFTERS,
+    'control.strategy': ('cost_model', 'table', 'bandit'),
     'learning.schedule': ('constant', 'linear', 'cosine'),
     'learning.old_logprobs': ('recompute', 'sampler'),
     'learning.precision.parameters': ('float32', 'bfloat16'),
@@ -63,7 +65,7 @@ _AT_LEAST: dict[str, float] = {
     'rollout.prompt_length': 1,
     'rollout.slots': 1,
     'rollout.width': 0,
-    'rollout.branching': 1,
+    'rollout.branching': 0,
     'rollout.draft_least': 0,
     'rollout.history': 0,
     'rollout.cache_megabytes': 1,
@@ -78,6 +80,8 @@ _AT_LEAST: dict[str, float] = {
     'drafter.microbatch_rows': 1,
     'drafter.passes': 1,
     'drafter.buffer_tokens': 1,
+    'control.bandit_epsilon': 0,
+    'control.bandit_window': 1,
     'learning.warmup_steps': 0,
     'learning.minibatches': 1,
     'learning.row_length': 0,
@@ -109,6 +113,7 @@ _AT_MOST: dict[str, float] = {
     'task.verifier_processes': 1024,
     'task.verifier_seconds': 3600,
     'control.refill_threshold': 1,
+    'control.bandit_epsilon': 1,
     'task.trace_unfinished': 1,
     'rollout.draft_least': 1,
     'drafter.share': 1,
@@ -370,20 +375,90 @@ def _validate_drafter(config: Config) -> None:
         'set every to 0 to keep the drafter as it is')
 
 
+def _check_strategy(rollout: RolloutConfig, control: ControlConfig) -> None:
+  """Refuses choices that cannot be made, and fields that nothing would read."""
+  for name in ('widths', 'branchings'):
+    for value in getattr(control, name):
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f'control.{name}={tuple(getattr(control, name))}: '
+                          f'{value!r} is none; give whole numbers from 1')
+  default = ControlConfig()
+  unread = {
+      'cost_model': ('buckets', 'bandit_epsilon', 'bandit_window'),
+      'table': ('widths', 'bandit_epsilon', 'bandit_window'),
+      'bandit': ('widths',),
+  }[control.strategy]
+  for name in unread:
+    if freeze(getattr(control, name)) != getattr(default, name):
+      raise ConfigError(
+          f'control.{name}={getattr(control, name)} has no effect with '
+          f'control.strategy={control.strategy!r}; name another strategy, or '
+          f'leave it at {getattr(default, name)}')
+  if rollout.branching and freeze(control.branchings) != default.branchings:
+    raise ConfigError(
+        f'control.branchings={tuple(control.branchings)} has no effect with '
+        f'rollout.branching={rollout.branching}; set that to 0')
+  if rollout.width or rollout.drafter == 'none':
+    if control.strategy != default.strategy or not rollout.branching:
+      raise ConfigError(
+          f'control.strategy={control.strategy!r} and rollout.branching='
+          f'{rollout.branching}: nothing is chosen with rollout.drafter='
+          f'{rollout.drafter!r} and rollout.width={rollout.width}; set the '
+          f'width to 0 and a drafter, or leave them at {default.strategy!r} '
+          'and 1')
+    return
+  if not rollout.branching and not control.branchings:
+    raise ConfigError('rollout.branching=0 leaves the choice to the engine, '
+                      'but control.branchings is empty; list some, for '
+                      'instance (1, 2)')
+  if control.strategy != 'cost_model':
+    _check_buckets(rollout, control)
+  elif not control.widths:
+    raise ConfigError('rollout.width=0 leaves the choice to the engine, but '
+                      'control.widths is empty; list some, for instance (1, 4)')
+
+
+def _check_buckets(rollout: RolloutConfig, control: ControlConfig) -> None:
+  buckets = control.buckets
+  example = ('((4, 1, 8), (32, 1, 4))'
+             if control.strategy == 'bandit' else '((4, 8), (32, 4))')
+  remedy = f'; give (rows, W) ascending by rows, for instance {example}'
+  limits = []
+  for bucket in buckets:
+    if (not isinstance(bucket, (tuple, list)) or len(bucket) < 2 or any(
+        isinstance(n, bool) or not isinstance(n, int) or n < 1
+        for n in bucket)):
+      raise ConfigError(
+          f'control.buckets={buckets}: {bucket!r} is no bucket of '
+          f'whole numbers from 1{remedy}')
+    limits.append(bucket[0])
+    shapes = (rollout.branching,) if rollout.branching else control.branchings
+    # As `arms_of_width` makes them.
+    arms = {(width, min(shape, width - 1))
+            for width in bucket[1:]
+            for shape in shapes}
+    if (len(arms) == 1) != (control.strategy == 'table'):
+      wants = ('one width and one shape'
+               if control.strategy == 'table' else 'two arms or more')
+      raise ConfigError(
+          f'control.strategy={control.strategy!r} takes {wants} for a bucket; '
+          f'{bucket!r} in control.buckets with rollout.branching='
+          f'{rollout.branching} gives {len(arms)}{remedy}')
+  if not limits or limits != sorted(set(limits)):
+    raise ConfigError(f'control.buckets={buckets} has no ascending numbers of '
+                      f'rows{remedy}')
+
+
 # Nodes verified in one forward: the mask alone takes W^2 per row.
 _WIDEST = 64
 
 
 def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
   """Returns the largest W; refuses what cannot be drafted or held."""
-  if min(control.widths, default=1) < 1:
-    raise ConfigError(f'control.widths={tuple(control.widths)} must be at '
-                      'least 1 each')
-  if rollout.width == 0 and not control.widths:
-    raise ConfigError('rollout.width=0 leaves the choice to the engine, but '
-                      'control.widths is empty; list some, for instance (1, 4)')
-  name = 'rollout.width' if rollout.width else 'control.widths'
-  width = rollout.width or max(control.widths)
+  _check_strategy(rollout, control)
+  width = max(list_widths(rollout, control))
+  chosen = 'widths' if control.strategy == 'cost_model' else 'buckets'
+  name = 'rollout.width' if rollout.width else f'control.{chosen}'
   if width > _WIDEST:
     raise ConfigError(f'{name} asks for {width} nodes in one forward; at most '
                       f'{_WIDEST} are verified')

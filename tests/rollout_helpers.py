@@ -18,6 +18,7 @@ from rlax_llm.config import PrecisionConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting import tree_cache as trees
+from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.draft_model import make_draft_model
 from rlax_llm.models.transformer import make_transformer
@@ -134,6 +135,16 @@ def key_of(rollout, seed):
   return np.asarray(sampling_ops.sample_keys(seed, *fields))[0]
 
 
+def random_choices(rng, arms):
+  """Returns a `choose` that draws arms and lengths of segments."""
+
+  def choose(*unused):
+    arm = arms[int(rng.integers(len(arms)))]
+    return Choice(arm, int(rng.integers(1, 9)), bool(rng.integers(2)))
+
+  return choose
+
+
 class World:
   """A model with parameters, and engines that share executables."""
 
@@ -158,6 +169,7 @@ class World:
              learned=None,
              control=None,
              pool=None,
+             strategy=None,
              **rollout):
     """Returns an engine; keywords override RolloutConfig.
 
@@ -184,6 +196,7 @@ class World:
         clock=clock,
         drafter=drafter,
         learned=learned,
+        strategy=strategy,
         pool=pool or self.pool)
 
   def generate(self,

@@ -16,7 +16,10 @@ import test_train as runs
 from rlax_llm import drafter_training
 from rlax_llm import export
 from rlax_llm.config import ConfigError
-from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.drafting.arms import Arm
+from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.drafting.strategy.base import Choice
+from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.learning import auxiliary
 from rlax_llm.learning.batch import Sample
 from rlax_llm.run import make_run
@@ -51,9 +54,10 @@ def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
   clock = None
   if changes['rollout__width'] == 0:
     rng = random.Random(0)
+    arms = [PLAIN, *(Arm(w, 1, ('model',)) for w in (3, 4))]
     monkeypatch.setattr(
-        WidthPolicy, 'choose', lambda self, rows, capacity, forwards:
-        (rng.choice([1, 3, 4]), rng.randint(1, 5)))
+        CostModel, 'choose', lambda self, occupancy, forwards: Choice(
+            rng.choice(arms), rng.randint(1, 5), True))
     clock = rng.random
   summary, _ = runs._train(tmp_path,
                            clock=clock,

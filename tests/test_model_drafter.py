@@ -15,10 +15,14 @@ import rollout_helpers as helpers
 
 from rlax_llm.drafting import hybrid as hybrids
 from rlax_llm.drafting import model_drafter as drafting
+from rlax_llm.drafting.arms import Arm
+from rlax_llm.drafting.arms import PLAIN
 from rlax_llm.drafting.drafters import Learned
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.drafting.strategy.base import Choice
+from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.models.draft_model import DraftModel
+from rlax_llm.ops import sampling as sampling_ops
 from rlax_llm.ops import trees
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.drafts import Drafts
@@ -111,8 +115,7 @@ def test_a_policy_that_drafts_trees_for_itself_is_always_right():
   """Law: the first of every node's children is the target's token.
 
   Lines of 3 with their siblings; the most probable line is always the right
-  one, so a forward commits at least 2 tokens. Mutants: nodes see all that was
-  evaluated before them; the tokens of a level are the first ones.
+  one, so a forward commits at least 2 tokens.
   """
   got, engine = _world().generate(helpers.make_requests(),
                                   drafter=_drafter(10,
@@ -126,19 +129,63 @@ def test_a_policy_that_drafts_trees_for_itself_is_always_right():
   assert engine.stats.tokens / engine.stats.row_forwards > 2.5
 
 
-def _watch_widths(monkeypatch, widths, seed):
+def test_nodes_are_what_the_policy_says_of_their_lines(monkeypatch):
+  """Law: drafted by the policy itself, every node's probability is that of the
+  races along its line, by uncached forwards.
+
+  Mutants: nodes see all that was evaluated before them; the tokens of a level
+  are its first ones.
+  """
+  world, checked = _world(), []
+  config = drafting.ModelDrafterConfig(world.model, _self_draft(world),
+                                       world.sampling, 3)
+  nodes_of = jax.jit(
+      functools.partial(drafting.draft_nodes, config=config, depth=3))
+  take = Drafts.take
+
+  def watched(self, width, slots):
+    state = take(self, width, slots)
+    if len(checked) < 3:
+      nodes = jax.device_get(nodes_of(self._params, state, slots))
+      row = int(np.flatnonzero(~np.asarray(slots.done))[0])
+      length = int(slots.length[row])
+      place = length - int(slots.prompt_length[row])
+      want, lines = [0.0], [tuple(np.asarray(slots.text)[row, :length])]
+      for token, parent in zip(nodes.tokens[row], nodes.parents[row]):
+        text = lines[parent]
+        scores = sampling_ops.race_scores(slots.key[row],
+                                          jnp.int32(place + len(text) - length),
+                                          world.law_after(text))
+        chance = jax.nn.log_softmax(-jnp.log(scores) / drafting._DOUBT)
+        want.append(want[parent] + float(chance[token]))
+        lines.append((*text, int(token)))
+      np.testing.assert_allclose(nodes.logprobs[row], want[1:], atol=1e-3)
+      checked.append(len(want))
+    return state
+
+  monkeypatch.setattr(Drafts, 'take', watched)
+  world.generate(helpers.make_requests((6,)),
+                 drafter=_drafter(10, branching=3, depth=3, self_draft=True),
+                 min_capacity=32,
+                 segment_forwards=1,
+                 control=dict(compact=False))
+  assert checked == [22, 22, 22]
+
+
+def _watch_widths(monkeypatch, widths, seed, branching=1):
   """Random widths and segment lengths; returns what segments did, by width."""
   rng, seen = random.Random(seed), []
+  arms = [Arm(w, branching, ('model',)) if w > 1 else PLAIN for w in widths]
   monkeypatch.setattr(
-      WidthPolicy, 'choose', lambda self, rows, capacity, forwards:
-      (rng.choice(widths), rng.randint(1, 3)))
-  observe = WidthPolicy.observe
+      CostModel, 'choose', lambda self, occupancy, forwards: Choice(
+          rng.choice(arms), rng.randint(1, 3), True))
+  observe = CostModel.observe
 
-  def watched(self, rows, capacity, width, **values):
-    seen.append((width, values['row_forwards']))
-    return observe(self, rows, capacity, width, **values)
+  def watched(self, occupancy, arm, spent):
+    seen.append((arm.width, spent.row_forwards))
+    return observe(self, occupancy, arm, spent)
 
-  monkeypatch.setattr(WidthPolicy, 'observe', watched)
+  monkeypatch.setattr(CostModel, 'observe', watched)
   return seen
 
 
@@ -206,7 +253,7 @@ def test_the_state_is_a_function_of_the_text(monkeypatch):
     return state
 
   monkeypatch.setattr(Drafts, 'take', watched)
-  _watch_widths(monkeypatch, (1, 4, 6), 1)
+  _watch_widths(monkeypatch, (1, 4, 6), 1, branching=2)
   got, _ = world.generate(helpers.make_requests(),
                           learned=Learned(world.draft_model),
                           own=own,

@@ -5,10 +5,12 @@ from typing import Any, Callable, NamedTuple
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.config import SOURCES
+from rlax_llm.drafting import arms
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting import hybrid as hybrids
 from rlax_llm.drafting import model_drafter as models
 from rlax_llm.drafting import tree_cache as trees
+from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
 from rlax_llm.models.draft_model import DraftModel
@@ -43,18 +45,17 @@ class Learned(NamedTuple):
 class Setting(NamedTuple):
   """What a drafter is made for."""
   rollout: RolloutConfig
-  width: int
-  widest: int
+  arm: Arm
+  widest: int  # W of all arms
   shape: CorpusShape
   target: Target
   learned: Learned | None
 
 
 def _cache_config(setting: Setting) -> trees.TreeCacheConfig:
-  rollout = setting.rollout
   return trees.TreeCacheConfig(setting.shape,
-                               rollout.branching,
-                               min_probability=rollout.draft_least)
+                               setting.arm.branching,
+                               min_probability=setting.rollout.draft_least)
 
 
 def _model_config(setting: Setting) -> models.ModelDrafterConfig:
@@ -64,45 +65,41 @@ def _model_config(setting: Setting) -> models.ModelDrafterConfig:
                      'network: give `learned`')
   return models.ModelDrafterConfig(setting.target.model, learned.draft_model,
                                    setting.target.sampling,
-                                   setting.rollout.branching, learned.depth,
+                                   setting.arm.branching, learned.depth,
                                    learned.chunk)
 
 
 def _hybrid(setting: Setting) -> Drafter:
-  sources = setting.learned.sources if setting.learned else ()
+  sources = setting.learned.sources if setting.learned else SOURCES
   return hybrids.hybrid(
-      setting.width,
+      setting.arm.width,
       hybrids.HybridConfig(
           cache=_cache_config(setting) if 'tree_cache' in sources else None,
           model=_model_config(setting) if 'model' in sources else None,
           deepest=setting.widest - 1))
 
 
-DRAFTERS: dict[str, Callable[[Setting], Drafter]] = {
-    'none':
-        lambda setting: drafting.no_drafter(),
-    'prompt_lookup':
-        lambda setting: drafting.prompt_lookup(setting.width),
-    'tree_cache':
-        lambda setting: trees.tree_cache(setting.width, _cache_config(setting)),
-    'model':
-        lambda setting: models.model_drafter(setting.width,
+# By what an arm drafts from.
+DRAFTERS: dict[tuple[str, ...], Callable[[Setting], Drafter]] = {
+    ('prompt_lookup',):
+        lambda setting: drafting.prompt_lookup(setting.arm.width),
+    ('tree_cache',):
+        lambda setting: trees.tree_cache(setting.arm.width,
+                                         _cache_config(setting)),
+    ('model',):
+        lambda setting: models.model_drafter(setting.arm.width,
                                              _model_config(setting)),
-    'hybrid':
+    ('tree_cache', 'model'):
         _hybrid,
 }
 
 
-def by_width(drafter: Drafter) -> dict[int, Drafter]:
-  """Returns a drafter, and none for W = 1, by width."""
-  return {1: drafting.no_drafter(), drafter.width: drafter}
-
-
-def widest(rollout: RolloutConfig, control: ControlConfig) -> int:
-  """Returns the largest W that a config can lead to."""
-  if rollout.drafter == 'none':
-    return 1
-  return rollout.width or max(control.widths)
+def given(drafter: Drafter) -> dict[Arm, Drafter]:
+  """Returns a drafter of the user's own by arm, and none for W = 1."""
+  made = {Arm(drafter.width, 1, ('given',)): drafter}
+  return {
+      arms.PLAIN: drafting.no_drafter()
+  } | (made if drafter.width > 1 else {})
 
 
 def make_drafters(rollout: RolloutConfig,
@@ -111,8 +108,8 @@ def make_drafters(rollout: RolloutConfig,
                   places: int,
                   capacity: int,
                   target: Target,
-                  learned: Learned | None = None) -> dict[int, Drafter]:
-  """Returns the config's drafter by width; 1 is always among the widths.
+                  learned: Learned | None = None) -> dict[Arm, Drafter]:
+  """Returns the config's drafters by arm; W = 1 is always among them.
 
   Args:
     rollout: names the drafter; its width, or 0 for those of `control`.
@@ -122,18 +119,17 @@ def make_drafters(rollout: RolloutConfig,
     target: what is drafted for.
     learned: the network, if the drafter has one.
   """
-  width = widest(rollout, control)
-  if width == 1:
-    return {1: drafting.no_drafter()}
   group = rollout.samples_per_prompt
   shape = CorpusShape(prompts=places,
                       capacity=capacity,
                       history=rollout.history,
                       group=group,
                       hints=group if control.run_ahead_rows else 0)
-  make = DRAFTERS[rollout.drafter]
-  made: dict[int, Drafter] = {}
-  for w in (rollout.width,) if rollout.width else control.widths:
-    if w > 1:
-      made[w] = make(Setting(rollout, w, width, shape, target, learned))
-  return {1: drafting.no_drafter()} | made
+  made = {arms.PLAIN: drafting.no_drafter()}
+  listed = arms.list_arms(rollout, control)
+  widest = max(arm.width for arm in listed)
+  for arm in listed:
+    if arm != arms.PLAIN:
+      made[arm] = DRAFTERS[arm.sources](Setting(rollout, arm, widest, shape,
+                                                target, learned))
+  return made

@@ -285,6 +285,16 @@ class Executor:
                          self._draft_placement(params, slots, drafter))
     self._segment(params, slots, state, drafter, np.zeros(2 + rows, np.int32))
 
+  def segment_bytes(self) -> dict[tuple[int, int, Drafter], int]:
+    """Returns bytes on one device by (N, S, drafter), of this model."""
+    mine = (self._config, self._model, self._mesh)
+    found = self.pool.memory_by_key('segment')
+    return {
+        key[1:4]: size  # type: ignore[index]
+        for key, size in found.items()
+        if key[4:] == mine  # type: ignore[index]
+    }
+
   def _segment(self, params: DraftParams, slots: Slots, state: Any,
                drafter: Drafter, limits: np.ndarray) -> Any:
     """Returns the executable of a segment."""

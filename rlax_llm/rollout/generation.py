@@ -15,8 +15,11 @@ from rlax_llm import processes
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import store as stores
+from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.drafter import Drafter
-from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.drafting.strategy.base import Occupancy
+from rlax_llm.drafting.strategy.base import Spent
+from rlax_llm.drafting.strategy.base import Strategy
 from rlax_llm.rollout.drafts import Drafts
 from rlax_llm.rollout.executor import Executor
 from rlax_llm.rollout.prompts import Places
@@ -38,21 +41,25 @@ class Parts:
   rollout: RolloutConfig
   control: ControlConfig
   executor: Executor
-  drafters: dict[int, Drafter]  # by W
-  policy: WidthPolicy | None  # None: one W
+  drafters: dict[Arm, Drafter]
+  strategy: Strategy
   capacities: list[int]  # values of S, ascending
   row_counts: list[int]  # values of N, descending
   block_rows: int  # prompts prefilled together
   clock: Callable[[], float]
+  # The (N, S, arm) whose executable has run.
+  warm: set[tuple[int, int, Arm]] = dataclasses.field(default_factory=set)
 
   @property
   def widest(self) -> Drafter:
+    """The drafter whose state all arms share."""
     return self.drafters[max(self.drafters)]
 
-  @property
-  def widths(self) -> list[int]:
-    """The values of W that segments can have."""
-    return sorted(self.drafters) if self.policy else [self.widest.width]
+  def arms(self, rows: int) -> list[Arm]:
+    """Returns the arms that segments of N rows can have."""
+    # A batch that would fit a smaller N is compacted.
+    fewer = [n for n in self.row_counts if self.ahead_rows <= n < rows]
+    return sorted(set(self.strategy.reachable(max(fewer, default=0) + 1, rows)))
 
   @property
   def runs_ahead(self) -> bool:
@@ -211,23 +218,23 @@ class Generation:
     """Returns seconds on a clock that stands still while XLA compiles."""
     return self._parts.clock() - self._parts.executor.pool.seconds
 
-  def _choose_width(self, rows: int, capacity: int) -> tuple[int, int]:
-    """Returns (W, forwards) of the next segment."""
-    forwards = self._parts.rollout.segment_forwards
-    if self._parts.policy is None:
-      return self._parts.widest.width, forwards
-    # It reads clocks, which differ between processes: the first one's decide.
-    width, forwards = processes.broadcast(
-        self._parts.policy.choose(rows, capacity, forwards))
-    return width, forwards
-
   def _segment(self) -> None:
     """Runs one segment, reads it once, collects the samples that ended."""
     table, places = self._table, self._places
     parts = self._parts
     rows, capacity = table.slots.text.shape
-    width, limit = self._choose_width(rows, capacity)
-    timed = parts.policy and parts.policy.times(rows, capacity, width)
+    running = sum(o is not None and not o.ahead for o in table.owners)
+    occupancy = Occupancy(running, rows, capacity)
+    arm, limit, timed = parts.strategy.choose(occupancy,
+                                              parts.rollout.segment_forwards)
+    # It reads clocks, which differ between processes: the first one's decide.
+    arms = list(parts.drafters)
+    place, limit, timed = processes.broadcast([arms.index(arm), limit, timed])
+    arm = arms[place]
+    width = arm.width
+    # The first run of an executable warms up and tells nothing of its cost.
+    timed = timed and (rows, capacity, arm) in parts.warm
+    parts.warm.add((rows, capacity, arm))
     if timed:  # What was dispatched before is no cost of this segment's.
       jax.block_until_ready(table.slots)
     begin = self._now()
@@ -239,7 +246,7 @@ class Generation:
         self._params,
         table.slots,
         drafts,
-        parts.drafters[width],
+        parts.drafters[arm],
         forwards=limit,
         done_rows=self._done_rows(),
         counted=table.counted())
@@ -257,15 +264,13 @@ class Generation:
     self._stats.slot_forwards += forwards * rows
     self._stats.tokens += int(spent.tokens)
     self._stats.ahead_tokens += int(spent.ahead_tokens)
-    if parts.policy:
-      parts.policy.observe(rows,
-                           capacity,
-                           width,
-                           seconds=seconds if timed else None,
-                           preparation=start - begin,
-                           forwards=forwards,
-                           row_forwards=row_forwards,
-                           tokens=int(spent.tokens))
+    parts.strategy.observe(
+        occupancy, arm,
+        Spent(seconds=seconds if timed else None,
+              preparation=start - begin,
+              forwards=forwards,
+              row_forwards=row_forwards,
+              accepted=spent.accepted.tolist()))
     for slot, owner in enumerate(table.owners):
       if owner is not None:
         owner.length = int(read.length[slot])

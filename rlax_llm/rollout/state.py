@@ -25,6 +25,7 @@ class RolloutStats:
   ahead_tokens: int = 0  # for samples of coming steps
   segments: int = 0
   reads: int = 0  # of the device by the host
+  executables: int = 0  # of segments that the pool holds
   seconds: float = 0.0
   segment_seconds: float = 0.0  # of them, in segments
   reshard_seconds: float = 0.0  # of them, bringing parameters in place
@@ -42,5 +43,6 @@ class RolloutStats:
         'rollout/width_mean': self.node_forwards / max(self.forwards, 1),
         'rollout/ahead_tokens': self.ahead_tokens,
         'rollout/segments': self.segments,
+        'rollout/executables': self.executables,
         'time/reshard': self.reshard_seconds,
     }
