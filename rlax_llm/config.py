@@ -252,11 +252,11 @@ class RolloutConfig(Section):
   # Speed values: none of these changes a token.
   slots: int = 64  # N: rows decoded together
   drafter: str = 'tree_cache'  # none | prompt_lookup | tree_cache
-  # W: nodes verified in one forward; 1: no speculation; 0: chosen for every
-  # segment from control.widths.
+  # W: nodes verified in one forward; 1: no speculation; 0: control.strategy
+  # chooses for every segment.
   width: int = 0
   # tree_cache: a draft is a chain (1), or a tree with at most so many children
-  # to a node.
+  # to a node; 0: control.strategy chooses from control.branchings.
   branching: int = 1
   draft_least: float = 0.05  # nodes less probable are not counted on
   history: int = 8  # R: earlier rollouts of a prompt that are drafted from
@@ -267,14 +267,60 @@ class RolloutConfig(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ControlConfig(Section):
-  """What the engine decides at segment boundaries. Speed values only."""
+  """What is decided at segment boundaries.
+
+  The first block decides which samples a step learns from, in logical time;
+  the second changes speed and no token.
+  """
+  # APRIL: so many times the groups of a step are asked for; sampling stops when
+  # those of a step are complete, the rest is continued in the next. 1: off.
+  over_provision: float = 1.0
+  # Steps after which a group that was put off must be complete.
+  max_staleness: int = 4
+  # DAPO: a step takes groups whose rewards differ only, and asks for more until
+  # it has enough of them, at most so many times. 0: it takes what comes.
+  dynamic_sampling: int = 0
+  # Step t learns from what the parameters of step t - staleness sampled, as an
+  # asynchronous trainer would; the first steps from those of step 0.
+  staleness: int = 0
+  # So many groups of a step are taken again from those of the last
+  # replay_steps steps, if their rewards differ.
+  replay: int = 0
+  replay_steps: int = 4
+  # In which order new groups are sampled: arrival | longest_first |
+  # shortest_first, by lengths predicted from earlier rollouts of the prompt,
+  # or of prompts like it.
+  order: str = 'arrival'
+  # ARRoL: behind so many tokens a share of each group's samples goes on, drawn
+  # by what a head on hidden states says of their rewards; in the first steps
+  # all are drawn alike. 0: off.
+  prune_at: int = 0
+  prune_keep: float = 0.5
+  prune_steps: int = 20
+  # Weigh those that go on by the inverse of the probability with which they do.
+  prune_weights: bool = True
+  # Slots of logical time, by which it is judged who completes first; 0: as many
+  # as rollout.slots.
+  logical_slots: int = 0
+
   # With requests pending, a segment ends when this share of rows is done.
   refill_threshold: float = 0.25
   compact: bool = True  # halve N when half of the rows are done
   min_slots: int = 8  # compaction stops here
-  # The values of W among which rollout.width=0 chooses by measured gain; 1 is
-  # always among them.
+  # With rollout.width=0, what chooses W and the draft's shape:
+  #   cost_model: the most tokens per second by measured costs and acceptance;
+  #   table: by the number of rows that decode;
+  #   bandit: by that number among several arms, by what they earned lately.
+  strategy: str = 'cost_model'
+  # cost_model: the values of W to choose from; 1 is always among them.
   widths: tuple[int, ...] = (1, 4)
+  branchings: tuple[int, ...] = (1, 2)  # with rollout.branching=0
+  # table, bandit: (rows that decode at most, W, W of a further arm, ...),
+  # ascending; above the last one nothing is drafted. A table's have one W.
+  # These are the published ones.
+  buckets: tuple[tuple[int, ...], ...] = ((1, 48), (4, 32), (20, 16), (32, 8))
+  bandit_epsilon: float = 0.1  # probability of an arm drawn at random
+  bandit_window: int = 300  # segments that an arm is judged by
   # When nothing is pending, slots up to this number that would idle sample
   # the coming step, as hints to its drafts (tree_cache). 0: off. Pays where a
   # forward of few rows costs as much as one of many: on accelerators.
@@ -346,6 +392,14 @@ class EvaluateConfig(Section):
   samples: int = 1  # per problem; pass@k for every power of two up to it
   temperature: float = 1.0
   top_p: float = 1.0
+  # Of rlax_llm.evaluate alone: a sample ends when so many probes in a row give
+  # the same answer; 0: off. A probe is a text that asks for the answer, put
+  # behind every probe_every tokens, answered in at most probe_tokens, and
+  # taken back.
+  early_stop: int = 0
+  probe: str = ''
+  probe_every: int = 64
+  probe_tokens: int = 20
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -366,6 +420,19 @@ class Config(Section):
   checkpoint: CheckpointConfig = dataclasses.field(
       default_factory=CheckpointConfig)
   evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+
+def list_widths(rollout: 'RolloutConfig',
+                control: 'ControlConfig') -> tuple[int, ...]:
+  """Returns the values of W that a config can lead to, ascending."""
+  if rollout.drafter == 'none':
+    return (1,)
+  if rollout.width:
+    return (rollout.width,)
+  widths = set(control.widths)
+  if control.strategy != 'cost_model':
+    widths = {width for _, *found in control.buckets for width in found}
+  return tuple(sorted({1, *widths}))
 
 
 def check_positions(rollout: RolloutConfig, width: int, limit: int) -> None:

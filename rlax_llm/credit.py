@@ -5,7 +5,7 @@ from typing import Sequence
 import jax
 import numpy as np
 
-from rlax_llm.experience import Group
+from rlax_llm.groups import Group
 from rlax_llm.learning.batch import Sample
 from rlax_llm.learning.estimators import ESTIMATORS
 from rlax_llm.learning.estimators import PART_ESTIMATORS
@@ -145,6 +145,7 @@ def training_samples(groups: Sequence[Group], worth: np.ndarray,
              advantage=float(advantage),
              behaviour_logprobs=rollout.behaviour_logprobs,
              scored_logprobs=rollout.scored_logprobs,
+             weight=rollout.weight,
              group=i,
              trained=bool(keep)) for (i, rollout), advantage, keep in zip(
                  rollouts, worth.reshape(-1), trained.reshape(-1))

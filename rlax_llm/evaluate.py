@@ -9,6 +9,7 @@ from typing import Sequence
 
 import numpy as np
 
+from rlax_llm import early_stop
 from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
@@ -82,19 +83,31 @@ def evaluate(run: Run, engine: RolloutEngine, params: Params,
     problems: from `held_out_problems`.
 
   Returns:
-    The metrics of `summarize`.
+    The metrics of `summarize`, and with `evaluate.early_stop` the tokens
+    that they took.
   """
   samples = run.config.evaluate.samples
   requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
-  rollouts, _ = engine.generate(params, requests, RolloutState())
+  values: dict[str, float] = {}
+  if run.config.evaluate.early_stop:
+    found = early_stop.sample(run, engine, params, requests)
+    texts, count = found.texts, len(found.texts)
+    values = {
+        'evaluate/tokens_mean': found.tokens / count,
+        'evaluate/probe_tokens_mean': found.probe_tokens / count,
+        'evaluate/stopped_fraction': found.stopped / count,
+    }
+  else:
+    rollouts, _ = engine.generate(params, requests, RolloutState())
+    texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
 
   def score(mine: Sequence[int]) -> list[bool]:
-    texts = [run.tokenizer.decode(rollouts[i].tokens) for i in mine]
-    scores = verifier.score([problems[i // samples] for i in mine], texts)
+    scores = verifier.score([problems[i // samples] for i in mine],
+                            [texts[i] for i in mine])
     return (scores.rewards == 1.0).tolist()
 
-  correct = processes.share(score, range(len(rollouts)))
-  return summarize(np.reshape(correct, (len(problems), samples)))
+  correct = processes.share(score, range(len(texts)))
+  return summarize(np.reshape(correct, (len(problems), samples))) | values
 
 
 def main(argv: list[str]) -> None:

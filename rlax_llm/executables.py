@@ -19,6 +19,7 @@ class ExecutablePool:
   def __init__(self, clock: Callable[[], float]) -> None:
     self._clock = clock
     self._compiled: dict[Hashable, Any] = {}
+    self._bytes: dict[Hashable, int] = {}
     self.seconds = 0.0  # spent tracing, lowering, compiling and waiting
 
   @property
@@ -28,24 +29,34 @@ class ExecutablePool:
   def keys(self) -> list[Hashable]:
     return list(self._compiled)
 
-  def memory_bytes(self, name: str) -> int:
-    """Returns what one device needs for the largest executable of a name.
+  def memory_by_key(self, name: str) -> dict[Hashable, int]:
+    """Returns bytes that one device needs to run each executable of a name.
 
-    Arguments, results and temporaries, shared buffers counted once; 0 if none
-    is compiled or the backend does not tell.
+    Arguments, results, temporaries and code, shared buffers counted once; 0 if
+    the backend does not tell.
 
     Args:
       name: the first entry of the keys.
     """
-    sizes = [0]
+    found: dict[Hashable, int] = {}
     for key, compiled in self._compiled.items():
       if isinstance(key, tuple) and key[0] == name:
-        memory = compiled.memory_analysis()
-        if memory is not None:
-          sizes.append(memory.argument_size_in_bytes +
-                       memory.output_size_in_bytes + memory.temp_size_in_bytes -
-                       memory.alias_size_in_bytes)
-    return max(sizes)
+        if key not in self._bytes:
+          memory = compiled.memory_analysis()
+          self._bytes[key] = 0 if memory is None else (
+              memory.argument_size_in_bytes + memory.output_size_in_bytes +
+              memory.temp_size_in_bytes + memory.generated_code_size_in_bytes -
+              memory.alias_size_in_bytes)
+        found[key] = self._bytes[key]
+    return found
+
+  def memory_bytes(self, name: str) -> int:
+    """Returns the bytes of the largest executable of a name; 0 if none is.
+
+    Args:
+      name: see `memory_by_key`.
+    """
+    return max(self.memory_by_key(name).values(), default=0)
 
   def compile(self, key: Hashable, function: Callable, *args: Any,
               **jit_options: Any) -> Any:

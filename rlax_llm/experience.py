@@ -1,46 +1,48 @@
-"""What a step learns from: problems -> rollouts -> rewards, by group."""
+"""What a step learns from: problems -> rollouts -> rewards, by group.
+
+By default a step asks for its groups, samples them and takes them. `control`
+changes who is taken: APRIL puts groups off that are not complete when enough
+are, dynamic sampling passes groups by whose rewards are equal, a queue makes
+steps learn from an earlier policy, and past groups may come again. All of them
+work on one state, `groups.Experience`, and decide on training values alone.
+"""
 
 import dataclasses
-from typing import Sequence
+import math
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
+from rlax_llm import groups as records
 from rlax_llm import processes
-from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
+from rlax_llm.groups import Experience
+from rlax_llm.groups import Group
+from rlax_llm.groups import Pending
+from rlax_llm.learning import length_ranker
+from rlax_llm.learning.batch import Sample
 from rlax_llm.progression import Stopwatch
 from rlax_llm.rollout.engine import RolloutEngine
-from rlax_llm.rollout.state import RolloutState
+from rlax_llm.rollout.table import sample_key
 from rlax_llm.run import Run
-from rlax_llm.tasks.task import Problem
+from rlax_llm.sampler import Demand
+from rlax_llm.sampler import GroupSampler
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import Params
-from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
 
+# (params, samples) -> the log-probability of each token of each completion.
+Score = Callable[[Params, Sequence[Sample]], list[np.ndarray]]
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """The samples of one problem, scored."""
-  problem: Problem
-  rollouts: tuple[Rollout, ...]
-  texts: tuple[str, ...]  # the rollouts' tokens, decoded
-  rewards: np.ndarray  # float32[G]
-  unscorable: np.ndarray  # bool[G]: the verifier gave no reward
-  parts: dict[str, np.ndarray]  # float32[G] by name, what rewards are made of
-
-  @property
-  def lengths(self) -> np.ndarray:
-    """int32[G], tokens."""
-    return np.array([rollout.length for rollout in self.rollouts], np.int32)
+_FADING = 0.7  # weight of what an epoch ago told of a prompt's lengths
 
 
 class Collector:
   """Samples and scores the groups of a step."""
 
   def __init__(self, run: Run, engine: RolloutEngine, verifier: Verifier,
-               store: RolloutStore) -> None:
+               store: RolloutStore, score: Score) -> None:
     """Makes a collector.
 
     Args:
@@ -48,92 +50,201 @@ class Collector:
       engine: of the law that the policy is trained under.
       verifier: gives rewards.
       store: past rollouts, drafted from.
+      score: gives the log-probabilities of what a later step trains on.
     """
     self._run = run
-    self._engine = engine
-    self._verifier = verifier
+    self._control = run.config.control
+    self._sampler = GroupSampler(run, engine, verifier, store)
     self._store = store
+    self._score = score
+    self._state = Experience()  # after the last step that was learned
+    self._next = self._state  # after the one under way
+    self._values: dict[str, float] = {}  # of the last `collect`
+
+  def dump(self) -> dict[str, Any]:
+    """Returns what the steps after the last learned one depend on."""
+    return records.dump(self._state)
+
+  def restore(self, record: Mapping[str, Any]) -> None:
+    """Takes over what `dump` of an earlier process returned."""
+    self._state = self._next = records.restore(
+        record, self._sampler.problem,
+        lambda prompt: self._run.encode(prompt, prompt=True),
+        self._run.tokenizer.decode, TRAIN)
 
   def collect(self, params: Params, step: int, watch: Stopwatch) -> list[Group]:
-    """Returns the groups that a step learns from, in the order of requests.
+    """Returns the groups that a step learns from, the oldest first.
+
+    Nothing is remembered of it before `learned` says that it was learned: a
+    step that is given up is collected again.
 
     Args:
       params: the policy's.
       step: from 0.
-      watch: told of rollout and reward.
+      watch: told of rollout, reward and score.
     """
-    problems = self._run.problems(step)
-    requests = self._requests(problems, step)
-    rollouts, _ = self._engine.generate(params,
-                                        requests,
-                                        RolloutState(version=step,
-                                                     store=self._store),
-                                        ahead=self._coming(step + 1))
-    self._store.drop_hints(step)
-    watch.lap('rollout')
-    groups = self._score(problems, rollouts)
-    watch.lap('reward')
+    self._next, self._values = self._state, {'rollout/refills': 0}
+    self._sampler.begin()
+    while len(self._next.queue) <= self._control.staleness:
+      batch = self._round(params, step, step + len(self._next.queue), watch)
+      self._update(queue=(*self._next.queue, batch))
+    batch, *queue = self._next.queue
+    fresh = sum(group.tokens for group in batch if not group.replayed)
+    self._update(queue=tuple(queue),
+                 past=self._past(batch, step),
+                 trained_tokens=self._next.trained_tokens + fresh)
+    self._observe_lengths([g for g in batch if not g.replayed])
+    groups = self._keep_scores(params, step, batch)
+    watch.lap('score')
+    self._values |= self._sampler.values | {
+        'rollout/sampled_tokens':
+            self._next.sampled_tokens - self._state.sampled_tokens,
+        'rollout/trained_tokens':
+            fresh,
+        'rollout/buffered_tokens':
+            self._next.buffered_tokens,
+        'rollout/dropped_tokens':
+            self._next.dropped_tokens - self._state.dropped_tokens,
+        'rollout/pending_groups':
+            len(self._next.pending),
+    }
     return groups
 
+  def learned(self) -> None:
+    """Says that the step of the last `collect` was learned."""
+    self._state = self._next
+
   def metrics(self) -> dict[str, float]:
-    """Returns the speed values of the last `collect`."""
+    """Returns what the last `collect` tells besides its groups."""
     parts = processes.gather([self._store.bytes, len(self._store)])
     kept, prompts = (sum(values) for values in zip(*parts))
-    return self._engine.stats.metrics() | {
+    return self._sampler.stats.metrics() | self._values | {
         'rollout/cache_bytes': kept,
         'rollout/cached_prompts': prompts,
     }
 
-  def _requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
-    return self._run.requests(
-        problems,
-        samples=self._run.config.rollout.samples_per_prompt,
-        domain=TRAIN,
-        step=step)
+  def _update(self, **changes: Any) -> None:
+    self._next = dataclasses.replace(self._next, **changes)
 
-  def _coming(self, step: int) -> list[Request]:
-    """Returns the requests of a coming step, if any use can be made of them.
+  # ---- Who is taken ----------------------------------------------------------
+  def _round(self, params: Params, step: int, number: int,
+             watch: Stopwatch) -> tuple[Group, ...]:
+    """Returns the batch of a step, sampled as far as it is not there.
 
-    They are for hints only: whatever is wrong with them is reported in their
-    own step, not here.
+    Args:
+      params: the policy's.
+      step: their version.
+      number: the step that the batch is for; its requests carry it.
+      watch: told of rollout and reward.
     """
-    if not self._engine.runs_ahead or step >= self._run.config.num_steps:
-      return []
-    try:
-      return self._requests(self._run.problems(step), step)
-    except ConfigError:
-      return []
+    again = self._replayed(number)
+    wanted = self._run.config.task.prompts_per_step - len(again)
+    limit = self._control.dynamic_sampling
+    chosen = list(self._next.surplus)
+    without: list[Group] = []  # signal
+    first = refills = 0
+    while len(chosen) < wanted and refills <= limit:
+      missing = wanted - len(chosen)
+      seen = len(chosen) + len(without)
+      if refills and chosen:  # As few of those to come will have a signal.
+        missing = math.ceil(missing * seen / len(chosen))
+      before = self._next.cursor
+      demand = Demand(step, number, first, min(missing, wanted))
+      self._next, got = self._sampler.sample(params, self._next, demand, watch)
+      first += self._next.cursor - before
+      for group in got:
+        (without if limit and not group.has_signal else chosen).append(group)
+      refills += 1
+    oldest_first = lambda group: group.age_order
+    chosen.sort(key=oldest_first)
+    without.sort(key=oldest_first)
+    short = max(wanted - len(chosen), 0)
+    batch = sorted(chosen[:wanted] + without[:short], key=oldest_first)
+    self._values['rollout/refills'] += max(refills - 1, 0)
+    self._update(surplus=tuple(chosen[wanted:]),
+                 dropped_tokens=self._next.dropped_tokens +
+                 sum(group.tokens for group in without[short:]))
+    return (*batch, *again)
 
-  def _score(self, problems: Sequence[Problem],
-             rollouts: Sequence[Rollout]) -> list[Group]:
-    """Returns the groups of rollouts, in the order of their problems."""
-    decode = self._run.tokenizer.decode
-    texts = [decode(rollout.tokens) for rollout in rollouts]
-    size = len(rollouts) // len(problems)
-    names: tuple[str, ...] = ()
+  def _replayed(self, number: int) -> list[Group]:
+    """Returns past groups for the batch of a step."""
+    past = [group for group in self._next.past if group.has_signal]
+    count = min(self._control.replay, len(past))
+    rng = np.random.default_rng([self._run.config.seed, number, count])
+    chosen = sorted(rng.permutation(len(past))[:count])
+    return [dataclasses.replace(past[i], replayed=True) for i in chosen]
 
-    def reward(mine: Sequence[int]) -> list[list[float]]:
-      nonlocal names
-      scores = self._verifier.reward(
-          [problems[i // size] for i in mine], [texts[i] for i in mine],
-          tokens=[rollouts[i].length for i in mine],
-          finished=[rollouts[i].finished for i in mine])
-      names = tuple(scores.parts)
-      columns = scores.rewards, scores.unscorable, *scores.parts.values()
-      return np.stack(columns, axis=1).tolist()
+  def _past(self, batch: Sequence[Group], step: int) -> tuple[Group, ...]:
+    """Returns the groups that may be replayed after a step."""
+    if not self._control.replay:
+      return ()
+    least = step + 1 - self._control.replay_steps
+    known = [*self._next.past, *(g for g in batch if not g.replayed)]
+    return tuple(g for g in known if g.request.step >= least)
 
-    rows = processes.share(reward, range(len(rollouts)))
-    rewards, unscorable, *values = np.asarray(rows, np.float32).T
-    groups = []
-    for i, problem in enumerate(problems):
-      mine = slice(i * size, (i + 1) * size)
-      groups.append(
-          Group(problem=problem,
-                rollouts=tuple(rollouts[mine]),
-                texts=tuple(texts[mine]),
-                rewards=rewards[mine],
-                unscorable=unscorable[mine].astype(bool),
-                parts={
-                    name: value[mine] for name, value in zip(names, values)
-                }))
-    return groups
+  def _observe_lengths(self, batch: Sequence[Group]) -> None:
+    """Compares predicted lengths with those of new groups; learns from them."""
+    if self._control.order == 'arrival':
+      return
+    prompts = [group.request.prompt for group in batch]
+    lengths = [group.lengths for group in batch]
+    known = self._next.lengths
+    self._values['rollout/length_tau'] = length_ranker.kendall_tau(
+        known.predict(prompts), np.array([np.mean(x) for x in lengths]))
+    self._update(lengths=known.observe(prompts, lengths, keep=_FADING))
+
+  # ---- Log-probabilities -----------------------------------------------------
+  def _keep_scores(self, params: Params, step: int,
+                   batch: Sequence[Group]) -> list[Group]:
+    """Scores what this step sampled and a later one may train on.
+
+    It is scored under the weights that sampled it, before they change. In the
+    batch of this step that is needed where older tokens stand beside new ones:
+    what is on-policy as a whole needs no scores.
+    """
+    state = self._next
+    kept: list[Group | Pending] = [*state.pending, *state.surplus, *state.past]
+    kept += [group for queued in state.queue for group in queued]
+    rollouts = [r for group in kept for r in group.rollouts]
+    rollouts += [
+        r for group in batch for r in group.rollouts
+        if (r.token_version < step).any()
+    ]
+    missing = {
+        sample_key(r.request, r.index): r
+        for r in rollouts
+        if r.length > _scored(r) and r.survival > 0
+    }
+    if not missing:
+      return list(batch)
+    logprobs = self._score(params, [
+        Sample(prompt=r.request.prompt, completion=r.tokens)
+        for r in missing.values()
+    ])
+    for (key, rollout), new in zip(missing.items(), logprobs):
+      old = rollout.scored_logprobs
+      old, known = new[:0] if old is None else old, _scored(rollout)
+      if (rollout.token_version[known:] != step).any():
+        raise AssertionError(f'{key} has unscored tokens of an earlier policy')
+      missing[key] = dataclasses.replace(rollout,
+                                         scored_logprobs=np.concatenate(
+                                             [old, new[known:]]))
+    renewed = lambda groups: tuple(_with(group, missing) for group in groups)
+    self._update(pending=renewed(state.pending),
+                 surplus=renewed(state.surplus),
+                 past=renewed(state.past),
+                 queue=tuple(map(renewed, state.queue)))
+    return list(renewed(batch))
+
+
+def _scored(rollout: Rollout) -> int:
+  """Returns how many tokens of a rollout have been scored."""
+  return 0 if rollout.scored_logprobs is None else len(rollout.scored_logprobs)
+
+
+def _with(group: Any, scored: Mapping[tuple, Rollout]) -> Any:
+  """Returns a group, complete or not, with the rollouts that were scored."""
+  return dataclasses.replace(group,
+                             rollouts=tuple(
+                                 scored.get(sample_key(r.request, r.index), r)
+                                 for r in group.rollouts))

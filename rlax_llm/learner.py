@@ -6,6 +6,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import jax
 import numpy as np
 
+from rlax_llm import processes
 from rlax_llm import sharding
 from rlax_llm.config import LearningConfig
 from rlax_llm.learning import algorithms
@@ -117,6 +118,12 @@ class Learner:
         params,
         batch,
         out_shardings=sharding.microbatches(self._run.mesh))
+
+  def score_samples(self, params: Params,
+                    samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Returns the log-probabilities of each completion's tokens, nats."""
+    scores = self.score(params, self.put(self.pack(samples)))
+    return batches.unpack(processes.whole(scores), samples)
 
   def update(self, state: TrainState,
              batch: Batch) -> tuple[TrainState, Metrics]:

@@ -56,6 +56,28 @@ METRICS: dict[str, Metric] = {
         Metric('fraction', _T, 'optimizer steps skipped: not finite'),
     'rollout/tokens':
         Metric('tokens', _T, 'completion tokens of the step'),
+    'rollout/sampled_tokens':
+        Metric('tokens', _T, 'sampled in the step, up to the cut'),
+    'rollout/trained_tokens':
+        Metric('tokens', _T, 'trained on for the first time'),
+    'rollout/buffered_tokens':
+        Metric('tokens', _T, 'sampled, and kept for coming steps'),
+    'rollout/dropped_tokens':
+        Metric('tokens', _T, 'of groups that are never trained on'),
+    'rollout/pending_groups':
+        Metric('groups', _T, 'put off, to be continued in the next step'),
+    'rollout/length_tau':
+        Metric('1', _T, "Kendall's tau of predicted and mean group lengths"),
+    'prune/head_loss':
+        Metric('nats', _T, 'of the head that foretells rewards, as it prunes'),
+    'prune/success':
+        Metric('1', _T, 'mean reward in [0, 1], as if nobody had been pruned'),
+    'prune/kept_success':
+        Metric('1', _T, 'mean reward in [0, 1] of those that went on'),
+    'prune/effective_share':
+        Metric('fraction', _T, 'effective samples of the weighted ones'),
+    'rollout/refills':
+        Metric('1', _T, 'times that more groups were asked for'),
     'rollout/length_mean':
         Metric('tokens', _T, 'mean completion length'),
     'rollout/length_p50':
@@ -90,6 +112,8 @@ METRICS: dict[str, Metric] = {
         Metric('nats', _T, 'mean of old - new log-probability, per token'),
     'policy/staleness_mean':
         Metric('steps', _T, 'age of the policy that sampled a token'),
+    'policy/staleness_max':
+        Metric('steps', _T, 'age of the oldest policy that sampled a token'),
     'learning/loss':
         Metric('1', _T, 'the loss'),
     'learning/grad_norm':
@@ -116,6 +140,12 @@ METRICS: dict[str, Metric] = {
         Metric('nats', _T, 'warm start: cross-entropy per token'),
     'evaluate/accuracy':
         Metric('fraction', _T, 'held-out problems solved, mean over samples'),
+    'evaluate/tokens_mean':
+        Metric('tokens', _T, 'of an answer, with early stopping'),
+    'evaluate/probe_tokens_mean':
+        Metric('tokens', _T, 'of the probes of an answer'),
+    'evaluate/stopped_fraction':
+        Metric('fraction', _T, 'answers that ended because probes agreed'),
     'rollout/tokens_per_second':
         Metric('tokens/s', _S, 'completion tokens per second of rollout'),
     'rollout/accept_length':
@@ -128,12 +158,16 @@ METRICS: dict[str, Metric] = {
         Metric('nodes', _S, 'nodes verified in one forward, mean'),
     'rollout/ahead_tokens':
         Metric('tokens', _S, 'sampled for a coming step, as hints to drafts'),
+    'rollout/discarded_tokens':
+        Metric('tokens', _S, 'beyond the cut, as hints to drafts'),
     'rollout/cache_bytes':
         Metric('bytes', _S, 'host memory of the earlier rollouts'),
     'rollout/cached_prompts':
         Metric('prompts', _S, 'prompts with earlier rollouts'),
     'rollout/segments':
         Metric('segments', _S, 'segments, each with one read of the device'),
+    'rollout/executables':
+        Metric('1', _S, 'segments compiled so far, by rows, capacity and arm'),
     'rollout/occupancy':
         Metric('fraction', _S, 'slots that hold an unfinished sample'),
     'time/rollout':

@@ -15,6 +15,7 @@ from rlax_llm import sharding
 from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import list_widths
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
@@ -78,9 +79,9 @@ class Run:
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts, this process's part."""
     rollout = self.config.rollout
-    width = rollout.width or max(self.config.control.widths)
+    widest = max(list_widths(rollout, self.config.control))
     # Where nobody drafts from it, it keeps nothing.
-    used = rollout.drafter == 'tree_cache' and width > 1
+    used = rollout.drafter == 'tree_cache' and widest > 1
     kept = rollout.history if used else 0
     return RolloutStore(history=kept,
                         megabytes=rollout.cache_megabytes,
@@ -173,16 +174,29 @@ class Run:
                                        prompt=False), self.tokenizer.eos_ids[0],
                            rollout.prompt_length + rollout.max_new_tokens)
 
-  def requests(self, problems: Sequence[tasks.Problem], *, samples: int,
-               domain: int, step: int) -> list[Request]:
-    """Returns one request for each problem, its prompt tokenized."""
+  def requests(self,
+               problems: Sequence[tasks.Problem],
+               *,
+               samples: int,
+               domain: int,
+               step: int,
+               first: int = 0) -> list[Request]:
+    """Returns one request for each problem, its prompt tokenized.
+
+    Args:
+      problems: of one step.
+      samples: of each.
+      domain: TRAIN or EVALUATE.
+      step: in which they are requested.
+      first: number of the first within the step.
+    """
     return [
         Request(prompt=np.asarray(self.encode(problem.prompt, prompt=True),
                                   np.int32),
                 samples=samples,
                 domain=domain,
                 step=step,
-                request=i) for i, problem in enumerate(problems)
+                request=i) for i, problem in enumerate(problems, first)
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from rlax_llm import credit
 from rlax_llm import executables
 from rlax_llm.experience import Collector
-from rlax_llm.experience import Group
+from rlax_llm.groups import Group
 from rlax_llm.learner import Learner
 from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
@@ -58,6 +58,7 @@ def train_step(
   watch.lap('score')
   run.on_boundary()  # the last time: `learn_all` takes the states
   states, values = loop.learner.learn_all(states, prepared, step)
+  loop.collector.learned()
   watch.lap('update')
 
   loop.progression.add_tokens([r for group in groups for r in group.rollouts])
@@ -115,6 +116,8 @@ def group_metrics(groups: Sequence[Group], rewards: np.ndarray,
           int(np.sum([group.unscorable for group in groups])),
       'reward/groups_with_signal':
           np.mean(np.ptp(rewards, axis=-1) > 0),
+      'rollout/tokens':
+          sum(lengths),
       'rollout/length_mean':
           np.mean(lengths),
       'rollout/length_p50':
@@ -129,6 +132,8 @@ def group_metrics(groups: Sequence[Group], rewards: np.ndarray,
           np.mean(np.concatenate([r.drafted for r in rollouts])),
       'policy/staleness_mean':
           np.mean([step - np.mean(r.token_version) for r in rollouts]),
+      'policy/staleness_max':
+          max(step - int(np.min(r.token_version)) for r in rollouts),
   }
 
 

@@ -93,13 +93,14 @@ class _Trainer:
     self._saved = saved
     self._started = started
     self._held_out = held_out
-    engine = run.engine(run.sampling)
+    self._engine = engine = run.engine(run.sampling)
     law = evaluation.evaluation_sampling(run)
     self._judge = engine if law == run.sampling else run.engine(law)
     self._learner = learners.make_learner(run,
                                           teachers.load_teacher(run, teacher))
     self._store = run.rollout_store()
-    self._collector = Collector(run, engine, verifier, self._store)
+    self._collector = Collector(run, engine, verifier, self._store,
+                                self._learner.score_samples)
     self.states: dict[str, TrainState] = {}
     self.progression = Progression()
     self._earlier = 0.0  # seconds, of the processes before this one
@@ -116,6 +117,8 @@ class _Trainer:
     self._saved_step = step
     self.progression = Progression(**host['progression'])
     self._earlier = self.progression.wall_seconds
+    self._collector.restore(host['experience'])
+    self._engine.strategy.restore(host['strategy'])
     self._unwritten = host.get('unwritten')
     if self._unwritten is not None:  # JSON has no NaN
       values = self._unwritten['values']
@@ -251,6 +254,8 @@ class _Trainer:
     host: dict[str, Any] = {
         'progression': dataclasses.asdict(self.progression),
         'rollouts': processes.gather(self._store.dump(), to_writer=True),
+        'experience': self._collector.dump(),
+        'strategy': self._engine.strategy.dump(),
     }
     if unwritten is not None:
       host['unwritten'] = unwritten
@@ -293,6 +298,12 @@ def train(config: Config,
   with StopRequest() as stop:
     run = make_run(config, clock=clock, on_boundary=stop.check)
     config = run.config
+    if config.evaluate.early_stop:
+      raise ConfigError(
+          f'evaluate.early_stop={config.evaluate.early_stop} stops samples by '
+          'their content: they come from another law than the policy, whose '
+          'log-probabilities are not known; train with 0, and give it to '
+          'rlax_llm.evaluate')
     warnings = manifest.check_workdir(workdir, to_dict(config))
     held_out = evaluation.held_out_problems(run)
     run.check_prompts([*held_out, *run.known_problems()])

@@ -93,9 +93,15 @@ class Rollout:
   forwards: int  # forwards spent (a speed value)
   request: Request
   index: int  # which of the request's samples
-  # float32[length], nats: under the weights that sampled each token, from a
-  # pass of fixed shape (a training value). None: on-policy.
+  # Not at its end: a later step may continue it.
+  suspended: bool = False
+  # float32[length] nats, from a pass of fixed shape under the weights that
+  # sampled each token: a training value. None: not scored; shorter: up to
+  # where the last scored step got.
   scored_logprobs: np.ndarray | None = None
+  # The probability with which it was not pruned; 0: it was.
+  survival: float = 1.0
+  weight: float = 1.0  # of its loss
 
 
 class Batch(flax.struct.PyTreeNode):

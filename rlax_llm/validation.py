@@ -11,6 +11,7 @@ from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import DRAFTERS
 from rlax_llm.config import freeze
+from rlax_llm.config import list_widths
 from rlax_llm.config import LORA_TARGETS
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import nearest
@@ -27,6 +28,8 @@ _CHOICES = {
     'task.match': ('numeric', 'exact', 'math'),
     'model.rope_scaling': ('none', 'linear', 'llama3'),
     'rollout.drafter': DRAFTERS,
+    'control.order': ('arrival', 'longest_first', 'shortest_first'),
+    'control.strategy': ('cost_model', 'table', 'bandit'),
     'learning.schedule': ('constant', 'linear', 'cosine'),
     'learning.old_logprobs': ('recompute', 'scored', 'sampler'),
     'learning.precision.parameters': ('float32', 'bfloat16'),
@@ -58,14 +61,25 @@ _AT_LEAST: dict[str, float] = {
     'rollout.prompt_length': 1,
     'rollout.slots': 1,
     'rollout.width': 0,
-    'rollout.branching': 1,
+    'rollout.branching': 0,
     'rollout.draft_least': 0,
     'rollout.history': 0,
     'rollout.cache_megabytes': 1,
     'rollout.segment_forwards': 1,
     'rollout.min_capacity': 1,
+    'control.over_provision': 1,
+    'control.max_staleness': 1,
+    'control.dynamic_sampling': 0,
+    'control.staleness': 0,
+    'control.replay': 0,
+    'control.replay_steps': 1,
+    'control.logical_slots': 0,
+    'control.prune_at': 0,
+    'control.prune_steps': 0,
     'control.min_slots': 1,
     'control.run_ahead_rows': 0,
+    'control.bandit_epsilon': 0,
+    'control.bandit_window': 1,
     'learning.warmup_steps': 0,
     'learning.minibatches': 1,
     'learning.row_length': 0,
@@ -85,18 +99,23 @@ _AT_LEAST: dict[str, float] = {
     'evaluate.problems': 1,
     'evaluate.samples': 1,
     'evaluate.temperature': 0,
+    'evaluate.early_stop': 0,
+    'evaluate.probe_every': 1,
+    'evaluate.probe_tokens': 1,
 }
 _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
                'learning.max_grad_norm', 'learning.epsilon',
                'task.verifier_seconds', 'model.rope_theta', 'model.rope_factor',
                'model.rope_low', 'model.rope_high', 'model.norm_epsilon',
                'model.lora.alpha', 'model.init_scale',
-               'control.refill_threshold')
+               'control.refill_threshold', 'control.prune_keep')
 
 _AT_MOST: dict[str, float] = {
     'task.verifier_processes': 1024,
     'task.verifier_seconds': 3600,
     'control.refill_threshold': 1,
+    'control.prune_keep': 1,
+    'control.bandit_epsilon': 1,
     'task.trace_unfinished': 1,
     'rollout.draft_least': 1,
 }
@@ -139,9 +158,15 @@ def validate(config: Config) -> Config:
       raise ConfigError(f'{path}={_get(config, path)} must be above 0')
   _validate_model(config.model)
   _validate_rollout(config.rollout, config.control, config.model)
+  _validate_control(config.control, config.task.prompts_per_step,
+                    config.rollout)
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
+  if config.evaluate.early_stop and not config.evaluate.probe:
+    raise ConfigError(
+        f'evaluate.early_stop={config.evaluate.early_stop} needs '
+        "evaluate.probe, the text that asks for the answer, for instance '='")
   for name in ('b1', 'b2'):
     value = getattr(config.learning, name)
     if not 0 <= value < 1:
@@ -325,20 +350,133 @@ def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
   check_positions(rollout, width, model.max_positions)
 
 
+def _validate_control(control: ControlConfig, prompts: int,
+                      rollout: RolloutConfig) -> None:
+  default = ControlConfig()
+  readers = {
+      'max_staleness': ('over_provision', control.over_provision > 1),
+      'logical_slots': ('over_provision', control.over_provision > 1),
+      'replay_steps': ('replay', control.replay > 0),
+      'prune_keep': ('prune_at', control.prune_at > 0),
+      'prune_steps': ('prune_at', control.prune_at > 0),
+      'prune_weights': ('prune_at', control.prune_at > 0),
+  }
+  for name, (reader, on) in readers.items():
+    if not on and getattr(control, name) != getattr(default, name):
+      raise ConfigError(
+          f'control.{name}={getattr(control, name)} has no effect with '
+          f'control.{reader}={getattr(control, reader)}; set that too, or '
+          f'leave it at {getattr(default, name)}')
+  if control.prune_at >= rollout.max_new_tokens:
+    raise ConfigError(
+        f'control.prune_at={control.prune_at} is behind the last of '
+        f'rollout.max_new_tokens={rollout.max_new_tokens}; use less')
+  if control.prune_at and rollout.samples_per_prompt < 3:
+    raise ConfigError(
+        f'control.prune_at={control.prune_at} keeps two samples of a group at '
+        f'least; rollout.samples_per_prompt={rollout.samples_per_prompt} '
+        'leaves none to prune: use at least 3')
+  if control.replay >= prompts:
+    raise ConfigError(
+        f'control.replay={control.replay} leaves no new group to a step of '
+        f'task.prompts_per_step={prompts}; use at most {prompts - 1}')
+  # What is put off must fit into the next step, or its age has no bound.
+  most = 2 - control.replay / prompts
+  if control.over_provision > most:
+    raise ConfigError(
+        f'control.over_provision={control.over_provision} may put off more '
+        f'groups than the next step takes; use at most {most:g}')
+  if control.run_ahead_rows and control.dynamic_sampling:
+    raise ConfigError(
+        f'control.run_ahead_rows={control.run_ahead_rows} cannot foretell the '
+        'requests of a step whose number control.dynamic_sampling='
+        f'{control.dynamic_sampling} leaves open; set one of them to 0')
+
+
+def _check_strategy(rollout: RolloutConfig, control: ControlConfig) -> None:
+  """Refuses choices that cannot be made, and fields that nothing would read."""
+  for name in ('widths', 'branchings'):
+    for value in getattr(control, name):
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f'control.{name}={tuple(getattr(control, name))}: '
+                          f'{value!r} is none; give whole numbers from 1')
+  default = ControlConfig()
+  unread = {
+      'cost_model': ('buckets', 'bandit_epsilon', 'bandit_window'),
+      'table': ('widths', 'bandit_epsilon', 'bandit_window'),
+      'bandit': ('widths',),
+  }[control.strategy]
+  for name in unread:
+    if freeze(getattr(control, name)) != getattr(default, name):
+      raise ConfigError(
+          f'control.{name}={getattr(control, name)} has no effect with '
+          f'control.strategy={control.strategy!r}; name another strategy, or '
+          f'leave it at {getattr(default, name)}')
+  if rollout.branching and freeze(control.branchings) != default.branchings:
+    raise ConfigError(
+        f'control.branchings={tuple(control.branchings)} has no effect with '
+        f'rollout.branching={rollout.branching}; set that to 0')
+  if rollout.width or rollout.drafter == 'none':
+    if control.strategy != default.strategy or not rollout.branching:
+      raise ConfigError(
+          f'control.strategy={control.strategy!r} and rollout.branching='
+          f'{rollout.branching}: nothing is chosen with rollout.drafter='
+          f'{rollout.drafter!r} and rollout.width={rollout.width}; set the '
+          f'width to 0 and a drafter, or leave them at {default.strategy!r} '
+          'and 1')
+    return
+  if not rollout.branching and not control.branchings:
+    raise ConfigError('rollout.branching=0 leaves the choice to the engine, '
+                      'but control.branchings is empty; list some, for '
+                      'instance (1, 2)')
+  if control.strategy != 'cost_model':
+    _check_buckets(rollout, control)
+  elif not control.widths:
+    raise ConfigError('rollout.width=0 leaves the choice to the engine, but '
+                      'control.widths is empty; list some, for instance (1, 4)')
+
+
+def _check_buckets(rollout: RolloutConfig, control: ControlConfig) -> None:
+  buckets = control.buckets
+  example = ('((4, 1, 8), (32, 1, 4))'
+             if control.strategy == 'bandit' else '((4, 8), (32, 4))')
+  remedy = f'; give (rows, W) ascending by rows, for instance {example}'
+  limits = []
+  for bucket in buckets:
+    if (not isinstance(bucket, (tuple, list)) or len(bucket) < 2 or any(
+        isinstance(n, bool) or not isinstance(n, int) or n < 1
+        for n in bucket)):
+      raise ConfigError(
+          f'control.buckets={buckets}: {bucket!r} is no bucket of '
+          f'whole numbers from 1{remedy}')
+    limits.append(bucket[0])
+    shapes = (rollout.branching,) if rollout.branching else control.branchings
+    # As `arms_of_width` makes them.
+    arms = {(width, min(shape, width - 1))
+            for width in bucket[1:]
+            for shape in shapes}
+    if (len(arms) == 1) != (control.strategy == 'table'):
+      wants = ('one width and one shape'
+               if control.strategy == 'table' else 'two arms or more')
+      raise ConfigError(
+          f'control.strategy={control.strategy!r} takes {wants} for a bucket; '
+          f'{bucket!r} in control.buckets with rollout.branching='
+          f'{rollout.branching} gives {len(arms)}{remedy}')
+  if not limits or limits != sorted(set(limits)):
+    raise ConfigError(f'control.buckets={buckets} has no ascending numbers of '
+                      f'rows{remedy}')
+
+
 # Nodes verified in one forward: the mask alone takes W^2 per row.
 _WIDEST = 64
 
 
 def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
   """Returns the largest W; refuses what cannot be drafted or held."""
-  if min(control.widths, default=1) < 1:
-    raise ConfigError(f'control.widths={tuple(control.widths)} must be at '
-                      'least 1 each')
-  if rollout.width == 0 and not control.widths:
-    raise ConfigError('rollout.width=0 leaves the choice to the engine, but '
-                      'control.widths is empty; list some, for instance (1, 4)')
-  name = 'rollout.width' if rollout.width else 'control.widths'
-  width = rollout.width or max(control.widths)
+  _check_strategy(rollout, control)
+  width = max(list_widths(rollout, control))
+  chosen = 'widths' if control.strategy == 'cost_model' else 'buckets'
+  name = 'rollout.width' if rollout.width else f'control.{chosen}'
   if width > _WIDEST:
     raise ConfigError(f'{name} asks for {width} nodes in one forward; at most '
                       f'{_WIDEST} are verified')

@@ -16,6 +16,7 @@ from rlax_llm.config import MeshConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting import tree_cache as trees
+from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.ops import sampling as sampling_ops
 from rlax_llm.ops.sampling import Sampling
@@ -130,6 +131,16 @@ def key_of(rollout, seed):
   return np.asarray(sampling_ops.sample_keys(seed, *fields))[0]
 
 
+def random_choices(rng, arms):
+  """Returns a `choose` that draws arms and lengths of segments."""
+
+  def choose(*unused):
+    arm = arms[int(rng.integers(len(arms)))]
+    return Choice(arm, int(rng.integers(1, 9)), bool(rng.integers(2)))
+
+  return choose
+
+
 class World:
   """A model with parameters, and engines that share executables."""
 
@@ -144,7 +155,13 @@ class World:
     self.eos_ids = (eos,)
     self.pool = ExecutablePool(lambda: 0.0)
 
-  def engine(self, *, drafter=None, control=None, pool=None, **rollout):
+  def engine(self,
+             *,
+             drafter=None,
+             control=None,
+             pool=None,
+             strategy=None,
+             **rollout):
     """Returns an engine; keywords override RolloutConfig."""
     fields = dict(slots=16,
                   width=1,
@@ -164,6 +181,7 @@ class World:
         mesh=self.mesh,
         clock=clock,
         drafter=drafter,
+        strategy=strategy,
         pool=pool or self.pool)
 
   def generate(self, requests, *, store=None, ahead=(), params=None, **options):

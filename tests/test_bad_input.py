@@ -54,10 +54,35 @@ CONFIGS = [
     ('rollout.width = 65', 'rollout.width', '65', 'at most 64'),
     ('rollout.width = 0; control.widths = (1, 400)', '400', 'at most 64'),
     ('rollout.width = 0; control.widths = ()', 'rollout.width=0', 'is empty'),
-    ('control.widths = (0, 4)', 'control.widths=(0, 4)', 'at least 1 each'),
+    ('control.widths = (0, 4)', 'control.widths=(0, 4)', 'numbers from 1'),
     ('rollout.history = 10**7', 'rollout.history=10000000', 'lower'),
     ('rollout.cache_megabytes = 0', 'cache_megabytes=0', 'at least 1'),
-    ('rollout.branching = 0', 'branching=0', 'at least 1'),
+    ('rollout.branching = -1', 'branching=-1', 'at least 0'),
+    # What chooses the width.
+    ('rollout.branching = 0', 'branching=0', 'width=3', 'set the width to 0'),
+    ('rollout.width = 0; rollout.branching = 0; control.branchings = ()',
+     'branching=0', 'control.branchings is empty'),
+    ('control.branchings = (1, 3)', 'branchings=(1, 3)', 'no effect'),
+    ("control.strategy = 'costs'", "'costs'", 'cost_model'),
+    ("control.strategy = 'table'", 'rollout.width=3', 'set the width to 0'),
+    ("rollout.width = 0; control.strategy = 'table'; control.widths = (1, 8)",
+     'control.widths=(1, 8)', 'no effect'),
+    ('control.buckets = ((8, 4),)', '((8, 4),)', "'cost_model'"),
+    ("rollout.width = 0; control.strategy = 'table'; control.bandit_window = 9",
+     'bandit_window=9', 'no effect'),
+    ("rollout.width = 0; control.strategy = 'bandit'", 'two arms or more',
+     '(1, 48)', 'gives 1'),
+    ("rollout.width = 0; control.strategy = 'table'; "
+     'control.buckets = ((8, 2, 4),)', 'one width', '(8, 2, 4)', 'gives 2'),
+    ("rollout.width = 0; control.strategy = 'table'; "
+     'control.buckets = ((8, 4), (2, 8))', 'control.buckets', 'ascending'),
+    ("rollout.width = 0; control.strategy = 'table'; "
+     'control.buckets = ((8, 4.5),)', 'control.buckets', '4.5'),
+    ("rollout.width = 0; control.strategy = 'bandit'; "
+     'control.buckets = ((8, 1, 65),)', 'control.buckets', 'at most 64'),
+    ("rollout.width = 0; control.strategy = 'bandit'; "
+     'control.buckets = ((8, 1, 4),); control.bandit_epsilon = 1.5',
+     'bandit_epsilon=1.5', 'at most 1'),
     ('rollout.draft_least = 1.5', 'draft_least=1.5', 'at most 1'),
     ('learning.microbatch_rows = 0', 'microbatch_rows=0', 'at least 1'),
     ('checkpoint.keep = 0', 'checkpoint.keep=0', 'at least 1'),

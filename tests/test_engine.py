@@ -16,8 +16,10 @@ from scipy import stats
 from rlax_llm import executables
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting.arms import Arm
+from rlax_llm.drafting.arms import PLAIN
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.models.language_model import score
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import executor
@@ -463,19 +465,21 @@ def test_running_ahead_does_not_keep_the_batch_wide():
   assert spent[1] <= 1.25 * spent[0]
 
 
-def test_any_width_at_any_boundary_changes_no_token(monkeypatch):
-  """A policy that draws widths and lengths of segments at random.
+def test_any_arm_at_any_boundary_changes_no_token(monkeypatch):
+  """A strategy that draws arms and lengths of segments at random.
 
   Mutant: at W = 1 the group's texts are not kept up, so that they differ from
   the rows afterwards (a hint only: this one must pass too).
   """
   rng = np.random.default_rng(0)
-  monkeypatch.setattr(
-      WidthPolicy, 'choose', lambda self, rows, capacity, forwards:
-      (int(rng.choice([1, 3, 4])), int(rng.integers(1, 9))))
   world = _world()
+  arms = [PLAIN] + [
+      Arm(w, b, ('tree_cache',)) for w, b in ((3, 1), (4, 1), (3, 2), (4, 2))
+  ]
+  monkeypatch.setattr(CostModel, 'choose', helpers.random_choices(rng, arms))
   got, engine = world.generate(helpers.make_requests(),
                                width=0,
+                               branching=0,
                                store=_filled('stale'),
                                control=dict(widths=(1, 3, 4)),
                                clock=lambda: float(rng.normal()))
@@ -648,7 +652,7 @@ def test_used_keys_are_reachable_keys():
             for key in pool.used
             if key[0] == 'segment'}
     assert len(used) > 1
-    assert used <= set(engine.reachable_keys())
+    assert used <= {(n, s, arm.width) for n, s, arm in engine.reachable_keys()}
 
 
 class _Recorder:

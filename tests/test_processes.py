@@ -215,6 +215,7 @@ def _train(workdir, count, *, slurm=False, seconds=900, **variables):
   finally:
     for process in started:
       process.kill()
+      process.communicate()
 
 
 def _prompts(host):
@@ -263,8 +264,7 @@ def test_two_processes_take_the_step_of_one(runs):
   Rewards are computed in two halves, the width is chosen by clocks and
   parameters lie on devices of both.
 
-  Mutants: each process chooses its own width (they wait for each other);
-  rewards of the two halves joined without taking turns.
+  Mutant: `share` joins the results part by part, not in turns.
   """
   states, hosts = zip(*[_restore(runs[count], 1) for count in (1, 2)])
   want, got = [host['progression'] for host in hosts]
@@ -286,7 +286,7 @@ def test_two_processes_take_the_step_of_one(runs):
 def test_files_are_written_once_and_the_store_in_parts(runs):
   """One line for each step, one manifest; each prompt in one part.
 
-  Mutant: every process writes metrics.
+  Mutant: the checkpoint keeps the first part of the store only.
   """
   for count, folder in runs.items():
     rows = [
@@ -306,7 +306,7 @@ def test_one_process_continues_the_run_of_two(runs, tmp_path):
   """From the checkpoint of two after step 1, one process ends as one process
   ends alone, past rollouts of both parts in hand.
 
-  Mutant: the checkpoint keeps the first part of the store only.
+  Mutant: `share` joins the results part by part, not in turns.
   """
   folder = tmp_path / 'run'
   shutil.copytree(runs[2], folder)

@@ -18,7 +18,10 @@ from rlax_llm import executables
 from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm.config import ConfigError
-from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.drafting.arms import Arm
+from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.drafting.strategy.base import Choice
+from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.files import WriteError
 from rlax_llm.learning import algorithms
 from rlax_llm.progress import Progress
@@ -198,9 +201,10 @@ def test_the_tree_cache_changes_nothing(plain, tmp_path, monkeypatch, changes):
   clock = None
   if changes['rollout__width'] == 0:
     rng = random.Random(0)
+    arms = [PLAIN, *(Arm(w, 1, ('tree_cache',)) for w in (3, 4))]
     monkeypatch.setattr(
-        WidthPolicy, 'choose', lambda self, rows, capacity, forwards:
-        (rng.choice([1, 3, 4]), rng.randint(1, 5)))
+        CostModel, 'choose', lambda self, occupancy, forwards: Choice(
+            rng.choice(arms), rng.randint(1, 5), True))
     clock = rng.random
   summary, _ = _train(tmp_path, clock=clock, **(LONG | changes))
   _assert_same_run(tmp_path, summary, plain)

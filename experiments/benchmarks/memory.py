@@ -53,14 +53,17 @@ def measure(run: Run) -> dict[str, int]:
   learner = learners.make_learner(run)
   state = run.states.abstract_state()
   learner.compile_update(state, abstract_batch(run, learner))
-  run.engine(run.sampling).compile_largest(state.params)
+  engine = run.engine(run.sampling)
+  engine.compile_largest(state.params)
   held = sum(
       int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
       for x in jax.tree.leaves(state))
   return {
       'state': held,
       'update': run.pool.memory_bytes('update'),
-      'segment': run.pool.memory_bytes('segment'),
+  } | {
+      f'segment, {rows} rows, W = {arm.width}': size
+      for (rows, _, arm), size in engine.segment_bytes().items()
   }
 
 
@@ -74,7 +77,7 @@ def main(argv: list[str]) -> None:
         f' --xla_force_host_platform_device_count={_DEVICES.value}')
   run = make_run(_CONFIG.value)
   for name, size in measure(run).items():
-    print(f'{name:8} {size / 1e9:8.2f} GB on each of {run.mesh.size} devices')
+    print(f'{name:24} {size / 1e9:8.2f} GB on each of {run.mesh.size} devices')
 
 
 if __name__ == '__main__':

@@ -4,16 +4,15 @@
 
 The quickstart's model after its warm start generates 11 steps of problems,
 twice: in the first epoch the tree cache holds nothing, in the second it holds
-the first. In turn: W = 1; the tree cache at W = --width; the width policy; and,
+the first. In turn: W = 1; the tree cache at W = --width; the cost model; and,
 for the price of drafting, a constant draft of the same width. Parameters stay
 as they are. Writes speed.csv into --out: ratios of times by pair, compilation
 apart, and what accept length over the cost of verification would allow.
 """
 
-import dataclasses
+import functools
 import pathlib
 import statistics
-import time
 from typing import Any
 
 from absl import app
@@ -22,8 +21,8 @@ import jax.numpy as jnp
 
 from configs import quickstart
 from experiments import common
+from experiments.srt import workload
 from rlax_llm import executables
-from rlax_llm.config import freeze
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting.drafter import Drafter
 from rlax_llm.rollout.engine import RolloutEngine
@@ -32,14 +31,12 @@ from rlax_llm.run import make_run
 from rlax_llm.run import Run
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Slots
-from rlax_llm.types import TRAIN
 from rlax_llm.warm_start import warm_start
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Rows decoded together.')
 _WIDTH = flags.DEFINE_integer('width', 4, 'W of the fixed arm.')
 _PAIRS = flags.DEFINE_integer('pairs', 11, 'Steps in an epoch.')
 _OUT = flags.DEFINE_string('out', 'experiments/srt', 'Where the table goes.')
-_SAMPLES = 8
 
 
 def constant_drafter(width: int) -> Drafter:
@@ -56,26 +53,13 @@ def constant_drafter(width: int) -> Drafter:
 
 def make_engines(run: Run, rows: int, width: int) -> dict[str, RolloutEngine]:
   """Returns an engine for each arm."""
-
-  def make(drafter: Drafter | None = None, **changes: Any) -> RolloutEngine:
-    rollout = dataclasses.replace(run.config.rollout, slots=rows, **changes)
-    control = dataclasses.replace(run.config.control, widths=(1, width))
-    return RolloutEngine(run.model,
-                         rollout=freeze(rollout),
-                         control=freeze(control),
-                         sampling=run.sampling,
-                         eos_ids=run.tokenizer.eos_ids,
-                         seed=run.config.seed,
-                         mesh=run.mesh,
-                         drafter=drafter,
-                         pool=run.pool)
-
+  make = functools.partial(workload.make_engine, run, rows, widths=(1, width))
   return {
       'W = 1': make(width=1),
       'W = 1 again': make(width=1),  # the noise of the comparison
       'tree cache': make(width=width),
-      'policy': make(width=0),
-      'constant': make(constant_drafter(width)),
+      'cost model': make(width=0),
+      'constant': make(drafter=constant_drafter(width)),
   }
 
 
@@ -88,23 +72,17 @@ def measure(run: Run, params: Any, rows: int, width: int,
   """
   engines = make_engines(run, rows, width)
   stores = {name: run.rollout_store() for name in engines}
-  prompts = max(4 * rows // _SAMPLES, 16)
+  clock = workload.clock()
   seconds: dict[tuple[int, str], list[float]] = {}
   totals: dict[tuple[int, str], list[float]] = {}
 
   def generate(name: str, epoch: int, first: int) -> Any:
-    problems = [
-        run.task.problem('train', first * prompts + i) for i in range(prompts)
-    ]
-    requests = run.requests(problems,
-                            samples=_SAMPLES,
-                            domain=TRAIN,
-                            step=epoch * pairs + first)
+    requests = workload.make_requests(run, rows, epoch * pairs + first, first)
     engine = engines[name]
-    compiled, start = run.pool.seconds, time.perf_counter()
+    compiled, start = run.pool.seconds, clock()
     rollouts, _ = engine.generate(params, requests,
                                   RolloutState(store=stores[name]))
-    spent = time.perf_counter() - start - (run.pool.seconds - compiled)
+    spent = clock() - start - (run.pool.seconds - compiled)
     return spent, engine.stats, [r.tokens.tolist() for r in rollouts]
 
   for name in engines:  # compiles; of problems that do not come again
@@ -175,7 +153,7 @@ def main(argv: list[str]) -> None:
   executables.enable_compilation_cache()
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
-  run = make_run(config)
+  run = make_run(config, clock=workload.clock())
   params = warm_start(run, run.states.init_params(), lambda done, loss: None)
   table: list[dict[str, Any]] = []
   for rows in map(int, _ROWS.value):

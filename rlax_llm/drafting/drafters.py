@@ -4,39 +4,37 @@ from typing import Callable
 
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
+from rlax_llm.drafting import arms
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting import tree_cache as trees
+from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
 
-DRAFTERS: dict[str, Callable[[RolloutConfig, int, CorpusShape], Drafter]] = {
-    'none':
-        lambda config, width, shape: drafting.no_drafter(),
-    'prompt_lookup':
-        lambda config, width, shape: drafting.prompt_lookup(width),
-    'tree_cache':
-        lambda config, width, shape: trees.tree_cache(
-            width,
-            trees.TreeCacheConfig(
-                shape, config.branching, min_probability=config.draft_least)),
-}
+# By what an arm drafts from.
+DRAFTERS: dict[tuple[str, ...], Callable[
+    [RolloutConfig, Arm, CorpusShape], Drafter]] = {
+        ('prompt_lookup',):
+            lambda config, arm, shape: drafting.prompt_lookup(arm.width),
+        ('tree_cache',):
+            lambda config, arm, shape: trees.tree_cache(
+                arm.width,
+                trees.TreeCacheConfig(
+                    shape, arm.branching, min_probability=config.draft_least)),
+    }
 
 
-def by_width(drafter: Drafter) -> dict[int, Drafter]:
-  """Returns a drafter, and none for W = 1, by width."""
-  return {1: drafting.no_drafter(), drafter.width: drafter}
-
-
-def widest(rollout: RolloutConfig, control: ControlConfig) -> int:
-  """Returns the largest W that a config can lead to."""
-  if rollout.drafter == 'none':
-    return 1
-  return rollout.width or max(control.widths)
+def given(drafter: Drafter) -> dict[Arm, Drafter]:
+  """Returns a drafter of the user's own by arm, and none for W = 1."""
+  made = {Arm(drafter.width, 1, ('given',)): drafter}
+  return {
+      arms.PLAIN: drafting.no_drafter()
+  } | (made if drafter.width > 1 else {})
 
 
 def make_drafters(rollout: RolloutConfig, control: ControlConfig, *,
-                  places: int, capacity: int) -> dict[int, Drafter]:
-  """Returns the config's drafter by width; 1 is always among the widths.
+                  places: int, capacity: int) -> dict[Arm, Drafter]:
+  """Returns the config's drafters by arm; W = 1 is always among them.
 
   Args:
     rollout: names the drafter; its width, or 0 for those of `control`.
@@ -44,18 +42,16 @@ def make_drafters(rollout: RolloutConfig, control: ControlConfig, *,
     places: prompts that may be sampled at one time.
     capacity: tokens of a prompt, a completion and a draft.
   """
-  width = widest(rollout, control)
-  if width == 1:
-    return {1: drafting.no_drafter()}
   group = rollout.samples_per_prompt
+  # What ran ahead, or beyond a cut, foretells the samples of a later step.
+  hinted = control.run_ahead_rows or control.over_provision > 1
   shape = CorpusShape(prompts=places,
                       capacity=capacity,
                       history=rollout.history,
                       group=group,
-                      hints=group if control.run_ahead_rows else 0)
-  make = DRAFTERS[rollout.drafter]
-  made: dict[int, Drafter] = {}
-  for w in (rollout.width,) if rollout.width else control.widths:
-    if w > 1:
-      made[w] = make(rollout, w, shape)
-  return {1: drafting.no_drafter()} | made
+                      hints=group if hinted else 0)
+  made = {arms.PLAIN: drafting.no_drafter()}
+  for arm in arms.list_arms(rollout, control):
+    if arm != arms.PLAIN:
+      made[arm] = DRAFTERS[arm.sources](rollout, arm, shape)
+  return made

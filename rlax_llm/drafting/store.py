@@ -4,7 +4,7 @@ import base64
 import collections
 import hashlib
 import json
-from typing import Callable, Sequence
+from typing import Callable, Iterable, Sequence
 import zlib
 
 import numpy as np
@@ -113,9 +113,13 @@ class RolloutStore:
     if self._keeps(self._key(request)):
       self._hints[request.step, request.request, index] = tokens
 
-  def drop_hints(self, step: int) -> None:
-    """Forgets the hints for steps up to `step`."""
-    self._hints = {k: v for k, v in self._hints.items() if k[0] > step}
+  def drop_hints(self, step: int, kept: Iterable[Request] = ()) -> None:
+    """Forgets the hints for steps up to `step`, but for the kept requests."""
+    open_still = {(r.step, r.request) for r in kept}
+    self._hints = {
+        k: v
+        for k, v in self._hints.items() if k[0] > step or k[:2] in open_still
+    }
 
   def dump(self) -> str:
     """Returns the store as text, for a checkpoint; `restore` reads it."""

@@ -1,7 +1,7 @@
 """From samples to packed microbatches. Host side, numpy, deterministic."""
 
 import dataclasses
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 
@@ -50,6 +50,38 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     rows[row].append(i)
     room[row] -= lengths[i]
   return rows
+
+
+def deal(rows: Sequence[list[int]],
+         microbatch_rows: int) -> Iterator[tuple[int, list[int]]]:
+  """Yields (place, sequences) of each row of `pack` among the microbatches.
+
+  Rows are dealt to microbatches in turn, so that all are equally full.
+  """
+  count = max(1, -(-len(rows) // microbatch_rows))
+  for place, members in enumerate(rows):
+    yield (place % count) * microbatch_rows + place // count, members
+
+
+def unpack(values: np.ndarray, sequences: Sequence[Sample]) -> list[np.ndarray]:
+  """Returns what a packed array holds for each sequence's completion.
+
+  Args:
+    values: [M, R, L], of a batch that `make_batch` packed from the sequences,
+      all of them kept.
+    sequences: those.
+  """
+  _, microbatch_rows, length = values.shape
+  flat = values.reshape(-1, length)
+  found = {}
+  rows = pack([len(s.prompt) + len(s.completion) for s in sequences], length)
+  for row, members in deal(rows, microbatch_rows):
+    start = 0
+    for i in members:
+      end = start + len(sequences[i].prompt) + len(sequences[i].completion)
+      found[i] = flat[row, start + len(sequences[i].prompt):end].copy()
+      start = end
+  return [found[i] for i in range(len(sequences))]
 
 
 def make_batch(sequences: Sequence[Sample],
@@ -111,9 +143,7 @@ def make_batch(sequences: Sequence[Sample],
                    'scored_logprobs')
   }
   bools = {name: np.zeros(flat, bool) for name in ('targets', 'scored')}
-  # Rows are dealt to microbatches in turn, so that all are equally full.
-  for place, members in enumerate(rows):
-    row = (place % count) * microbatch_rows + place // count
+  for row, members in deal(rows, microbatch_rows):
     start = 0
     for segment, member in enumerate(members, start=1):
       i = kept[member]

@@ -35,6 +35,29 @@ def depths(line: Array) -> Array:
   return jnp.sum(line, axis=-1, dtype=jnp.int32) - 1
 
 
+def first_twins(tree: DraftTree) -> Array:
+  """Returns int32[W]: the first node with each node's parent and token.
+
+  Args:
+    tree: one row.
+  """
+  same = tree.parents[:, None] == tree.parents[None]
+  same = same & (tree.tokens[:, None] == tree.tokens[None])
+  return jnp.argmax(same, axis=-1).astype(jnp.int32)
+
+
+def by_depth(kept: Array, line: Array) -> Array:
+  """Returns int32[W]: the kept node of each depth; 0 where there is none.
+
+  Args:
+    kept: bool[W], at most one node of each depth.
+    line: bool[W, W], from `ancestors`.
+  """
+  node = jnp.arange(kept.shape[0])
+  at_depth = kept[None] & (depths(line)[None] == node[:, None])
+  return jnp.sum(jnp.where(at_depth, node[None], 0), axis=-1, dtype=jnp.int32)
+
+
 def follow(tree: DraftTree, target_tokens: Array) -> Path:
   """Follows the target's own tokens down a draft tree.
 
@@ -60,19 +83,14 @@ def follow(tree: DraftTree, target_tokens: Array) -> Path:
   chex.assert_equal_shape([tree.tokens, tree.parents, target_tokens])
   width = tree.tokens.shape[0]
   node = jnp.arange(width)
-  siblings = tree.parents[:, None] == tree.parents[None]
-  twin = siblings & (tree.tokens[:, None] == tree.tokens[None])
-  earlier_twin = jnp.any(twin & (node[None] < node[:, None]), axis=-1)
   wanted = target_tokens[jnp.maximum(tree.parents, 0)]
   # A node without a parent is not on a line to the root: see `reached`.
-  taken = ((tree.tokens == wanted) & ~earlier_twin) | (node == 0)
+  first = first_twins(tree) == node
+  taken = ((tree.tokens == wanted) & first) | (node == 0)
   line = ancestors(tree.parents)
   # A node is reached if it and all its ancestors are taken and one is node 0.
   reached = jnp.all(taken[None] | ~line, axis=-1) & line[:, 0]
-  depth = depths(line)
-  at_depth = reached[None] & (depth[None] == node[:, None])
-  nodes = jnp.sum(jnp.where(at_depth, node[None], 0), axis=-1)
-  nodes = nodes.astype(jnp.int32)
+  nodes = by_depth(reached, line)
   return Path(nodes=nodes,
               tokens=target_tokens[nodes],
               length=jnp.sum(reached, dtype=jnp.int32))

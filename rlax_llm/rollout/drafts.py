@@ -41,6 +41,10 @@ class Drafts:
     """
     self._loads.append(texts)
 
+  def fall_behind(self) -> None:
+    """Notes that rows hold tokens that the drafter has not seen."""
+    self._behind = True
+
   def take(self, width: int, slots: Slots) -> Any:
     """Returns the state for a segment of this width; `put` it back after it.
 

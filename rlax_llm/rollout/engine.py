@@ -11,15 +11,20 @@ from rlax_llm import sharding
 from rlax_llm.config import check_positions
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
+from rlax_llm.config import list_widths
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafters
+from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.drafter import Drafter
-from rlax_llm.drafting.strategy import WidthPolicy
+from rlax_llm.drafting.strategy import table
+from rlax_llm.drafting.strategy.base import Strategy
+from rlax_llm.drafting.strategy.make import make_strategy
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout import shapes
+from rlax_llm.rollout.control import StopPolicy
 from rlax_llm.rollout.executor import Executor
 from rlax_llm.rollout.generation import Generation
 from rlax_llm.rollout.generation import Parts
@@ -45,6 +50,7 @@ class RolloutEngine:
                clock: Callable[[], float] = time.perf_counter,
                on_boundary: Callable[[], None] = lambda: None,
                drafter: Drafter | None = None,
+               strategy: Strategy | None = None,
                params_placement: Any = None,
                pool: ExecutablePool | None = None) -> None:
     """Prepares an engine; nothing is compiled yet.
@@ -61,6 +67,8 @@ class RolloutEngine:
       on_boundary: called between segments; to give up a `generate`, it
         raises.
       drafter: overrides `rollout.drafter`, for instance with your own.
+      strategy: overrides `control.strategy`; its arms are the config's, or
+        those of the drafter.
       params_placement: a sharding for every parameter, to which `generate`
         brings them first, rounded to what a forward reads; None: used as they
         are.
@@ -82,26 +90,28 @@ class RolloutEngine:
     # Every slot may hold the last sample of another prompt while a whole block
     # of new prompts comes in.
     places = rollout.slots + block_rows
-    width = drafter.width if drafter else drafters.widest(rollout, control)
+    width = drafter.width if drafter else max(list_widths(rollout, control))
     check_positions(rollout, width, model.max_positions)
     capacities = shapes.list_capacities(rollout, width)
-    by_width = (drafters.by_width(drafter)
-                if drafter else drafters.make_drafters(
-                    rollout, control, places=places, capacity=capacities[-1]))
-    _check_corpus(by_width[max(by_width)], rollout, places)
+    by_arm = (drafters.given(drafter) if drafter else drafters.make_drafters(
+        rollout, control, places=places, capacity=capacities[-1]))
+    widest = max(by_arm)
+    _check_corpus(by_arm[widest], rollout, places)
     self._executor = Executor(model,
                               config=segments.SegmentConfig(
                                   sampling, tuple(eos_ids)),
                               seed=seed,
                               mesh=mesh,
                               pool=pool or ExecutablePool(clock))
-    # A width that the config fixes is not chosen.
-    policy = None if drafter or rollout.width else WidthPolicy(list(by_width))
+    if strategy is None:
+      strategy = (table.fixed(widest)
+                  if drafter else make_strategy(rollout, control, seed=seed))
+    self.strategy = strategy
     self._parts = Parts(rollout=rollout,
                         control=control,
                         executor=self._executor,
-                        drafters=by_width,
-                        policy=policy,
+                        drafters=by_arm,
+                        strategy=strategy,
                         capacities=capacities,
                         row_counts=shapes.list_row_counts(
                             rollout.slots, control, ways),
@@ -110,33 +120,54 @@ class RolloutEngine:
     self.pool = self._executor.pool
     self.stats = RolloutStats()
 
-  def reachable_keys(self) -> list[tuple[int, int, int]]:
-    """Returns every (N, S, W) whose segment this engine can compile."""
-    return [(rows, capacity, width)
+  def reachable_keys(self) -> list[tuple[int, int, Arm]]:
+    """Returns every (N, S, arm) whose segment this engine can compile."""
+    return [(rows, capacity, arm)
             for rows in self._parts.row_counts
             for capacity in self._parts.capacities
-            for width in self._parts.widths]
+            for arm in self._parts.arms(rows)]
+
+  def segment_bytes(self) -> dict[tuple[int, int, Arm], int]:
+    """Returns bytes on one device by (N, S, arm), of the segments compiled."""
+    names = {drafter: arm for arm, drafter in self._parts.drafters.items()}
+    return {
+        (rows, capacity, names[drafter]): size
+        for (rows, capacity,
+             drafter), size in self._executor.segment_bytes().items()
+        if drafter in names
+    }
 
   def compile_largest(self, params: Params) -> None:
-    """Compiles the segment of the largest N, S and W from shapes alone.
+    """Compiles the largest segments from shapes alone.
+
+    Of the largest N and S, and of fewer rows as far as they draft more nodes.
 
     Args:
       params: shapes, dtypes and shardings, as `generate` is given them.
     """
     if self._params_placement is not None:
       params = self._executor.gathered_shapes(params, self._params_placement)
-    self._executor.compile_decode(params, self._parts.rollout.slots,
-                                  self._parts.capacities[-1],
-                                  self._parts.widest)
+    widest = 0
+    for rows in self._parts.row_counts:
+      arm = max(self._parts.arms(rows))
+      if arm.width > widest:
+        widest = arm.width
+        self._executor.compile_decode(params, rows, self._parts.capacities[-1],
+                                      self._parts.drafters[arm])
 
-  def generate(
-      self,
-      params: Params,
-      requests: Sequence[Request],
-      state: RolloutState,
-      *,
-      ahead: Sequence[Request] = ()) -> tuple[list[Rollout], RolloutState]:
+  def generate(self,
+               params: Params,
+               requests: Sequence[Request],
+               state: RolloutState,
+               *,
+               ahead: Sequence[Request] = (),
+               policies: Sequence[StopPolicy] = (),
+               limit: int | None = None) -> tuple[list[Rollout], RolloutState]:
     """Samples every request `request.samples` times.
+
+    What `state.earlier` holds of a sample is not sampled again: a suspended
+    one is continued where it stands, its keys and values computed anew by one
+    forward over the prompt and what it has; its noise goes on by position.
 
     Args:
       params: the policy's, on the engine's mesh.
@@ -146,9 +177,13 @@ class RolloutEngine:
       ahead: requests of the coming step. With `control.run_ahead_rows`, slots
         that would idle sample them; what they come to is kept in the store as
         hints to the drafts of that step and goes nowhere else.
+      policies: each may stop the sampling, at a tick of logical time; samples
+        that are not at their end then are suspended there.
+      limit: most new tokens of a sample; one that reaches it is suspended.
 
     Returns:
-      (rollouts in the order of requests and of their samples, state). Speed
+      (rollouts in the order of requests and of their samples, state); those
+      that are `suspended` can be given back in a later `state.earlier`. Speed
       values are in `self.stats`.
 
     Raises:
@@ -168,16 +203,18 @@ class RolloutEngine:
                             requests,
                             state,
                             self.stats,
-                            ahead=ahead)
+                            ahead=ahead,
+                            policies=policies,
+                            limit=limit)
     while generation.admit():
       self._on_boundary()
       generation.decode()
-    results = generation.results
     if state.store is not None:
-      state.store.add(results)  # type: ignore[arg-type]
+      state.store.add(generation.outcomes.new(requests))
     self.stats.seconds = self._clock() - start
     self.stats.compile_seconds = self.pool.seconds - compiled
-    return results, state  # type: ignore[return-value]
+    self.stats.executables = len(self.segment_bytes())
+    return generation.outcomes.rollouts(requests), state
 
   @property
   def runs_ahead(self) -> bool:

@@ -1,7 +1,7 @@
 """The device side of the engine: one executable for each boundary step."""
 
 import functools
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,15 @@ from rlax_llm.types import Array
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Slots
+
+
+class Seat(NamedTuple):
+  """What a slot takes."""
+  row: int  # of the block
+  request: Request
+  sample: int  # which of the request's
+  limit: int  # most new tokens
+  place: int  # the prompt's, in the drafter's state
 
 
 class Executor:
@@ -89,22 +98,20 @@ class Executor:
                      packed)
 
   def admit(self, slots: Slots, block: slot_ops.PromptBlock,
-            taken: Mapping[int, tuple[int, Request, int,
-                                      int]], max_new_tokens: int) -> Slots:
+            taken: Mapping[int, Seat]) -> Slots:
     """Puts samples into slots.
 
     Args:
       slots: donated.
       block: prefilled prompts.
-      taken: slot -> (row of the block, request, index of the sample, the
-        prompt's place in the drafter's state).
-      max_new_tokens: T.
+      taken: by slot.
     """
     rows, capacity = slots.text.shape
-    fields = np.zeros((8, rows), np.int32)
-    for slot, (source, request, index, place) in taken.items():
-      fields[:, slot] = (True, source, max_new_tokens, request.domain,
-                         request.step, request.request, index, place)
+    fields = np.zeros((9, rows), np.int32)
+    for slot, seat in taken.items():
+      r = seat.request
+      fields[:, slot] = (True, seat.row, len(r.prompt), seat.limit, r.domain,
+                         r.step, r.request, seat.sample, seat.place)
     shape = (rows, capacity, *block.tokens.shape, self._seed)
     return self._run('admit',
                      shape,
@@ -209,6 +216,16 @@ class Executor:
     state = jax.tree.map(lambda x: place(x, self._replicated),
                          jax.eval_shape(drafter.init, params, slots))
     self._segment(params, slots, state, drafter, np.zeros(2 + rows, np.int32))
+
+  def segment_bytes(self) -> dict[tuple[int, int, Drafter], int]:
+    """Returns bytes on one device by (N, S, drafter), of this model."""
+    mine = (self._config, self._model, self._mesh)
+    found = self.pool.memory_by_key('segment')
+    return {
+        key[1:4]: size  # type: ignore[index]
+        for key, size in found.items()
+        if key[4:] == mine  # type: ignore[index]
+    }
 
   def _segment(self, params: Params, slots: Slots, state: Any, drafter: Drafter,
                limits: np.ndarray) -> Any:

@@ -1,7 +1,9 @@
 """Prompts of one `generate`: prefilled, and placed in the drafter's state."""
 
 import collections
-from typing import Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
+
+import numpy as np
 
 from rlax_llm.rollout.slots import PromptBlock
 from rlax_llm.types import Request
@@ -11,20 +13,20 @@ class Places:
   """Places of prompts in the drafter's state, given out and taken back."""
 
   def __init__(self, count: int) -> None:
-    self._count = count
     self._free = collections.deque(range(count))
     self._left: dict[tuple, int] = {}  # samples not yet collected
     self._place: dict[tuple, int] = {}
+
+  def __contains__(self, group: tuple) -> bool:
+    return group in self._place
 
   def take(self, group: tuple, samples: int) -> int:
     """Gives a group the place that has been free for longest.
 
     Args:
       group: identifies it.
-      samples: how many; of none, the group gets a place that does not exist.
+      samples: how many will be collected, at least 1.
     """
-    if not samples:
-      return self._count
     self._left[group] = samples
     self._place[group] = self._free.popleft()
     return self._place[group]
@@ -39,21 +41,27 @@ class Places:
       self._free.append(self._place.pop(group))
 
 
-class PromptBlocks:
-  """Prefills requests in order, a block at a time, once for each group."""
+class Text(NamedTuple):
+  """What samples begin with: a prompt, or one with a part of a completion."""
+  tokens: np.ndarray  # int32[length]
+  known: int  # of them, of a completion
+  number: int  # of the request, in its queue
+  request: Request
 
-  def __init__(
-      self, requests: Sequence[Request], size: int,
-      prefill: Callable[[int, Sequence[Request]], PromptBlock]) -> None:
+
+class PromptBlocks:
+  """Prefills texts in order, a block at a time, a prompt once for its group."""
+
+  def __init__(self, texts: Sequence[Text], size: int,
+               prefill: Callable[[Sequence[Text]], PromptBlock]) -> None:
     """Prepares the blocks; nothing is computed yet.
 
     Args:
-      requests: in the order in which they will be sampled.
-      size: requests of one block.
-      prefill: makes a block of at most `size` requests, told the number of
-        the first.
+      texts: in the order in which samples will begin with them.
+      size: texts of one block.
+      prefill: makes a block of at most `size` texts.
     """
-    self._requests = requests
+    self._texts = texts
     self._size = size
     self._prefill = prefill
     self._first = -size  # of the current block
@@ -69,12 +77,12 @@ class PromptBlocks:
     return self._first <= number < self._first + self._size
 
   def row(self, number: int) -> int:
-    """Returns the row of the block that holds a request."""
+    """Returns the row of the block that holds a text."""
     return number - self._first
 
   def advance_to(self, number: int) -> None:
-    """Makes the block that holds a request the current one."""
+    """Makes the block that holds a text the current one."""
     while number not in self:
       self._first += self._size
-      members = self._requests[self._first:self._first + self._size]
-      self._block = self._prefill(self._first, members)
+      members = self._texts[self._first:self._first + self._size]
+      self._block = self._prefill(members)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,15 @@ class SegmentRead(NamedTuple):
     size = rows * capacity
     wide = packed[:3 * size].reshape(3, rows, capacity)
     narrow = packed[3 * size:3 * size + 4 * rows].reshape(4, rows)
+    counts = packed[3 * size + 4 * rows:]
+    counters: Any = (*counts[:4], counts[4:])
     return cls(wide[0], wide[1].view(np.float32), wide[2].astype(bool),
                narrow[0], narrow[1].astype(bool), narrow[2].astype(bool),
-               narrow[3], segments.Counters(*packed[3 * size + 4 * rows:]))
+               narrow[3], segments.Counters(*counters))
 
 
 def pack_read(slots: Slots, counters: segments.Counters) -> Array:
-  """Returns what `SegmentRead` holds as one array, int32[3 N S + 4 N + 4]."""
+  """Returns what `SegmentRead` holds in int32[3 N S + 4 N + 4 + W]."""
   logprobs = jax.lax.bitcast_convert_type(slots.logprobs, jnp.int32)
   parts = (slots.text, logprobs, slots.drafted, slots.length, slots.done,
            slots.finished, slots.forwards, *jax.tree.leaves(counters))

@@ -39,6 +39,9 @@ class Counters(flax.struct.PyTreeNode):
   row_forwards: Array  # int32: sum over forwards of the rows that decoded
   tokens: Array  # int32: tokens committed
   ahead_tokens: Array  # int32: committed by rows that do not count
+  # int32[W]: by node, how often the token after it was committed. In a chain
+  # node d is the one at depth d.
+  accepted: Array
 
 
 class SegmentConfig(NamedTuple):
@@ -112,6 +115,19 @@ def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
   return slots, committed, hidden
 
 
+def count_nodes(path: Path, counted: Array) -> Array:
+  """Returns int32[W]: how many of the counted rows reached each node.
+
+  Args:
+    path: of N rows.
+    counted: bool[N].
+  """
+  node = jnp.arange(path.nodes.shape[1])
+  kept = node[None] < jnp.where(counted, path.length, 0)[:, None]
+  reached = (path.nodes[:, :, None] == node[None, None]) & kept[:, :, None]
+  return jnp.sum(reached, axis=(0, 1), dtype=jnp.int32)
+
+
 def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
             model: LanguageModel, drafter: Drafter,
             config: SegmentConfig) -> tuple[Slots, Any, Counters]:
@@ -157,9 +173,11 @@ def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
         forwards=counters.forwards + 1,
         row_forwards=counters.row_forwards + add(~slots.done & limits.counted),
         tokens=counters.tokens + add(path.length * limits.counted),
-        ahead_tokens=counters.ahead_tokens + add(path.length * ~limits.counted))
+        ahead_tokens=counters.ahead_tokens + add(path.length * ~limits.counted),
+        accepted=counters.accepted + count_nodes(path, limits.counted))
     return after, state, counters
 
   zero = jnp.zeros((), jnp.int32)
-  return jax.lax.while_loop(
-      proceed, body, (slots, drafter_state, Counters(zero, zero, zero, zero)))
+  counters = Counters(zero, zero, zero, zero, jnp.zeros(drafter.width,
+                                                        jnp.int32))
+  return jax.lax.while_loop(proceed, body, (slots, drafter_state, counters))

@@ -14,7 +14,9 @@ from rlax_llm.types import Slots
 
 
 class PromptBlock(flax.struct.PyTreeNode):
-  """Prefilled prompts, shared by all samples of their groups."""
+  """Prefilled texts: prompts, shared by all samples of their groups, and
+  prompts with what a sample came to in an earlier step.
+  """
   tokens: Array  # int32[K, P]
   length: Array  # int32[K]
   nodes: KVNodes  # [K, KH, P, HD] by layer
@@ -24,6 +26,7 @@ class Admission(flax.struct.PyTreeNode):
   """What each slot is given at a boundary; rows with ~take keep theirs."""
   take: Array  # bool[N]
   source: Array  # int32[N], row of the PromptBlock
+  prompt_length: Array  # int32[N], of the text
   limit: Array  # int32[N], most new tokens
   domain: Array  # int32[N]
   step: Array  # int32[N]
@@ -98,7 +101,8 @@ def admit(slots: Slots, block: PromptBlock, admission: Admission, *,
       # values are computed again by the forward that verifies that tree.
       length=choose(slots.cache.length, length - 1))
   return slots.replace(text=share(slots.text, block.tokens),
-                       prompt_length=choose(slots.prompt_length, length),
+                       prompt_length=choose(slots.prompt_length,
+                                            a.prompt_length),
                        length=choose(slots.length, length),
                        limit=choose(slots.limit, length + a.limit),
                        key=choose(slots.key, keys),

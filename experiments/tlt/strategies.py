@@ -1,0 +1,295 @@
+"""Strategies on recorded segments: what each would have taken.
+
+  python -m experiments.tlt.strategies --rows=8,32,128 --trace=FILE
+
+The workload of experiments/srt/speed.py, generated in turn with each static
+arm; of every segment the trace holds n, N, S, W, seconds and how often each
+node of the draft was reached. Tokens are the same for every arm, so the work
+of a step at one (N, S) is, and a strategy can be run on the trace: it is asked
+for an arm, and told what that arm's segments took and gave there in that step.
+After the first epoch, in which the tree cache is empty, the second is replayed
+--passes times. Writes strategies.csv into --out: for each N seconds over those
+of W = 1 and over those of the static arm that was best there in hindsight.
+"""
+
+import collections
+import csv
+import pathlib
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
+
+from absl import app
+from absl import flags
+
+from configs import quickstart
+from experiments import common
+from experiments.srt import workload
+from rlax_llm import executables
+from rlax_llm.config import ControlConfig
+from rlax_llm.config import freeze
+from rlax_llm.config import RolloutConfig
+from rlax_llm.drafting.arms import Arm
+from rlax_llm.drafting.arms import list_arms
+from rlax_llm.drafting.strategy.base import Choice
+from rlax_llm.drafting.strategy.base import Occupancy
+from rlax_llm.drafting.strategy.base import Spent
+from rlax_llm.drafting.strategy.base import Strategy
+from rlax_llm.drafting.strategy.make import make_strategy
+from rlax_llm.drafting.strategy.table import fixed
+from rlax_llm.rollout.state import RolloutState
+from rlax_llm.run import make_run
+from rlax_llm.warm_start import warm_start
+
+_ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Slots of an engine.')
+_WIDTHS = flags.DEFINE_list('widths', ['1', '2', '4', '8'], 'W of the arms.')
+_STEPS = flags.DEFINE_integer('steps', 11, 'Steps in an epoch.')
+_PASSES = flags.DEFINE_integer('passes', 4, 'Replays of the second epoch.')
+_TRACE = flags.DEFINE_string('trace',
+                             None,
+                             'A file that is replayed, or else recorded.',
+                             required=True)
+_OUT = flags.DEFINE_string('out', 'experiments/tlt', 'Where the table goes.')
+
+
+class Record(NamedTuple):
+  """One recorded segment, a line of the trace."""
+  slots: int  # of the engine
+  epoch: int
+  step: int
+  width: int
+  running: int
+  rows: int
+  capacity: int
+  seconds: float
+  preparation: float
+  forwards: int
+  row_forwards: int
+  accepted: tuple[int, ...]
+
+
+class Recorder:
+  """The strategy of one arm that times every segment and notes it."""
+
+  def __init__(self, arm: Arm, slots: int) -> None:
+    self._arm = arm
+    self._slots = slots
+    self.where = (0, 0)  # epoch, step; negative: not noted
+    self.records: list[Record] = []
+
+  def choose(self, occupancy: Occupancy, forwards: int) -> Choice:
+    """See `Strategy`."""
+    del occupancy
+    return Choice(self._arm, forwards, True)
+
+  def observe(self, occupancy: Occupancy, arm: Arm, spent: Spent) -> None:
+    """See `Strategy`."""
+    if self.where[0] >= 0 and spent.seconds is not None and spent.forwards:
+      self.records.append(
+          Record(self._slots, *self.where, arm.width, *occupancy, spent.seconds,
+                 spent.preparation, spent.forwards, spent.row_forwards,
+                 tuple(spent.accepted)))
+
+  def reachable(self, least: int, most: int) -> list[Arm]:
+    """See `Strategy`."""
+    del least, most
+    return [self._arm]
+
+  def dump(self) -> dict[str, Any]:
+    """See `Strategy`."""
+    return {}
+
+  def restore(self, saved: dict[str, Any]) -> None:
+    """See `Strategy`."""
+
+
+def record(rows: Iterable[int], widths: Sequence[int],
+           steps: int) -> list[Record]:
+  """Returns the segments of every arm, generated in turn, step by step."""
+  config = quickstart.get_config()
+  config.task.epoch_prompts = 0  # epochs are made here
+  run = make_run(config, clock=workload.clock())
+  params = warm_start(run, run.init_params(), lambda done, loss: None)
+  records: list[Record] = []
+  for slots in rows:
+    recorders = {w: Recorder(_arm(w), slots) for w in widths}
+    # One S for all arms: each engine could draft with the widest.
+    engines = {
+        w:
+            workload.make_engine(run,
+                                 slots,
+                                 widths=widths,
+                                 width=0,
+                                 strategy=recorders[w]) for w in widths
+    }
+    stores = {w: run.rollout_store() for w in widths}
+    # The first compiles and warms up, with problems that do not come again.
+    plan = [(-1, steps + 1)] * 3
+    plan += [(epoch, step) for epoch in (0, 1) for step in range(steps)]
+    for number, (epoch, step) in enumerate(plan):
+      first = number % len(widths)
+      for width in [*widths[first:], *widths[:first]]:
+        recorders[width].where = (epoch, step)
+        requests = workload.make_requests(run, slots,
+                                          max(epoch, 0) * steps + step, step)
+        engines[width].generate(params, requests,
+                                RolloutState(store=stores[width]))
+    for recorder in recorders.values():
+      records += recorder.records
+  return records
+
+
+def _arm(width: int) -> Arm:
+  return list_arms(RolloutConfig(width=width), ControlConfig())[-1]
+
+
+class Trace:
+  """Recorded segments by what a replayed segment asks for."""
+
+  def __init__(self, records: Iterable[Record]) -> None:
+    self._found: dict[tuple, list[Record]] = collections.defaultdict(list)
+    self._next: dict[tuple, int] = collections.Counter()
+    self.work: dict[tuple, float] = collections.defaultdict(float)
+    self.widths = sorted({r.width for r in records})
+    for r in records:
+      self._found[r.epoch, r.step, r.rows, r.capacity, r.width].append(r)
+      if r.width == 1:
+        # In tokens of a row: what the step has to do there.
+        self.work[r.epoch, r.step, r.rows,
+                  r.capacity] += sum(r.accepted) / r.running
+    self.work = {
+        where: tokens
+        for where, tokens in self.work.items()
+        if all((*where, w) in self._found for w in self.widths)
+    }
+
+  def rewind(self) -> None:
+    """Starts from the first segment of every arm again."""
+    self._next.clear()
+
+  def take(self, where: tuple, width: int) -> Record:
+    """Returns the arm's next segment there, in turn."""
+    key = (*where, width)
+    records = self._found[key]
+    self._next[key] += 1
+    return records[(self._next[key] - 1) % len(records)]
+
+
+def replay(trace: Trace, strategy: Strategy, passes: int) -> dict[int, float]:
+  """Returns seconds by N that a strategy takes for the work of the trace."""
+  seconds: dict[int, float] = collections.defaultdict(float)
+  warm = set()
+  trace.rewind()
+  epochs = [0] + [1] * passes
+  for epoch in epochs:
+    for where in sorted(w for w in trace.work if w[0] == epoch):
+      left = trace.work[where]
+      while left > 1e-6:
+        running = trace.take(where, 1).running
+        occupancy = Occupancy(running, *where[2:])
+        arm, most, timed = strategy.choose(occupancy, 32)
+        taken = trace.take(where, arm.width)
+        # Of the recorded segment, as many forwards as are wanted.
+        each = sum(taken.accepted) / taken.row_forwards
+        forwards = min(most, max(1, -int(-left // each)))
+        share = forwards / taken.forwards
+        row_forwards = round(taken.row_forwards * share)
+        spent = Spent(seconds=taken.seconds * share,
+                      preparation=taken.preparation,
+                      forwards=forwards,
+                      row_forwards=row_forwards,
+                      accepted=[round(n * share) for n in taken.accepted])
+        seconds[occupancy.rows] += (taken.seconds * share + taken.preparation)
+        left -= each * forwards
+        known = (*occupancy[1:], arm) in warm
+        warm.add((*occupancy[1:], arm))
+        if not (timed and known):
+          spent = spent._replace(seconds=None)
+        strategy.observe(occupancy, arm, spent)
+  return seconds
+
+
+def compare(records: Sequence[Record], passes: int,
+            seed: int) -> list[dict[str, Any]]:
+  """Returns a row for each (slots, N, strategy)."""
+  table: list[dict[str, Any]] = []
+  for slots in sorted({r.slots for r in records}):
+    trace = Trace([r for r in records if r.slots == slots])
+    widths = trace.widths
+    made = lambda **control: make_strategy(
+        RolloutConfig(), freeze(ControlConfig(**control)), seed=seed)
+    top = (10**6, *widths)
+    strategies: dict[str, Callable[[], Strategy]] = {
+        f'W = {w}': lambda w=w: fixed(_arm(w)) for w in widths
+    }
+    strategies |= {
+        'cost_model':
+            lambda: made(widths=tuple(widths)),
+        # The published table, as far as these widths go.
+        'table':
+            lambda: made(strategy='table',
+                         buckets=((20, widths[-1]), (32, widths[-2]))),
+        'bandit':
+            lambda: made(strategy='bandit',
+                         buckets=((8, *widths), (32, *widths), top)),
+    }
+    taken = {
+        name: replay(trace, make(), passes) for name, make in strategies.items()
+    }
+    for rows in sorted(taken['W = 1']):
+      static = {w: taken[f'W = {w}'][rows] for w in widths}
+      best = min(static, key=static.__getitem__)
+      for name, spent in taken.items():
+        table.append({
+            'slots': slots,
+            'rows': rows,
+            'strategy': name,
+            'seconds': round(spent[rows], 3),
+            'over_w1': round(spent[rows] / static[1], 3),
+            'best_static': f'W = {best}',
+            'over_best_static': round(spent[rows] / static[best], 3),
+            'regret_seconds': round(spent[rows] - static[best], 3),
+        })
+  return table
+
+
+def read_trace(path: pathlib.Path) -> list[Record]:
+  """Returns what `write_trace` wrote."""
+  with open(path, encoding='utf-8', newline='') as file:
+    records = []
+    for row in csv.DictReader(file):
+      fields: dict[str, Any] = {
+          name:
+              float(row[name])
+              if 'seconds' in name or name == 'preparation' else int(row[name])
+          for name in Record._fields[:-1]
+      }
+      fields['accepted'] = tuple(map(int, row['accepted'].split()))
+      records.append(Record(**fields))
+  return records
+
+
+def write_trace(path: pathlib.Path, records: Iterable[Record]) -> None:
+  """Writes one line for each segment."""
+  common.write_csv(path, [
+      r._asdict() | {
+          'accepted': ' '.join(map(str, r.accepted))
+      } for r in records
+  ])
+
+
+def main(argv: list[str]) -> None:
+  """Records a trace, unless there is one, and replays it."""
+  del argv
+  common.use_device()
+  executables.enable_compilation_cache()
+  path = pathlib.Path(_TRACE.value)
+  if not path.exists():
+    widths = sorted({1, *map(int, _WIDTHS.value)})
+    write_trace(path, record(map(int, _ROWS.value), widths, _STEPS.value))
+  table = compare(read_trace(path), _PASSES.value, seed=0)
+  common.write_csv(pathlib.Path(_OUT.value) / 'strategies.csv', table)
+  for row in table:
+    print(*row.values(), sep='\t')
+
+
+if __name__ == '__main__':
+  app.run(main)

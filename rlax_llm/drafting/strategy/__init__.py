@@ -1,0 +1,1 @@
+"""Strategies: how the coming segment drafts. Speed values only."""

@@ -1,0 +1,249 @@
+"""The default strategy: tokens per second from measured costs and counts."""
+
+import collections
+import dataclasses
+from typing import Any, Iterable
+
+from rlax_llm.drafting.arms import Arm
+from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.drafting.strategy.accept_curve import AcceptCurve
+from rlax_llm.drafting.strategy.base import Choice
+from rlax_llm.drafting.strategy.base import Occupancy
+from rlax_llm.drafting.strategy.base import Spent
+
+# A probe is a short segment of an arm whose gain is not known: so many rows
+# times forwards, and so many forwards at least and at most.
+_PROBE_ROWS, _PROBE_LEAST, _PROBE_MOST = 64, 2, 8
+# What probes at one (N, S) may lose, as a share of the time spent there.
+_PROBE_SHARE = 0.02
+# An arm in use is timed so often at first, then every so many segments, and so
+# many times are kept: a clock on the device's work makes the host wait for it.
+_TIMED_FIRST, _TIMED_EVERY, _KEPT = 4, 8, 5
+# One that is not in use is timed again after so many segments at its (N, S):
+# until it is sure, then because machines change their speed.
+_SURE, _UNSURE_REST, _REST = 3, 4, 64
+# Until it is sure so much of its time may be somebody else's, and after so many
+# segments without it all of it.
+_DISTURBED, _FORGOTTEN = 0.2, 256
+# Drafts must promise so much more than W = 1, where the promise rests on little
+# and where it rests on much, more than so many timed segments and row forwards;
+# then they stay in use as long as they promise no less.
+_MARGIN, _SURE_MARGIN = 1.1, 1.03
+_MANY_TIMES, _MANY_ROWS = 4, 1024
+_MEMORY = 0.8  # of the moving average of preparations, by timed segment
+
+
+@dataclasses.dataclass
+class _Cost:
+  """What a forward of one (N, S, arm) takes."""
+  # Seconds in the last timed segments: whatever disturbs adds to them.
+  kept: collections.deque = dataclasses.field(
+      default_factory=lambda: collections.deque(maxlen=_KEPT))
+  times: int = 0  # timed segments
+  last: int = 0  # segment at (N, S) that was timed last
+  preparation: float = 0.0  # seconds for each forward, mean
+
+  @property
+  def known(self) -> bool:
+    return bool(self.kept)
+
+  @property
+  def forward(self) -> float:
+    """Seconds of a forward, preparation included; 0 if unknown."""
+    return min(self.kept, default=0.0) + self.preparation
+
+
+@dataclasses.dataclass
+class _Site:
+  """What is known of one (N, S)."""
+  rows: int
+  costs: dict[Arm, _Cost]
+  segments: int = 0
+  seconds: float = 0.0
+  lost: float = 0.0  # of them, by probes, against the best arm
+  used: Arm = PLAIN  # last, probes apart
+
+  def is_due(self, arm: Arm) -> bool:
+    """Whether an arm that is not in use is to be timed again."""
+    cost = self.costs[arm]
+    rest = _REST if cost.times >= _SURE else _UNSURE_REST
+    return not cost.known or self.segments - cost.last >= rest
+
+  def least(self, arm: Arm) -> float:
+    """Returns what a forward takes at least, as far as is known."""
+    cost = self.costs[arm]
+    if cost.known and self.segments - cost.last < _FORGOTTEN:
+      unsure = _DISTURBED if cost.times < _SURE else 0.0
+      return cost.forward * (1 - unsure)
+    # More nodes take no less time.
+    return max(c.forward for a, c in self.costs.items() if a.width < arm.width)
+
+
+class CostModel:
+  """Chooses the arm that promises the most tokens per second.
+
+    tokens/s(arm) = n E[accept length(arm)] / T(N, S, arm)
+
+  T, the seconds of a forward, is measured once for an executable and rarely
+  again: the least of a few timed segments. E comes from counts by node, which
+  all widths of one shape and sources share, so a draft of any width tells of
+  all. n is common to all arms and leaves the comparison; N decides through T.
+
+  What remains to be explored is bounded. An arm is probed by a short segment
+  only if it would win, were its forward no dearer than that of a narrower one
+  and the nodes that were not offered lately as good as those before them; and
+  as often as keeps what probes lose below a small share of the time spent at
+  that (N, S). Where nothing is drafted nothing is learned about drafts, so
+  there such a probe comes every `accept_curve.STALE` segments, and nowhere if
+  drafts could not win even if all were right.
+
+  The model is that of "Taming the Long Tail" (https://arxiv.org/abs/2511.16665)
+  without its bandit.
+  """
+
+  def __init__(self, arms: Iterable[Arm]) -> None:
+    """Makes a model that knows nothing; W = 1 is always among the arms."""
+    self._arms = sorted({PLAIN, *arms})
+    self._sites: dict[tuple[int, int], _Site] = {}
+    self._curves = {_family(a): AcceptCurve() for a in self._arms}
+    self._now = 0  # segments so far
+    self._drafted = False  # in the last segment
+
+  def choose(self, occupancy: Occupancy, forwards: int) -> Choice:
+    """See `Strategy`."""
+    site = self._site(occupancy)
+    if not site.costs[PLAIN].known:
+      return Choice(PLAIN, forwards, True)  # The yardstick comes first.
+    best = self._best(site)
+    if site.lost <= _PROBE_SHARE * site.seconds:
+      # A yardstick that is measured short, hence too long, would flatter.
+      if best != PLAIN and site.is_due(PLAIN):
+        return Choice(PLAIN, forwards, True)
+      probe = self._probe(site, best)
+      if probe:
+        wanted = -(-_PROBE_ROWS // max(occupancy.running, 1))
+        short = max(_PROBE_LEAST, min(wanted, _PROBE_MOST))
+        return Choice(probe, min(forwards, short), True)
+    site.used = best
+    cost = site.costs[best]
+    timed = (cost.times < _TIMED_FIRST or
+             site.segments - cost.last >= _TIMED_EVERY)
+    return Choice(best, forwards, timed)
+
+  def observe(self, occupancy: Occupancy, arm: Arm, spent: Spent) -> None:
+    """See `Strategy`."""
+    if not spent.forwards or not spent.row_forwards:
+      return
+    site = self._site(occupancy)
+    best = self._best(site)
+    rate = self._rate(site, best)
+    site.segments += 1
+    self._now += 1
+    cost = site.costs[arm]
+    if spent.seconds is not None and spent.seconds > 0:
+      cost.kept.append(spent.seconds / spent.forwards)
+      cost.times += 1
+      cost.last = site.segments
+      # What a first draft has to make up for is not what drafts go on taking.
+      if self._drafted:
+        share = spent.preparation / spent.forwards
+        cost.preparation += (1 - _MEMORY) * (share - cost.preparation)
+    if arm != PLAIN:
+      self._curves[_family(arm)].add(site.rows, spent.accepted,
+                                     spent.row_forwards, self._now)
+    self._drafted = arm != PLAIN
+    took = spent.preparation + (spent.forwards * cost.forward if spent.seconds
+                                is None else max(spent.seconds, 0.0))
+    site.seconds += took
+    if arm != best and rate and cost.known:
+      # Against what the best arm had taken for the same tokens.
+      accept = spent.tokens / spent.row_forwards
+      site.lost = max(site.lost + took - accept * spent.forwards / rate, 0.0)
+
+  def reachable(self, least: int, most: int) -> list[Arm]:
+    """See `Strategy`."""
+    return self._arms
+
+  def dump(self) -> dict[str, Any]:
+    """See `Strategy`."""
+    cost = lambda c: [[*c.kept], c.times, c.last, c.preparation]
+    return {
+        'strategy':
+            'cost_model',
+        'segments':
+            self._now,
+        'curves': [
+            [[*family], curve.dump()] for family, curve in self._curves.items()
+        ],
+        'sites': [[[*key], [s.segments, s.seconds, s.lost],
+                   [[[*arm], cost(c)]
+                    for arm, c in s.costs.items()]]
+                  for key, s in self._sites.items()],
+    }
+
+  def restore(self, saved: dict[str, Any]) -> None:
+    """See `Strategy`."""
+    if saved.get('strategy') != 'cost_model':
+      return
+    self._now = saved['segments']
+    for (branching, sources), curve in saved['curves']:
+      family = (branching, tuple(sources))
+      if family in self._curves:
+        self._curves[family].restore(curve)
+    for (rows, capacity), totals, costs in saved['sites']:
+      site = self._site(Occupancy(rows, rows, capacity))
+      site.segments, site.seconds, site.lost = totals
+      for (width, branching, sources), fields in costs:
+        arm = Arm(width, branching, tuple(sources))
+        if arm in site.costs:
+          kept, times, last, preparation = fields
+          # Another process, perhaps on another machine: no longer sure.
+          site.costs[arm] = _Cost(collections.deque(kept, _KEPT), min(times, 1),
+                                  last, preparation)
+
+  def _site(self, occupancy: Occupancy) -> _Site:
+    key = occupancy.rows, occupancy.capacity
+    if key not in self._sites:
+      self._sites[key] = _Site(occupancy.rows, {a: _Cost() for a in self._arms})
+    return self._sites[key]
+
+  def _length(self, site: _Site, arm: Arm, hopeful: bool = False) -> float:
+    return self._curves[_family(arm)].length(site.rows,
+                                             arm.width,
+                                             self._now,
+                                             hopeful=hopeful)
+
+  def _rate(self, site: _Site, arm: Arm) -> float:
+    """Returns tokens per row and second; 0 if unknown."""
+    cost = site.costs[arm]
+    return self._length(site, arm) / cost.forward if cost.known else 0.0
+
+  def _best(self, site: _Site) -> Arm:
+    """Returns the arm to use as far as is known."""
+    best = max(self._arms, key=lambda a: (self._rate(site, a), -a.width))
+    if best == PLAIN:
+      return PLAIN
+    times = min(site.costs[best].times, site.costs[PLAIN].times)
+    rows = self._curves[_family(best)].evidence(best.width)
+    much = times > _MANY_TIMES and rows > _MANY_ROWS
+    kept = 1.0 if site.used == best else _SURE_MARGIN
+    margin = kept if much else _MARGIN
+    pays = self._rate(site, best) >= margin * self._rate(site, PLAIN)
+    return best if pays else PLAIN
+
+  def _probe(self, site: _Site, best: Arm) -> Arm | None:
+    """Returns the arm that may be better than the best; None: none may."""
+    hope = self._rate(site, best) * (_MARGIN if best == PLAIN else 1.0)
+    found = None
+    for arm in self._arms:
+      stale = self._curves[_family(arm)].is_stale(arm.width, self._now)
+      if arm not in (PLAIN, best) and (stale or site.is_due(arm)):
+        rate = self._length(site, arm, hopeful=True) / site.least(arm)
+        if rate > hope:
+          found, hope = arm, rate
+    return found
+
+
+def _family(arm: Arm) -> tuple[int, tuple[str, ...]]:
+  """Returns what arms of one accept curve have in common."""
+  return arm.branching, arm.sources

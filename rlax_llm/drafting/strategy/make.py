@@ -1,0 +1,38 @@
+"""The strategy that a config names."""
+
+from rlax_llm.config import ControlConfig
+from rlax_llm.config import RolloutConfig
+from rlax_llm.drafting import arms
+from rlax_llm.drafting.strategy import table
+from rlax_llm.drafting.strategy.bandit import Bandit
+from rlax_llm.drafting.strategy.base import Strategy
+from rlax_llm.drafting.strategy.cost_model import CostModel
+
+
+def make_strategy(rollout: RolloutConfig, control: ControlConfig, *,
+                  seed: int) -> Strategy:
+  """Returns a strategy that knows nothing yet.
+
+  Args:
+    rollout: frozen section; a width above 0 is not chosen.
+    control: frozen section.
+    seed: of the run.
+  """
+  if rollout.width or rollout.drafter == 'none':
+    width = 1 if rollout.drafter == 'none' else rollout.width
+    return table.fixed(arms.arms_of_width(rollout, control, width)[-1])
+  if control.strategy == 'cost_model':
+    return CostModel(arms.list_arms(rollout, control))
+  rows = [(most, [
+      arm
+      for width in widths
+      for arm in arms.arms_of_width(rollout, control, width)
+  ])
+          for most, *widths in control.buckets]
+  if control.strategy == 'table':
+    return table.Table(
+        table.make_buckets([(most, found[-1:]) for most, found in rows]))
+  return Bandit(table.make_buckets(rows),
+                epsilon=control.bandit_epsilon,
+                window=control.bandit_window,
+                seed=seed)

@@ -1,0 +1,194 @@
+"""Groups of samples, and what a run keeps of them from step to step."""
+
+import dataclasses
+from typing import Any, Callable, ClassVar, Mapping, Sequence
+
+import numpy as np
+
+from rlax_llm.learning.length_ranker import LengthHistory
+from rlax_llm.learning.quality_head import QualityHead
+from rlax_llm.rollout import records
+from rlax_llm.tasks.task import Problem
+from rlax_llm.types import Request
+from rlax_llm.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """The samples of one problem, scored."""
+  problem: Problem
+  rollouts: tuple[Rollout, ...]
+  texts: tuple[str, ...]  # the rollouts' tokens, decoded
+  rewards: np.ndarray  # float32[G]
+  unscorable: np.ndarray  # bool[G]: the verifier gave no reward
+  parts: dict[str, np.ndarray]  # float32[G] by name, what rewards are made of
+  number: int = 0  # of the problem, in the run's stream of them
+  replayed: bool = False  # was trained on before
+
+  @property
+  def tokens(self) -> int:
+    return int(self.lengths.sum())
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """int32[G], tokens."""
+    return np.array([rollout.length for rollout in self.rollouts], np.int32)
+
+  @property
+  def request(self) -> Request:
+    return self.rollouts[0].request
+
+  @property
+  def age_order(self) -> tuple[int, int]:
+    """Sorts groups by when they were requested."""
+    return self.request.step, self.request.request
+
+  @property
+  def has_signal(self) -> bool:
+    """Whether the rewards differ."""
+    return bool(np.ptp(self.rewards) > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+  """A group that is asked for and not complete."""
+  number: int  # see `Group`
+  request: Request
+  rollouts: tuple[Rollout, ...] = ()  # as far as they got
+  replayed: ClassVar[bool] = False
+
+  @property
+  def tokens(self) -> int:
+    return sum(rollout.length for rollout in self.rollouts)
+
+  @property
+  def complete(self) -> bool:
+    """Whether every sample is at its end."""
+    return bool(self.rollouts) and not any(r.suspended for r in self.rollouts)
+
+  @property
+  def survivors(self) -> tuple[Rollout, ...]:
+    """The samples that were not pruned."""
+    return tuple(r for r in self.rollouts if r.survival > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+  """What coming steps learn from, besides what they will sample.
+
+  Training values, a part of the checkpoint.
+  """
+  cursor: int = 0  # problems taken from the run's stream
+  pending: tuple[Pending, ...] = ()  # oldest first
+  surplus: tuple[Group, ...] = ()  # complete, not trained on yet; oldest first
+  # Batches of coming steps, the next one first.
+  queue: tuple[tuple[Group, ...], ...] = ()
+  past: tuple[Group, ...] = ()  # trained on, may be replayed; oldest first
+  head: QualityHead = dataclasses.field(default_factory=QualityHead)
+  lengths: LengthHistory = dataclasses.field(default_factory=LengthHistory)
+  sampled_tokens: int = 0
+  trained_tokens: int = 0  # once for each token, however often it is replayed
+  dropped_tokens: int = 0  # of groups that are never trained on
+
+  @property
+  def buffered_tokens(self) -> int:
+    """Tokens that were sampled and wait to be trained on."""
+    waiting: list[Group | Pending] = [*self.pending, *self.surplus]
+    waiting += [group for batch in self.queue for group in batch]
+    return sum(group.tokens for group in waiting if not group.replayed)
+
+
+def dump(state: Experience) -> dict[str, Any]:
+  """Returns the state as JSON can hold it; `restore` undoes it."""
+
+  def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: records.pack_array(x) for name, x in arrays.items()}
+
+  def group(item: Group | Pending) -> dict[str, Any]:
+    record: dict[str, Any] = {'number': item.number}
+    if item.rollouts:
+      record['rollouts'] = records.pack_rollouts(item.rollouts)
+    if isinstance(item, Group):
+      record['replayed'] = item.replayed
+      record['rewards'] = records.pack_array(item.rewards)
+      record['unscorable'] = records.pack_array(item.unscorable)
+      record['parts'] = pack(item.parts)
+    else:
+      request = item.request
+      record['request'] = [request.samples, request.step, request.request]
+    return record
+
+  record: dict[str, Any] = {}
+  for field in dataclasses.fields(state):
+    value = getattr(state, field.name)
+    if field.name == 'queue':
+      value = [[group(g) for g in batch] for batch in value]
+    elif isinstance(value, QualityHead):
+      value = {
+          'steps': value.steps,
+          'counts': records.pack_array(value.counts),
+          'weights': pack(value.weights),
+          'moments': pack(value.moments),
+      }
+    elif isinstance(value, LengthHistory):
+      value = value.dump()
+    elif isinstance(value, tuple):
+      value = [group(g) for g in value]
+    record[field.name] = value
+  return record
+
+
+def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
+            encode: Callable[[str], Sequence[int]],
+            decode: Callable[[Any], str], domain: int) -> Experience:
+  """Returns the state that `dump` took apart.
+
+  Args:
+    record: from `dump`.
+    problem: returns a problem of the run's stream by its number.
+    encode: returns the token ids of a prompt.
+    decode: returns the text of token ids.
+    domain: of the requests.
+  """
+
+  def unpack(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: records.unpack_array(x) for name, x in arrays.items()}
+
+  def prompt(item: Mapping[str, Any]) -> np.ndarray:
+    return np.asarray(encode(problem(item['number']).prompt), np.int32)
+
+  def group(item: Mapping[str, Any]) -> Group:
+    rollouts = records.unpack_rollouts(item['rollouts'], prompt(item))
+    return Group(problem=problem(item['number']),
+                 rollouts=rollouts,
+                 texts=tuple(decode(r.tokens) for r in rollouts),
+                 rewards=records.unpack_array(item['rewards']),
+                 unscorable=records.unpack_array(item['unscorable']),
+                 parts=unpack(item['parts']),
+                 number=item['number'],
+                 replayed=item['replayed'])
+
+  def pending(item: Mapping[str, Any]) -> Pending:
+    samples, step, number = item['request']
+    rollouts: tuple[Rollout, ...] = ()
+    if 'rollouts' in item:
+      rollouts = records.unpack_rollouts(item['rollouts'], prompt(item))
+    return Pending(item['number'],
+                   Request(prompt(item), samples, domain, step, number),
+                   rollouts)
+
+  many = lambda name: tuple(map(group, record[name]))
+  return Experience(
+      pending=tuple(map(pending, record['pending'])),
+      surplus=many('surplus'),
+      queue=tuple(tuple(map(group, batch)) for batch in record['queue']),
+      past=many('past'),
+      lengths=LengthHistory.restore(record['lengths']),
+      head=QualityHead(unpack(record['head']['weights']),
+                       unpack(record['head']['moments']),
+                       record['head']['steps'],
+                       records.unpack_array(record['head']['counts'])),
+      **{
+          name: record[name] for name in ('cursor', 'sampled_tokens',
+                                         'trained_tokens', 'dropped_tokens')
+      })

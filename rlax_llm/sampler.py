@@ -1,0 +1,226 @@
+"""Groups of samples for a step: asked for, sampled, pruned, rewarded."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any, Sequence
+
+import numpy as np
+
+from rlax_llm import processes
+from rlax_llm.config import ConfigError
+from rlax_llm.drafting.store import RolloutStore
+from rlax_llm.groups import Experience
+from rlax_llm.groups import Group
+from rlax_llm.groups import Pending
+from rlax_llm.progression import Stopwatch
+from rlax_llm.pruning import Pruner
+from rlax_llm.rollout import control
+from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.rollout.state import RolloutState
+from rlax_llm.rollout.state import RolloutStats
+from rlax_llm.rollout.table import sample_key
+from rlax_llm.run import Run
+from rlax_llm.tasks.task import Problem
+from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.types import Params
+from rlax_llm.types import Request
+from rlax_llm.types import TRAIN
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+  """What a step asks for."""
+  step: int  # the version of the parameters that sample
+  number: int  # the step that will learn from it; its requests carry it
+  first: int  # number of its first new request
+  groups: int  # wanted
+
+
+class GroupSampler:
+  """Samples and rewards groups; what it leaves open goes on in the next call.
+
+  Attributes:
+    stats: speed values since `begin`.
+    values: metrics that are training values, likewise.
+  """
+
+  def __init__(self, run: Run, engine: RolloutEngine, verifier: Verifier,
+               store: RolloutStore) -> None:
+    """Makes a sampler.
+
+    Args:
+      run: the run.
+      engine: of the law that the policy is trained under.
+      verifier: gives rewards.
+      store: past rollouts, drafted from.
+    """
+    self._run = run
+    self._control = run.config.control
+    self._engine = engine
+    self._verifier = verifier
+    self._store = store
+    self._pruner = Pruner(run) if self._control.prune_at else None
+    # A step's problems are drawn together.
+    self._problems = functools.lru_cache(4)(run.problems)
+    self.begin()
+
+  def begin(self) -> None:
+    """Begins to count anew."""
+    self.stats = RolloutStats()
+    self.values: dict[str, float] = {}
+
+  def sample(self, params: Params, state: Experience, demand: Demand,
+             watch: Stopwatch) -> tuple[Experience, list[Group]]:
+    """Returns complete groups: as many as wanted, or more that came with the
+    last, and what is known after them.
+
+    Args:
+      params: the policy's.
+      state: what is known before.
+      demand: what is asked for.
+      watch: told of rollout, reward and score.
+    """
+    pending, over = state.pending, self._control.over_provision
+    # Rounded: 1.1 * 10 is above 11.
+    asked = math.ceil(round(over * demand.groups, 6))
+    new = self._pending(state.cursor, demand, max(asked - len(pending), 0))
+    cursor = state.cursor + len(new)
+    new = self._ordered(new, state)
+    rollouts = RolloutState(version=demand.step, store=self._store)
+    if self._pruner:
+      new = self._generate(params, new, rollouts, limit=self._control.prune_at)
+      new = self._pruner.prune(params, state.head, new)
+    policies = []
+    if over > 1:
+      policies.append(
+          control.stop_at_groups(
+              min(demand.groups,
+                  len(pending) + len(new)),
+              demand.number + 1 - self._control.max_staleness))
+    groups = self._generate(params, [*pending, *new],
+                            rollouts,
+                            ahead=self._coming(cursor, demand.number + 1),
+                            policies=policies)
+    groups.sort(key=lambda g: (g.request.step, g.request.request))
+    left = [group for group in groups if not group.complete]
+    sampled = sum(g.tokens for g in groups) - sum(g.tokens for g in pending)
+    self._store.drop_hints(demand.number, [group.request for group in left])
+    watch.lap('rollout')
+    complete = [group for group in groups if group.complete]
+    rewarded = self._reward(complete)
+    pruned = sum(g.tokens for g in complete) - sum(g.tokens for g in rewarded)
+    watch.lap('reward')
+    head = state.head
+    if self._pruner and rewarded:
+      head, values = self._pruner.learn(params, head, rewarded)
+      self.values |= values
+      watch.lap('score')
+    return dataclasses.replace(state,
+                               cursor=cursor,
+                               pending=tuple(left),
+                               head=head,
+                               sampled_tokens=state.sampled_tokens + sampled,
+                               dropped_tokens=state.dropped_tokens +
+                               pruned), rewarded
+
+  def problem(self, number: int) -> Problem:
+    """Returns a problem of the stream that the steps' problems make up."""
+    count = self._run.config.task.prompts_per_step
+    return self._problems(number // count)[number % count]
+
+  def _generate(self, params: Params, groups: Sequence[Pending],
+                state: RolloutState, **options: Any) -> list[Pending]:
+    """Returns groups as far as they get; see `RolloutEngine.generate`."""
+    earlier = {
+        sample_key(r.request, r.index): r for group in groups
+        for r in group.rollouts
+    }
+    rollouts, _ = self._engine.generate(
+        params, [group.request for group in groups],
+        dataclasses.replace(state, earlier=earlier), **options)
+    self.stats += self._engine.stats
+    left = iter(rollouts)
+    return [
+        dataclasses.replace(group,
+                            rollouts=tuple(
+                                itertools.islice(left, group.request.samples)))
+        for group in groups
+    ]
+
+  def _pending(self, cursor: int, demand: Demand, count: int) -> list[Pending]:
+    """Returns new requests of a step, for the next problems of the stream."""
+    requests = self._run.requests(
+        [self.problem(cursor + i) for i in range(count)],
+        samples=self._run.config.rollout.samples_per_prompt,
+        domain=TRAIN,
+        step=demand.number,
+        first=demand.first)
+    return [Pending(cursor + i, request) for i, request in enumerate(requests)]
+
+  def _ordered(self, new: Sequence[Pending],
+               state: Experience) -> list[Pending]:
+    """Returns new groups in the order in which they are sampled."""
+    order = self._control.order
+    if order == 'arrival' or not new:
+      return list(new)
+    lengths = state.lengths.predict([p.request.prompt for p in new])
+    sign = -1 if order == 'longest_first' else 1
+    return [new[i] for i in np.argsort(sign * lengths, kind='stable')]
+
+  def _coming(self, cursor: int, number: int) -> list[Request]:
+    """Returns the requests of a coming step, if any use can be made of them.
+
+    They are for hints only: whatever is wrong with them is reported in their
+    own step, not here.
+    """
+    config = self._run.config
+    if (not self._engine.runs_ahead or
+        number >= config.num_steps + config.control.staleness):
+      return []
+    count = config.task.prompts_per_step
+    try:
+      new = self._pending(cursor, Demand(number, number, 0, count), count)
+    except ConfigError:
+      return []
+    return [pending.request for pending in new]
+
+  def _reward(self, complete: Sequence[Pending]) -> list[Group]:
+    """Returns complete groups with their rewards, without what was pruned."""
+    if not complete:
+      return []
+    decode = self._run.tokenizer.decode
+    problems = [self.problem(pending.number) for pending in complete]
+    sizes = [len(pending.survivors) for pending in complete]
+    rollouts = [r for pending in complete for r in pending.survivors]
+    texts = [decode(rollout.tokens) for rollout in rollouts]
+    puzzles = [p for p, size in zip(problems, sizes) for _ in range(size)]
+    names: tuple[str, ...] = ()
+
+    def reward(mine: Sequence[int]) -> list[list[float]]:
+      nonlocal names
+      scores = self._verifier.reward(
+          [puzzles[i] for i in mine], [texts[i] for i in mine],
+          tokens=[rollouts[i].length for i in mine],
+          finished=[rollouts[i].finished for i in mine])
+      names = tuple(scores.parts)
+      columns = scores.rewards, scores.unscorable, *scores.parts.values()
+      return np.stack(columns, axis=1).tolist()
+
+    rows = processes.share(reward, range(len(rollouts)))
+    rewards, unscorable, *values = np.asarray(rows, np.float32).T
+    groups = []
+    for pending, problem, end in zip(complete, problems, np.cumsum(sizes)):
+      mine = slice(end - len(pending.survivors), end)
+      groups.append(
+          Group(problem=problem,
+                rollouts=pending.survivors,
+                texts=tuple(texts[mine]),
+                rewards=rewards[mine],
+                unscorable=unscorable[mine].astype(bool),
+                parts={
+                    name: value[mine] for name, value in zip(names, values)
+                },
+                number=pending.number))
+    return groups
