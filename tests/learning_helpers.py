@@ -1,6 +1,5 @@
 """Runs, samples and updates of the tests of learning."""
 
-import dataclasses
 import functools
 
 import jax
