@@ -1,6 +1,5 @@
 """Runs, samples and updates of the tests of learning."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlax_llm import experience
 from rlax_llm import learner as learners
 from rlax_llm import testing
 from rlax_llm.learning import update as updates
@@ -130,29 +128,3 @@ def plain_logprobs(run, params, sample):
 
 
 SGD = optax.sgd(0.5)
-
-
-def make_stale(monkeypatch, lag):
-  """Lets rollouts be those of the parameters of `lag` steps before.
-
-  Each comes with its log-probabilities under the weights that sampled it.
-  """
-  real, queue = experience.Collector.collect, []
-
-  def collect(self, params, step, watch):
-    queue.append(jax.device_get(params))
-    old = jax.device_put(queue[max(0,
-                                   len(queue) - 1 - lag)],
-                         jax.tree.map(lambda x: x.sharding, params))
-    run = self._run  # pylint: disable=protected-access
-    score = lambda rollout: plain_logprobs(
-        run, old, Sample(rollout.request.prompt, rollout.tokens))
-    return [
-        dataclasses.replace(group,
-                            rollouts=tuple(
-                                dataclasses.replace(r, scored_logprobs=score(r))
-                                for r in group.rollouts))
-        for group in real(self, old, step, watch)
-    ]
-
-  monkeypatch.setattr(experience.Collector, 'collect', collect)

@@ -9,7 +9,6 @@ import shutil
 import types
 
 import file_helpers
-from learning_helpers import make_stale
 import numpy as np
 import pytest
 
@@ -539,39 +538,46 @@ def _rewards(folder, **changes):
 
 # Lower where only the best of a group is trained, where confidence is left
 # alone, and where uncertain tokens earn more.
-_FLOORS = {'best_of_group': 0.6, 'dco': 0.75, 'echo': 0.55}
+_FLOORS = {'best_of_group': 0.6, 'dco': 0.65, 'echo': 0.55}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('seed', [0, 1, 2])
 @pytest.mark.parametrize('name', algorithms.PRESETS)
-def test_every_preset_learns(tmp_path, name):
-  """Law: from 0.3 to above 0.85 in 30 steps (measured: 0.97 to 1.0), or above a
-  floor of its own (best_of_group 0.78, dco 0.89, echo 0.71). With votes for
-  labels it is agreement that grows.
+def test_every_preset_learns(tmp_path, name, seed):
+  """Law: from below 0.4 to above 0.85 in 30 steps (measured: 0.97 to 1.0), or
+  above a floor of its own (best_of_group 0.78, dco 0.79 to 0.89, echo 0.71 to
+  0.99). With votes for labels it is agreement that grows.
 
-  Mutant: the sign of the advantage.
+  Mutant: the sign of the advantage (ppo: 0.00).
   """
   changes = {}
   if algorithms.PRESETS[name].credit == 'distillation':
     _rewards(tmp_path / 'teacher')
     changes['algorithm__teacher'] = str(tmp_path / 'teacher')
-  rewards = _rewards(tmp_path / name, algorithm__name=name, **changes)
+  rewards = _rewards(tmp_path / name,
+                     seed=seed,
+                     algorithm__name=name,
+                     **changes)
   assert rewards[0] < 0.4
   assert np.mean(rewards[-5:]) > _FLOORS.get(name, 0.85)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('seed', [0, 1, 2])
 @pytest.mark.parametrize('name, floor', [('decoupled_ppo', 0.85),
-                                         ('vcpo', 0.7)])
-def test_stale_rollouts_teach(tmp_path, monkeypatch, name, floor):
+                                         ('vcpo', 0.75)])
+def test_stale_rollouts_teach(tmp_path, name, floor, seed):
   """Law: with rollouts of the parameters of four steps before, scored under
-  them, the toy task is still learned (measured: 0.99, and 0.89 with the steps
-  of VCPO scaled down to 0.28), and the weights are seen to spread.
+  them, the toy task is still learned, and the weights are seen to spread.
 
-  Mutant: the sign of the advantage.
+  Measured: 0.97 to 0.99, and 0.89 to 0.94 with the steps of VCPO scaled down
+  to 0.28. Mutant: the sign of the advantage (0.00 for both).
   """
-  make_stale(monkeypatch, 4)
-  rewards = _rewards(tmp_path, algorithm__name=name)
+  rewards = _rewards(tmp_path,
+                     seed=seed,
+                     algorithm__name=name,
+                     control__staleness=4)
   assert np.mean(rewards[-5:]) > floor
   rows = _rows(tmp_path, 'metrics.jsonl')
   assert min(row.get('policy/effective_tokens', 1) for row in rows[5:]) < 0.9

@@ -52,6 +52,8 @@ _PRESETS = flags.DEFINE_list('presets', [], 'Which; none given: all.')
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
 _STEPS = flags.DEFINE_integer('steps', 100, 'RL steps of every run.')
 _TEACHER = flags.DEFINE_string('teacher', '', 'Of on-policy distillation.')
+_STALENESS = flags.DEFINE_integer(
+    'staleness', 0, 'Steps from sampling to training, of every run.')
 _OUT = flags.DEFINE_string('out', 'experiments/algorithms', 'Where results go.')
 _POINTS = 10  # evaluations of a curve
 _SAMPLES = 8  # of a problem at the end: pass@8
@@ -62,6 +64,7 @@ def make_config(preset: str, seed: int) -> Config:
   config = quickstart.get_config()
   config.seed = seed
   config.num_steps = _STEPS.value
+  config.control.staleness = _STALENESS.value
   config.algorithm.name = preset
   # The same tie to the reference for all would be a part of each objective.
   config.algorithm.kl_coefficient = None
@@ -104,13 +107,13 @@ def train(run: Run, warm: Params) -> tuple[list[dict], dict[str, float]]:
   curve: list[dict] = []
   samples = 0
   teacher = teachers.load_teacher(run, teachers.find_teacher(run))
+  learner = learners.make_learner(run, teacher)
   with Verifier(config.task, config.seed) as verifier:
     collector = Collector(run, run.engine(run.sampling), verifier,
-                          run.rollout_store())
+                          run.rollout_store(), learner.score_samples)
     reference = run.states.reference(tempfile.mkdtemp(),
                                      states['policy'].params, 0)
-    loop = Loop(run, collector, learners.make_learner(run, teacher), reference,
-                Progression())
+    loop = Loop(run, collector, learner, reference, Progression())
     for step in range(config.num_steps + 1):
       if step % every == 0 or step == config.num_steps:
         values = evaluation.evaluate(run, judge, states['policy'].params,

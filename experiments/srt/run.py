@@ -123,12 +123,12 @@ def train_and_compare(config: Config, width: int, params: Params | None,
   arms = [ArmRunner(name, run, width) for name in settings.ARMS]
   rows = []
   with Verifier(config.task, config.seed) as verifier:
+    learner = learners.make_learner(run)
     collector = Collector(run, run.engine(run.sampling), verifier,
-                          run.rollout_store())
+                          run.rollout_store(), learner.score_samples)
     reference = run.states.reference(tempfile.mkdtemp(),
                                      states['policy'].params, 0)
-    loop = Loop(run, collector, learners.make_learner(run), reference,
-                Progression())
+    loop = Loop(run, collector, learner, reference, Progression())
     for step in range(config.num_steps):
       make = lambda s: run.requests(run.problems(s),
                                     samples=config.rollout.samples_per_prompt,
