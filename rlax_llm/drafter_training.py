@@ -61,6 +61,7 @@ class DrafterTraining:
         maxlen=_STEPS)
     self._allowed = 0.0  # seconds; below 0 after an update that took longer
     self._cost = 0.0  # seconds of the last update
+    self._compiled = run.pool.seconds  # as of the last step
     self._rng = np.random.default_rng(run.config.seed)
 
   def warm_up(self, state: TrainState, policy: Params,
@@ -97,7 +98,7 @@ class DrafterTraining:
       policy: the policy's parameters, newest.
       step: from 0.
       rollouts: of the step.
-      seconds: that the step took.
+      seconds: that the step took; what was compiled meanwhile earns nothing.
 
     Returns:
       (state, metrics; speed values).
@@ -105,11 +106,13 @@ class DrafterTraining:
     config = self._config
     samples = [Sample(r.request.prompt, r.tokens) for r in rollouts]
     self._recent.append(keep_longest(samples, config.buffer_tokens))
+    seconds = max(seconds - (self._run.pool.seconds - self._compiled), 0.0)
     # Every process takes as many updates: the first one's clock decides.
     self._allowed += config.share * processes.broadcast(seconds)
     losses: list[float] = []
     if config.every and (step + 1) % config.every == 0:
       state, losses = self._train(state, policy)
+    self._compiled = self._run.pool.seconds
     values = {'drafter/updates': float(len(losses))}
     if losses:
       values['drafter/loss'] = float(np.mean(losses))
@@ -121,14 +124,16 @@ class DrafterTraining:
     losses: list[float] = []
     if self._allowed < self._cost:
       return state, losses
+    start = self._now()
     batch = self._pack([s for samples in self._recent for s in samples])
     for place in self._rng.permutation(int(batch.count)):
       if self._allowed < self._cost:
         break
-      start = self._now()
       state, loss = self._update(state, policy, batch, int(place))
       losses.append(float(jax.device_get(loss)))  # waits for the device
-      self._cost = processes.broadcast(self._now() - start)
+      # The first one pays for the packing.
+      now = self._now()
+      self._cost, start = processes.broadcast(now - start), now
       self._allowed -= self._cost
     return state, losses
 
