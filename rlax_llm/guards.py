@@ -43,7 +43,8 @@ class Rails:
   def look(self, step: int, values: Mapping[str, Any]) -> None:
     """Looks at the values of a step, from 1."""
     self._look_at_update(step, values)
-    gap = values['policy/behaviour_gap_max']
+    # Absent while only a critic learns.
+    gap = values.get('policy/behaviour_gap_max', 0.0)
     if gap > self._gap:
       self._once(
           'gap', f'step {step}: policy/behaviour_gap_max is {gap:.3g} nats, '

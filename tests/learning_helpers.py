@@ -90,13 +90,10 @@ def distance(a, b):
 
 def pad_rows(batch):
   """Appends a microbatch of rows that hold nothing, and computes it."""
-  pad = lambda x: np.concatenate([x, np.zeros_like(x[:1])])
-  fields = {
-      f.name: pad(getattr(batch, f.name)[:int(batch.count)])
-      for f in dataclasses.fields(batch)
-      if f.name != 'count'
-  }
-  return batch.replace(count=np.int32(int(batch.count) + 1), **fields)
+  count = int(batch.count)
+  pad = lambda x: np.concatenate([x[:count], np.zeros_like(x[:1])]) if np.ndim(
+      x) else x
+  return jax.tree.map(pad, batch).replace(count=np.int32(count + 1))
 
 
 def poison(batch):

@@ -30,9 +30,11 @@ from rlax_llm.config import ConfigError
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import batch as batches
 from rlax_llm.learning import estimators
+from rlax_llm.learning import filters
 from rlax_llm.learning import objectives
 from rlax_llm.learning import presets
 from rlax_llm.learning import sft
+from rlax_llm.learning import token_credit
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
 from rlax_llm.models import kv_cache
@@ -729,7 +731,13 @@ def test_choices_of_the_algorithms_are_implemented():
   """
   for preset in (*algorithms.PRESETS.values(), presets.SUPERVISED):
     assert preset.loss in algorithms.LOSSES
-    assert preset.advantage in estimators.ESTIMATORS
+    assert preset.advantage in (estimators.ESTIMATORS |
+                                estimators.PART_ESTIMATORS)
+    assert preset.credit in token_credit.CREDITS
+    assert preset.correction in objectives.CORRECTIONS
+    assert preset.rejection in objectives.REJECTIONS
+    assert preset.filter in filters.FILTERS
+    assert preset.labels in filters.LABELS
     assert preset.reduction in masking.REDUCTIONS
     assert preset.divergence in divergences.DIVERGENCES
   assert algorithms.PRESETS['grpo'].reduction == 'sequence_mean'
@@ -752,10 +760,15 @@ def test_estimators_of_a_batch():
   np.testing.assert_allclose(get('signal_scaled')[0], [2 / 3, -2 / 3],
                              rtol=1e-6)
   np.testing.assert_allclose(get('length_weighted')[0], [.75, -.25], rtol=1e-6)
-  for estimate in estimators.ESTIMATORS.values():
+  for name, estimate in estimators.ESTIMATORS.items():
+    if name == 'outcome':  # the reward itself
+      continue
     for reward in (0.1, 0.3, 0.7, 1.1, 1.3):
       equal = jnp.full((2, 3), reward)
       assert np.all(np.asarray(estimate(equal, lengths3)) == 0)
+  for estimate in estimators.PART_ESTIMATORS.values():
+    parts = jnp.stack([jnp.full((2, 3), 0.1), jnp.full((2, 3), 0.7)])
+    assert np.all(np.asarray(estimate(parts, _floats([1, 0.3]))) == 0)
   place, ends = jnp.arange(3)[None], lengths.reshape(4, 1)
   outcome = jnp.where(place == ends - 1, rewards.reshape(4, 1), 0.0)
   by_token = batch_advantages.reinforce_plus_plus(outcome, place < ends)

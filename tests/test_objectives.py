@@ -190,7 +190,7 @@ def test_on_policy_corrections_are_exactly_one():
   """Law: without scored log-probabilities the behaviour is the proximal
   policy: every correction gives the bits of GRPO by token mean.
 
-  Mutant: the sampler's floats taken for the behaviour.
+  Mutant: scored log-probabilities read where there are none.
   """
   run = tiny_run()
   plain = _captured(
@@ -239,22 +239,24 @@ def _critic_params(run):
   return params | {'value': {'kernel': kernel}}
 
 
-def _captured(run,
-              algorithm,
-              samples=None,
-              change=lambda batch: batch,
-              critic=None):
-  """Returns the flat gradient of one update by way of `prepare`."""
+def _updated(run, algorithm, samples=None, change=lambda batch: batch):
+  """Returns (flat gradient, metrics) of one update by way of `prepare`."""
   learner = make_learner(run, algorithm)
   learner._teacher = _teacher(run)  # pylint: disable=protected-access
-  if algorithm.has_critic and critic is None:
-    critic = _critic_params(run)
-  samples = samples or random_samples()
-  prepared, _ = learner.prepare(sharp_params(run), samples, None, critic=critic)
+  critic = _critic_params(run) if algorithm.has_critic else None
+  prepared, _ = learner.prepare(sharp_params(run),
+                                samples or random_samples(),
+                                None,
+                                critic=critic)
   batch = change(jax.device_get(prepared[0]))
-  state, _ = learner.update(make_state(run), learner.put(batch))
+  state, values = learner.update(make_state(run), learner.put(batch))
   leaves = jax.tree.leaves(jax.device_get(state.opt_state))
-  return np.concatenate([x.ravel() for x in leaves])
+  return np.concatenate([x.ravel() for x in leaves]), jax.device_get(values)
+
+
+def _captured(*args, **kwargs):
+  """Returns the flat gradient of `_updated`."""
+  return _updated(*args, **kwargs)[0]
 
 
 def _mixed(run):
@@ -277,8 +279,7 @@ def test_no_preset_depends_on_the_layout(name):
   """Law: rows of a microbatch, packing, empty rows and eight devices change
   the update by rounding only.
 
-  Mutants: whitening over a microbatch (`shape` of each); the sign of the
-  targeted entropy by microbatch.
+  Mutant: advantages whitened by microbatch.
   """
   base = tiny_run()
   samples = _mixed(base)
@@ -296,15 +297,19 @@ def test_no_preset_depends_on_the_layout(name):
     'name', ['decoupled_ppo', 'ppo', 'vcpo', 'echo', 'on_policy_distillation'])
 def test_nan_outside_the_mask_of_a_preset(name):
   """Law: values where no token is trained on are not read: NaN there changes
-  no bit of the gradient.
+  no bit of the gradient and of the metrics.
 
-  Mutant: `extra` passed to the loss unmasked.
+  Mutant: the sampler's log-probabilities unmasked. (XLA turns a product with
+  the masked weights into a select, which hides others.)
   """
   run = tiny_run(minibatches=1)
   samples = _mixed(run)
-  clean = _captured(run, PRESETS[name], samples)
-  poisoned = _captured(run, PRESETS[name], samples, change=poison)
+  clean, values = _updated(run, PRESETS[name], samples)
+  poisoned, after = _updated(run, PRESETS[name], samples, change=poison)
   np.testing.assert_array_equal(poisoned, clean)
+  assert all(
+      np.array_equal(values[name], after[name]) and np.isfinite(after[name])
+      for name in values)
 
 
 # ---- A critic ----------------------------------------------------------------
@@ -348,8 +353,7 @@ def test_a_critics_advantages_are_those_of_its_paper():
   the values of the states before the tokens, outcome at the last token; and
   the loss and the explained variance of the critic's update.
 
-  Mutants: the value of the state behind the token; the outcome at every token;
-  advantages whitened before the returns.
+  Mutant: the outcome at every token.
   """
   run = tiny_run()
   algorithm = dataclasses.replace(PRESETS['ppo'], discount=0.9, trace=0.8)
@@ -444,8 +448,7 @@ def test_vcpo_is_its_two_buffers():
   S1 = sum (R / sd) w grad, S0 = sum (1 / sd) w grad, b the baseline of minimum
   variance; the step is scaled by the root of the effective share.
 
-  Mutants: norms divided by the length; the baseline over the whole batch;
-  weights of the baseline truncated.
+  Mutants: norms not squared; weights of the baseline not squared.
   """
   run, algorithm = tiny_run(), PRESETS['vcpo']
   params = sharp_params(run)
@@ -498,7 +501,7 @@ def test_the_step_scale_leaves_adams_moments_alone():
   """Law: with scale 1/4 the parameters move a quarter as far and the
   optimizer's state is the same.
 
-  Mutant: the gradient scaled instead.
+  Mutant: the scale ignored.
   """
   run, optimizer = tiny_run(), optax.adam(1e-2)
   learner = make_learner(run, PRESETS['grpo'], optimizer)
@@ -536,7 +539,7 @@ def test_distillation_credits_each_token_with_its_own_log_ratio():
   """Law: A_t = log pi_teacher - log pi_behaviour at each token, none of them
   the sample's own advantage.
 
-  Mutants: the sign; the policy's law where another one sampled.
+  Mutant: the sign.
   """
   run = tiny_run()
   params, samples = sharp_params(run), _mixed(run)
@@ -566,7 +569,7 @@ def test_echos_advantages_and_clip_ranges():
   """Law: A (1 + 0.1 clip(z(H) + z(1 - C), +-2)) with z over all tokens of the
   batch, and a clip range by the confidence of the last 16 tokens.
 
-  Mutant: z over the tokens of one sample.
+  Mutant: confidences in the place of entropies.
   """
   run = tiny_run()
   # Sharp laws leave confidences of five tokens among seven hardly any spread.
@@ -663,7 +666,7 @@ def test_rewards_are_normalised_one_by_one():
   """Law: GDPO's advantages: each reward over its group, weighted, summed, then
   over the batch.
 
-  Mutant: the summed reward normalised.
+  Mutant: weights ignored.
   """
   run = tiny_run()
   task = config_lib.freeze(
@@ -733,7 +736,7 @@ def test_no_preset_slows_the_update_down():
   Other passes are apart: values and the critic's update (ppo), norms of single
   samples (vcpo), the teacher (on_policy_distillation), entropies (confucius3,
   echo). Of a model wide enough to matter, lowered and not compiled.
-  Mutant: confidences computed in the update.
+  Mutant: a second forward in the update of presets with a correction.
   """
   config = testing.tiny_config()
   config.mesh.data = 1
