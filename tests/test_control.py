@@ -442,12 +442,13 @@ def test_without_policies_a_step_is_the_engines_own(collect_with):
 
 @pytest.mark.parametrize('changes', [
     dict(over_provision=1.75, logical_slots=6),
-    dict(over_provision=1.5,
-         dynamic_sampling=2,
-         replay=1,
-         staleness=1,
-         prune_at=3,
-         prune_steps=2),
+    pytest.param(dict(over_provision=1.5,
+                      dynamic_sampling=2,
+                      replay=1,
+                      staleness=1,
+                      prune_at=3,
+                      prune_steps=2),
+                 marks=pytest.mark.slow),
 ],
                          ids=['april', 'all'])
 def test_every_token_is_booked_and_every_problem_comes_once(
@@ -727,6 +728,7 @@ def _evaluation(**changes):
   return [run.tokenizer.decode(r.tokens) for r in rollouts], None
 
 
+@pytest.mark.slow
 def test_probes_leave_no_trace_and_equal_answers_end_a_sample(tmp_path):
   """Law: probes that never agree change no sample; where one answer is enough,
   every sample that is probed ends with the probe and its answer, behind the
