@@ -12,6 +12,8 @@ import dataclasses
 import difflib
 from typing import Any, Iterator, Mapping
 
+# What the hybrid drafter drafts from.
+SOURCES = ('tree_cache', 'model')
 # The matrices of a layer, by their published names.
 LORA_TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
                 'down_proj')
@@ -250,13 +252,17 @@ class RolloutConfig(Section):
   min_p: float = 0.0
 
   # Speed values: none of these changes a token.
-  slots: int = 64  # N: rows decoded together
-  drafter: str = 'tree_cache'  # none | prompt_lookup | tree_cache
+  # N: rows decoded together. With control.over_provision it also says who is
+  # late, unless control.logical_slots does.
+  slots: int = 64
+  # none | prompt_lookup | tree_cache | model | hybrid (those two, merged)
+  drafter: str = 'tree_cache'
   # W: nodes verified in one forward; 1: no speculation; 0: control.strategy
   # chooses for every segment.
   width: int = 0
-  # tree_cache: a draft is a chain (1), or a tree with at most so many children
-  # to a node; 0: control.strategy chooses from control.branchings.
+  # tree_cache, model, hybrid: a draft is a chain (1), or a tree with at most so
+  # many children to a node (the hybrid's sources draft so each); 0:
+  # control.strategy chooses from control.branchings.
   branching: int = 1
   draft_least: float = 0.05  # nodes less probable are not counted on
   history: int = 8  # R: earlier rollouts of a prompt that are drafted from
@@ -325,6 +331,27 @@ class ControlConfig(Section):
   # the coming step, as hints to its drafts (tree_cache). 0: off. Pays where a
   # forward of few rows costs as much as one of many: on accelerators.
   run_ahead_rows: int = 0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DrafterConfig(Section):
+  """The learned drafter of rollout.drafter 'model' and 'hybrid'; speed only."""
+  # Tokens of its longest line; 0: W - 1. rollout.branching says how many
+  # children a node has.
+  depth: int = 0
+  # hybrid: what is drafted from; leave one out to switch it off.
+  sources: tuple[str, ...] = SOURCES
+  # Steps between two trainings of it; 0: it stays as the warm-up left it.
+  every: int = 1
+  share: float = 0.05  # of the run's time that its training may take
+  # Updates on the task's traces before RL, on the policy as it is then.
+  warmup_updates: int = 0
+  learning_rate: float = 1e-3
+  microbatch_rows: int = 8  # packed rows of one update
+  # Passes over a row in one update; each reads the estimates of the one before
+  # in place of the target's hidden states, as drafting does.
+  passes: int = 1
+  buffer_tokens: int = 1 << 20  # of each of the last two steps, longest first
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -415,6 +442,7 @@ class Config(Section):
   sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
   rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
   control: ControlConfig = dataclasses.field(default_factory=ControlConfig)
+  drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
   learning: LearningConfig = dataclasses.field(default_factory=LearningConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   checkpoint: CheckpointConfig = dataclasses.field(
@@ -455,7 +483,12 @@ def check_positions(rollout: RolloutConfig, width: int, limit: int) -> None:
 
 
 # The names of `rollout.drafter`; drafting/drafters.py implements them.
-DRAFTERS = ('none', 'prompt_lookup', 'tree_cache')
+DRAFTERS = ('none', 'prompt_lookup', 'tree_cache', 'model', 'hybrid')
+# Which of them draft from what is kept of other rollouts, with a network, and
+# trees.
+FROM_ROLLOUTS = ('tree_cache', 'hybrid')
+LEARNED = ('model', 'hybrid')
+BRANCHING = ('tree_cache', 'model', 'hybrid')
 
 
 def to_dict(config: Any) -> Any:

@@ -33,8 +33,12 @@ class Stopped(NamedTuple):
   stopped: int  # samples that ended because their answers were equal
 
 
-def sample(run: Run, engine: RolloutEngine, params: Params,
-           requests: Sequence[Request]) -> Stopped:
+def sample(run: Run,
+           engine: RolloutEngine,
+           params: Params,
+           requests: Sequence[Request],
+           *,
+           drafter_params: Params = ()) -> Stopped:
   """Samples requests with probes.
 
   A probe continues the sample's own tokens with the probe's; the sample then
@@ -45,6 +49,7 @@ def sample(run: Run, engine: RolloutEngine, params: Params,
     engine: of the evaluation's law.
     params: the policy's.
     requests: what to sample.
+    drafter_params: see `RolloutEngine.generate`.
   """
   config, longest = run.config.evaluate, run.config.rollout.max_new_tokens
   decode = run.tokenizer.decode
@@ -57,7 +62,11 @@ def sample(run: Run, engine: RolloutEngine, params: Params,
 
   def generate(earlier: dict[tuple, Rollout], limit: int) -> list[Rollout]:
     state = RolloutState(earlier=earlier)
-    return engine.generate(params, requests, state, limit=limit)[0]
+    return engine.generate(params,
+                           requests,
+                           state,
+                           limit=limit,
+                           drafter_params=drafter_params)[0]
 
   while True:
     known = _by_key(generate(known, config.probe_every))

@@ -23,6 +23,7 @@ from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
+from rlax_llm.states import drafter_params
 from rlax_llm.tasks import task as tasks
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import EVALUATE
@@ -66,9 +67,13 @@ def summarize(correct: np.ndarray) -> dict[str, float]:
   return values
 
 
-def evaluate(run: Run, engine: RolloutEngine, params: Params,
+def evaluate(run: Run,
+             engine: RolloutEngine,
+             params: Params,
              verifier: Verifier,
-             problems: Sequence[tasks.Problem]) -> dict[str, float]:
+             problems: Sequence[tasks.Problem],
+             *,
+             drafter_params: Params = ()) -> dict[str, float]:
   """Samples and verifies every problem `evaluate.samples` times.
 
   The noise is that of the problem, not of the training step: two evaluations
@@ -81,6 +86,7 @@ def evaluate(run: Run, engine: RolloutEngine, params: Params,
     params: the policy's.
     verifier: scores completions.
     problems: from `held_out_problems`.
+    drafter_params: see `RolloutEngine.generate`.
 
   Returns:
     The metrics of `summarize`, and with `evaluate.early_stop` the tokens
@@ -90,7 +96,11 @@ def evaluate(run: Run, engine: RolloutEngine, params: Params,
   requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
   values: dict[str, float] = {}
   if run.config.evaluate.early_stop:
-    found = early_stop.sample(run, engine, params, requests)
+    found = early_stop.sample(run,
+                              engine,
+                              params,
+                              requests,
+                              drafter_params=drafter_params)
     texts, count = found.texts, len(found.texts)
     values = {
         'evaluate/tokens_mean': found.tokens / count,
@@ -98,7 +108,10 @@ def evaluate(run: Run, engine: RolloutEngine, params: Params,
         'evaluate/stopped_fraction': found.stopped / count,
     }
   else:
-    rollouts, _ = engine.generate(params, requests, RolloutState())
+    rollouts, _ = engine.generate(params,
+                                  requests,
+                                  RolloutState(),
+                                  drafter_params=drafter_params)
     texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
 
   def score(mine: Sequence[int]) -> list[bool]:
@@ -119,10 +132,14 @@ def main(argv: list[str]) -> None:
   problems = held_out_problems(run)
   run.check_prompts(problems)
   executables.enable_compilation_cache()
-  step, state, _ = run.states.restore(_WORKDIR.value)
+  step, states, _ = run.states.restore_all(_WORKDIR.value)
   with Verifier(run.config.task, run.config.seed) as verifier:
-    values = evaluate(run, run.engine(evaluation_sampling(run)), state.params,
-                      verifier, problems)
+    values = evaluate(run,
+                      run.engine(evaluation_sampling(run)),
+                      states['policy'].params,
+                      verifier,
+                      problems,
+                      drafter_params=drafter_params(states))
   if processes.is_writer():
     json.dump({'step': step, **values}, sys.stdout)
     print()

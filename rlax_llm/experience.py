@@ -72,7 +72,12 @@ class Collector:
         lambda prompt: self._run.encode(prompt, prompt=True),
         self._run.tokenizer.decode, TRAIN)
 
-  def collect(self, params: Params, step: int, watch: Stopwatch) -> list[Group]:
+  def collect(self,
+              params: Params,
+              step: int,
+              watch: Stopwatch,
+              *,
+              drafter_params: Params = ()) -> list[Group]:
     """Returns the groups that a step learns from, the oldest first.
 
     Nothing is remembered of it before `learned` says that it was learned: a
@@ -82,9 +87,10 @@ class Collector:
       params: the policy's.
       step: from 0.
       watch: told of rollout, reward and score.
+      drafter_params: see `RolloutEngine.generate`.
     """
     self._next, self._values = self._state, {'rollout/refills': 0}
-    self._sampler.begin()
+    self._sampler.begin(drafter_params)
     while len(self._next.queue) <= self._control.staleness:
       batch = self._round(params, step, step + len(self._next.queue), watch)
       self._update(queue=(*self._next.queue, batch))

@@ -1,14 +1,17 @@
 """A trained policy as a folder that other libraries load.
 
   python -m rlax_llm.export --workdir=DIR --out=FOLDER [--step=100] [--adapter]
+                            [--drafter]
 
 Writes config.json, safetensors of the published layout and, for a run that
 began from a published model, its tokenizer. Adapters are merged into their
-matrices, or with --adapter written alone, as PEFT reads them. The folder
-appears as a whole or not at all.
+matrices, or with --adapter written alone, as PEFT reads them. With --drafter
+the learned drafter is written instead, without the embedding and the head,
+which are the policy's. The folder appears as a whole or not at all.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -145,6 +148,34 @@ def export_adapter(out: str, model: ModelConfig, params: Params) -> None:
     _write_json(folder / 'adapter_config.json', config)
 
 
+def export_drafter(out: str, model: ModelConfig, params: Params) -> None:
+  """Writes a drafter: one layer and what joins its inputs.
+
+  Args:
+    out: the folder to make; missing or empty.
+    model: the policy's architecture, with its vocabulary.
+    params: the drafter's.
+
+  Raises:
+    ConfigError: the target holds something.
+  """
+  flat = _flatten(params)
+  dtype = np.dtype(flat['join/kernel'].dtype)
+  layer = dataclasses.replace(model, layers=1)
+  config = hugging_face.to_config_json(layer, dtype.name) | {
+      'architectures': ['RlaxDrafter'],
+      'model_type': 'rlax_drafter',
+  }
+  with _whole_folder(out) as folder:
+    _write_weights(folder,
+                   weight_layout.drafter_leaves(model),
+                   flat,
+                   dtype,
+                   shard_bytes=SHARD_BYTES,
+                   name=pretrained.WEIGHTS_FILE)
+    _write_json(folder / pretrained.CONFIG_FILE, config)
+
+
 def _check_adapters(model: ModelConfig) -> None:
   """Refuses a model without adapters."""
   if not model.lora.rank:
@@ -276,7 +307,8 @@ def export(workdir: str,
            out: str,
            *,
            step: int | None = None,
-           adapter: bool = False) -> int:
+           adapter: bool = False,
+           drafter: bool = False) -> int:
   """Exports a checkpoint of a run; returns its step.
 
   Args:
@@ -284,6 +316,7 @@ def export(workdir: str,
     out: the folder to make; missing or empty.
     step: which checkpoint; None: the newest.
     adapter: write the adapters alone.
+    drafter: write the drafter.
 
   Raises:
     ConfigError: whatever the user got wrong.
@@ -291,10 +324,20 @@ def export(workdir: str,
   check_target(out)
   run = make_run(sample.load_config(workdir))
   model = run.states.model_config
+  if adapter and drafter:
+    raise ConfigError('--adapter and --drafter are two exports; give one')
   if adapter:
     _check_adapters(model)
+  if drafter and run.states.draft_model is None:
+    raise ConfigError(
+        f'--drafter writes the learned drafter and this run has none '
+        f'(rollout.drafter={run.config.rollout.drafter!r}); leave it out')
   # Before the checkpoint is read: no architecture may have these settings.
   hugging_face.to_config_json(model, '')
+  if drafter:
+    step, states, _ = run.states.restore_all(workdir, step=step)
+    export_drafter(out, model, states['drafter'].params)
+    return step
   token_ids, files = tokenizer_facts(run)
   step, state, _ = run.states.restore(workdir, step=step)
   if adapter:
@@ -312,8 +355,10 @@ def main(argv: list[str]) -> None:
   step = export(_WORKDIR.value,
                 _OUT.value,
                 step=_STEP.value,
-                adapter=_ADAPTER.value)
-  print(f'wrote the policy of step {step} to {_OUT.value}')
+                adapter=_ADAPTER.value,
+                drafter=_DRAFTER.value)
+  what = 'drafter' if _DRAFTER.value else 'policy'
+  print(f'wrote the {what} of step {step} to {_OUT.value}')
 
 
 if __name__ == '__main__':
@@ -323,4 +368,6 @@ if __name__ == '__main__':
                                     'which checkpoint; the newest when absent')
   _ADAPTER = absl_flags.DEFINE_boolean('adapter', False,
                                        'write the adapters alone, for PEFT')
+  _DRAFTER = absl_flags.DEFINE_boolean('drafter', False,
+                                       'write the learned drafter')
   flags.run(main)

@@ -38,7 +38,8 @@ EXTENT_FIELDS = ('num_steps', 'checkpoint.*', 'evaluate.*')
 SPEED_FIELDS = ('rollout.slots', 'rollout.drafter', 'rollout.width',
                 'rollout.branching', 'rollout.draft_least', 'rollout.history',
                 'rollout.cache_megabytes', 'rollout.segment_forwards',
-                'rollout.min_capacity', 'control.*', 'task.verifier_processes')
+                'rollout.min_capacity', 'control.*', 'drafter.*',
+                'task.verifier_processes')
 # Tokens stay, near-ties apart; sums are taken in another order.
 MESH_FIELDS = ('mesh.*',)
 MAY_DIFFER = EXTENT_FIELDS + SPEED_FIELDS + MESH_FIELDS

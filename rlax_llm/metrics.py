@@ -164,6 +164,12 @@ METRICS: dict[str, Metric] = {
         Metric('bytes', _S, 'host memory of the earlier rollouts'),
     'rollout/cached_prompts':
         Metric('prompts', _S, 'prompts with earlier rollouts'),
+    'drafter/loss':
+        Metric('1', _S, "the drafter's loss, mean over its updates"),
+    'drafter/updates':
+        Metric('updates', _S, 'of the drafter, in the step'),
+    'time/drafter':
+        Metric('s', _S, 'training the drafter'),
     'rollout/segments':
         Metric('segments', _S, 'segments, each with one read of the device'),
     'rollout/executables':

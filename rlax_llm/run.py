@@ -15,12 +15,15 @@ from rlax_llm import sharding
 from rlax_llm import tokenizer as tokenizers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import FROM_ROLLOUTS
+from rlax_llm.config import LEARNED
 from rlax_llm.config import list_widths
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import sft
 from rlax_llm.learning.batch import Sample
+from rlax_llm.models.draft_model import make_draft_model
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops.sampling import Sampling
@@ -72,6 +75,7 @@ class Run:
                          seed=self.config.seed,
                          mesh=self.mesh,
                          clock=self.clock,
+                         learned=self.states.learned(),
                          on_boundary=self.on_boundary,
                          params_placement=self.states.rollout_placement(),
                          pool=self.pool)
@@ -81,7 +85,7 @@ class Run:
     rollout = self.config.rollout
     widest = max(list_widths(rollout, self.config.control))
     # Where nobody drafts from it, it keeps nothing.
-    used = rollout.drafter == 'tree_cache' and widest > 1
+    used = rollout.drafter in FROM_ROLLOUTS and widest > 1
     kept = rollout.history if used else 0
     return RolloutStore(history=kept,
                         megabytes=rollout.cache_megabytes,
@@ -267,19 +271,29 @@ def make_run(config: Config,
   vocabulary = config.model.vocabulary or tokenizer.vocab_size
   tokenizers.check_vocabulary(tokenizer, vocabulary)
   ways = sharding.ways(mesh)
-  for path, value in (('rollout.slots', config.rollout.slots),
-                      ('learning.microbatch_rows',
-                       config.learning.microbatch_rows)):
+  learned = config.rollout.drafter in LEARNED
+  for path, value in (('rollout.slots',
+                       config.rollout.slots), ('learning.microbatch_rows',
+                                               config.learning.microbatch_rows),
+                      ('drafter.microbatch_rows',
+                       config.drafter.microbatch_rows)):
+    if path == 'drafter.microbatch_rows' and not learned:
+      continue
     if value % ways:
       raise ConfigError(f'{path}={value} is not divisible by {ways} ways; '
                         'make it a multiple or lower mesh.data or fsdp')
   model_config = dataclasses.replace(config.model, vocabulary=vocabulary)
   sharding.check_model(model_config, mesh)
+  constrain = functools.partial(sharding.constrain, mesh=mesh)
+  precision = config.learning.precision
   model = make_transformer(model_config,
-                           config.learning.precision,
+                           precision,
                            remat=config.learning.remat,
-                           constrain=functools.partial(sharding.constrain,
-                                                       mesh=mesh))
+                           constrain=constrain)
+  draft_model = make_draft_model(
+      model_config, precision, model=model,
+      constrain=constrain) if learned else None
   pool = ExecutablePool(clock)
   return Run(config, algorithm, mesh, tokenizer, task, model, pool, clock,
-             States(config, algorithm, mesh, model, pool), on_boundary)
+             States(config, algorithm, mesh, model, pool, draft_model),
+             on_boundary)

@@ -18,6 +18,7 @@ from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
 from rlax_llm import sharding
+from rlax_llm import states as states_of
 from rlax_llm.config import check_positions
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
@@ -76,13 +77,16 @@ def split_pieces(tokenizer: TextTokenizer, tokens: Sequence[int],
   return pieces
 
 
-def sample_texts(run: Run,
-                 params: Params,
-                 prompts: Sequence[str],
-                 *,
-                 samples: int = 1,
-                 sampling: Sampling | None = None,
-                 max_new_tokens: int | None = None) -> list[Completion]:
+def sample_texts(
+    run: Run,
+    params: Params,
+    prompts: Sequence[str],
+    *,
+    samples: int = 1,
+    sampling: Sampling | None = None,
+    max_new_tokens: int | None = None,
+    drafter_params: Params = ()
+) -> list[Completion]:
   """Samples completions of texts.
 
   Their noise is that of the run's seed, so a call can be repeated; drafting
@@ -95,6 +99,7 @@ def sample_texts(run: Run,
     samples: completions of each prompt.
     sampling: the law to sample from; None: the run's own.
     max_new_tokens: T; None: the run's own.
+    drafter_params: see `RolloutEngine.generate`.
 
   Returns:
     `samples` completions of each prompt, in order.
@@ -106,7 +111,10 @@ def sample_texts(run: Run,
   requests = _make_requests(run, prompts, samples)
   run = _resized(run, samples * len(prompts), max_new_tokens)
   engine = run.engine(run.sampling if sampling is None else sampling)
-  rollouts, _ = engine.generate(params, requests, RolloutState())
+  rollouts, _ = engine.generate(params,
+                                requests,
+                                RolloutState(),
+                                drafter_params=drafter_params)
   return [
       Completion(prompt=prompts[r.request.request],
                  completion=run.tokenizer.decode(r.tokens),
@@ -243,13 +251,14 @@ def main(argv: list[str]) -> None:
   _make_requests(run, _PROMPT.value, _SAMPLES.value)
   _resized(run, 1, _MAX_NEW_TOKENS.value)
   executables.enable_compilation_cache()
-  _, state, _ = run.states.restore(_WORKDIR.value)
+  _, states, _ = run.states.restore_all(_WORKDIR.value)
   completions = sample_texts(run,
-                             state.params,
+                             states['policy'].params,
                              _PROMPT.value,
                              samples=_SAMPLES.value,
                              sampling=sampling,
-                             max_new_tokens=_MAX_NEW_TOKENS.value)
+                             max_new_tokens=_MAX_NEW_TOKENS.value,
+                             drafter_params=states_of.drafter_params(states))
   write = write_json if _JSON.value else write_text
   write(completions, sys.stdout)
 

@@ -66,8 +66,13 @@ class GroupSampler:
     self._problems = functools.lru_cache(4)(run.problems)
     self.begin()
 
-  def begin(self) -> None:
-    """Begins to count anew."""
+  def begin(self, drafter_params: Params = ()) -> None:
+    """Begins to count anew.
+
+    Args:
+      drafter_params: see `RolloutEngine.generate`; for the calls to come.
+    """
+    self._drafter_params = drafter_params
     self.stats = RolloutStats()
     self.values: dict[str, float] = {}
 
@@ -103,8 +108,8 @@ class GroupSampler:
                             rollouts,
                             ahead=self._coming(cursor, demand.number + 1),
                             policies=policies)
-    groups.sort(key=lambda g: (g.request.step, g.request.request))
     left = [group for group in groups if not group.complete]
+    left.sort(key=lambda g: (g.request.step, g.request.request))
     sampled = sum(g.tokens for g in groups) - sum(g.tokens for g in pending)
     self._store.drop_hints(demand.number, [group.request for group in left])
     watch.lap('rollout')
@@ -137,9 +142,12 @@ class GroupSampler:
         sample_key(r.request, r.index): r for group in groups
         for r in group.rollouts
     }
-    rollouts, _ = self._engine.generate(
-        params, [group.request for group in groups],
-        dataclasses.replace(state, earlier=earlier), **options)
+    rollouts, _ = self._engine.generate(params,
+                                        [group.request for group in groups],
+                                        dataclasses.replace(state,
+                                                            earlier=earlier),
+                                        drafter_params=self._drafter_params,
+                                        **options)
     self.stats += self._engine.stats
     left = iter(rollouts)
     return [

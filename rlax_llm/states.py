@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,29 @@ from rlax_llm import sharding
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
+from rlax_llm.config import LearningConfig
 from rlax_llm.config import ModelConfig
+from rlax_llm.drafting.drafters import Learned
 from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
+from rlax_llm.learning import auxiliary
 from rlax_llm.learning import update
 from rlax_llm.models import heads
 from rlax_llm.models import lora
+from rlax_llm.models.draft_model import DraftModel
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.types import Array
 from rlax_llm.types import Params
 from rlax_llm.types import TrainState
+
+# States that a checkpoint may lack: a run may begin to use them.
+OPTIONAL = ('drafter',)
+_DRAFTER_WARMUP = 20  # updates over which its learning rate rises
+
+
+def drafter_params(states: Mapping[str, TrainState]) -> Params:
+  """Returns the drafter's parameters; () if nothing learned drafts."""
+  return states['drafter'].params if 'drafter' in states else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +48,7 @@ class States:
   mesh: Mesh
   model: LanguageModel
   pool: ExecutablePool
+  draft_model: DraftModel | None = None  # None: no network drafts
 
   def rollout_placement(self) -> Params | None:
     """Returns where rollouts read parameters; None: as they are."""
@@ -42,12 +56,18 @@ class States:
     rounded = jax.eval_shape(self.model.rounded, abstract)
     same = jax.tree.all(
         jax.tree.map(lambda a, b: a.dtype == b.dtype, abstract, rounded))
-    gather = (self.mesh.shape['fsdp'] > 1 and
-              self.config.mesh.gather_for_rollout)
-    if same and not gather:
+    if same and not self._gathers:
       return None
-    return self.params_placement(
-        sharding.ROLLOUT_TABLE if gather else sharding.TABLE)
+    return self.params_placement(self._rollout_table)
+
+  @property
+  def _gathers(self) -> bool:
+    """Whether rollouts read parameters gathered over fsdp."""
+    return (self.mesh.shape['fsdp'] > 1 and self.config.mesh.gather_for_rollout)
+
+  @property
+  def _rollout_table(self) -> sharding.Table:
+    return sharding.ROLLOUT_TABLE if self._gathers else sharding.TABLE
 
   @property
   def model_config(self) -> ModelConfig:
@@ -186,10 +206,22 @@ class States:
                              model=model,
                              optimizer=optimizer)
     state = jax.eval_shape(make, params)
-    place = lambda x, where: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=where)
     placement = self.params_placement(model=model)
     trained, _ = lora.split(placement, model.trainable(params))
+    return self._placed(state, placement, trained, optimizer)
+
+  def _placed(self, state: TrainState, placement: Params, trained: Params,
+              optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the shapes of a state with their shardings.
+
+    Args:
+      state: shapes.
+      placement: a sharding for every parameter.
+      trained: those of the parameters that the optimizer knows.
+      optimizer: what it keeps for a parameter lies where the parameter lies.
+    """
+    place = lambda x, where: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=where)
     anywhere = sharding.replicated(self.mesh)
     return TrainState(
         step=place(state.step, anywhere),  # type: ignore
@@ -201,12 +233,59 @@ class States:
             trained,
             transform_non_params=lambda x: place(x, anywhere)))
 
+  @functools.cached_property
+  def draft_learning(self) -> auxiliary.DraftLearning:
+    """The static facts of the drafter's training."""
+    assert self.draft_model is not None
+    drafter = self.config.drafter
+    # A constant rate behind a short warm-up: the policy it follows moves on.
+    settings = LearningConfig(learning_rate=drafter.learning_rate,
+                              warmup_steps=_DRAFTER_WARMUP)
+    return auxiliary.DraftLearning(model=self.model,
+                                   draft_model=self.draft_model,
+                                   optimizer=update.make_optimizer(settings, 0),
+                                   chunk=self.config.learning.score_chunk,
+                                   passes=drafter.passes)
+
+  def abstract_drafter(self) -> TrainState:
+    """Returns shapes, dtypes and shardings of the drafter's state."""
+    learning = self.draft_learning
+    state = jax.eval_shape(
+        functools.partial(auxiliary.init_drafter, learning=learning),
+        jax.random.key(0))
+    axes = learning.draft_model.axes(state.params)
+    placement = sharding.place_tree(state.params, axes, self.mesh)
+    return self._placed(state, placement, placement, learning.optimizer)
+
+  def init_drafter(self) -> TrainState:
+    """Returns a fresh drafter, on the mesh."""
+    return self.pool(('init_drafter',),
+                     functools.partial(auxiliary.init_drafter,
+                                       learning=self.draft_learning),
+                     jax.random.key(self.config.seed),
+                     out_shardings=jax.tree.map(lambda x: x.sharding,
+                                                self.abstract_drafter()))
+
+  def learned(self) -> Learned | None:
+    """Returns what rollouts draft with; None: no network."""
+    if self.draft_model is None:
+      return None
+    params = self.abstract_drafter().params
+    axes = self.draft_model.axes(params)
+    return Learned(self.draft_model,
+                   depth=self.config.drafter.depth,
+                   sources=self.config.drafter.sources,
+                   placement=sharding.place_tree(params, axes, self.mesh,
+                                                 self._rollout_table))
+
   def abstract_all(self) -> dict[str, TrainState]:
     """Returns shapes, dtypes and shardings of all states, by name."""
     states = {'policy': self.abstract_state()}
     if self.algorithm.has_critic:
       states['critic'] = self.abstract_state(self.critic_optimizer,
                                              self.critic_model)
+    if self.draft_model is not None:
+      states['drafter'] = self.abstract_drafter()
     return states
 
   def init_all(self, params: Params) -> dict[str, TrainState]:
@@ -224,7 +303,40 @@ class States:
                         out_shardings=placement)
       states['critic'] = self.init_state(begun, self.critic_optimizer, 'critic',
                                          model)
-    return {'policy': self.init_state(params)} | states
+    return self.completed({'policy': self.init_state(params)} | states)
+
+  def completed(self, states: dict[str, TrainState]) -> dict[str, TrainState]:
+    """Returns the states with fresh ones for those in OPTIONAL they lack."""
+    if self.draft_model is not None and 'drafter' not in states:
+      return states | {'drafter': self.init_drafter()}
+    return states
+
+  def restore_all(
+      self,
+      workdir: str,
+      *,
+      step: int | None = None) -> tuple[int, dict[str, TrainState], dict]:
+    """Returns (step, states by name, host state) of a checkpoint.
+
+    Args:
+      workdir: the run's folder.
+      step: which; None: the newest readable one.
+
+    Raises:
+      ConfigError: if there is none, or it is another model's.
+    """
+    step, states, host = self._restore(workdir, step, self.abstract_all())
+    return step, self.completed(states), host
+
+  def _restore(self, workdir: str, step: int | None,
+               abstract: dict[str, TrainState]) -> tuple[int, dict, dict]:
+    with checkpoint.Checkpoints(workdir,
+                                keep=self.config.checkpoint.keep) as saved:
+      found = saved.restore(abstract, step=step, optional=OPTIONAL)
+    if found is None:
+      raise ConfigError(f'{workdir!r} holds no checkpoint; run '
+                        'rlax_llm.train with this --workdir first')
+    return found
 
   def restore(self,
               workdir: str,
@@ -239,13 +351,9 @@ class States:
     Raises:
       ConfigError: if there is none, or it is another model's.
     """
-    with checkpoint.Checkpoints(workdir,
-                                keep=self.config.checkpoint.keep) as saved:
-      found = saved.restore({'policy': self.abstract_state()}, step=step)
-    if found is None:
-      raise ConfigError(f'{workdir!r} holds no checkpoint; run '
-                        'rlax_llm.train with this --workdir first')
-    return found[0], found[1]['policy'], found[2]
+    abstract = {'policy': self.abstract_state()}
+    step, states, host = self._restore(workdir, step, abstract)
+    return step, states['policy'], host
 
   def learning_rate(self, step: int) -> float:
     """Returns the policy's learning rate at the end of an RL step."""

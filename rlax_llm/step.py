@@ -7,12 +7,14 @@ import numpy as np
 
 from rlax_llm import credit
 from rlax_llm import executables
+from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.experience import Collector
 from rlax_llm.groups import Group
 from rlax_llm.learner import Learner
 from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
 from rlax_llm.run import Run
+from rlax_llm.states import drafter_params
 from rlax_llm.types import Params
 from rlax_llm.types import TrainState
 
@@ -25,6 +27,7 @@ class Loop:
   learner: Learner
   reference: Params | None  # for the KL term
   progression: Progression  # updated in place
+  drafter: DrafterTraining | None = None  # None: no network drafts
 
 
 def train_step(
@@ -44,7 +47,10 @@ def train_step(
   watch = Stopwatch(run.clock)
   compiled = executables.compile_totals()
   params = states['policy'].params
-  groups = loop.collector.collect(params, step, watch)
+  groups = loop.collector.collect(params,
+                                  step,
+                                  watch,
+                                  drafter_params=drafter_params(states))
   rewards = credit.group_rewards(run, groups, step)
   advantages = credit.advantages(run, groups, rewards)
   trained = credit.trained_samples(run, groups, rewards)
@@ -60,8 +66,17 @@ def train_step(
   states, values = loop.learner.learn_all(states, prepared, step)
   loop.collector.learned()
   watch.lap('update')
+  rollouts = [r for group in groups for r in group.rollouts]
+  if loop.drafter:
+    drafter, more = loop.drafter.after_step(states['drafter'],
+                                            states['policy'].params,
+                                            step, rollouts,
+                                            sum(watch.seconds.values()))
+    states = states | {'drafter': drafter}
+    values |= more
+    watch.lap('drafter')
 
-  loop.progression.add_tokens([r for group in groups for r in group.rollouts])
+  loop.progression.add_tokens(rollouts)
   loop.progression.add_reward(float(np.mean(rewards)))
   seconds = watch.seconds
   after = executables.compile_totals()

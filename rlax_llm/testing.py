@@ -14,8 +14,8 @@ from rlax_llm.tasks import task as tasks
 ALPHABET = 'abcd.'
 
 
-def tiny_model(vocabulary: int = 7, **overrides: Any) -> LanguageModel:
-  """Returns a float32 transformer of two layers and width 16.
+def tiny_model_config(vocabulary: int = 7, **overrides: Any) -> ModelConfig:
+  """Returns the frozen config of `tiny_model`.
 
   Args:
     vocabulary: V.
@@ -29,7 +29,17 @@ def tiny_model(vocabulary: int = 7, **overrides: Any) -> LanguageModel:
                                 mlp_width=32,
                                 max_positions=256,
                                 init_scale=4.0)
-  return make_transformer(freeze(ModelConfig(**(fields | overrides))),
+  return freeze(ModelConfig(**(fields | overrides)))
+
+
+def tiny_model(vocabulary: int = 7, **overrides: Any) -> LanguageModel:
+  """Returns a float32 transformer of two layers and width 16.
+
+  Args:
+    vocabulary: V.
+    **overrides: fields of ModelConfig.
+  """
+  return make_transformer(tiny_model_config(vocabulary, **overrides),
                           freeze(PrecisionConfig()))
 
 

@@ -27,6 +27,7 @@ from rlax_llm import teacher as teachers
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
+from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.experience import Collector
 from rlax_llm.progress import Progress
@@ -34,6 +35,8 @@ from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
+from rlax_llm.states import drafter_params
+from rlax_llm.states import OPTIONAL
 from rlax_llm.states import States
 from rlax_llm.step import Loop
 from rlax_llm.step import train_step
@@ -101,6 +104,8 @@ class _Trainer:
     self._store = run.rollout_store()
     self._collector = Collector(run, engine, verifier, self._store,
                                 self._learner.score_samples)
+    learns = run.states.draft_model is not None
+    self._drafter = DrafterTraining(run) if learns else None
     self.states: dict[str, TrainState] = {}
     self.progression = Progression()
     self._earlier = 0.0  # seconds, of the processes before this one
@@ -111,9 +116,11 @@ class _Trainer:
     """Restores the newest checkpoint; returns (its step, warnings)."""
     if not self._saved.steps():
       return None, []
-    found = self._saved.restore(self.run.states.abstract_all())
+    states = self.run.states
+    found = self._saved.restore(states.abstract_all(), optional=OPTIONAL)
     assert found is not None
-    step, self.states, host = found
+    step, restored, host = found
+    self.states = states.completed(restored)
     self._saved_step = step
     self.progression = Progression(**host['progression'])
     self._earlier = self.progression.wall_seconds
@@ -149,7 +156,7 @@ class _Trainer:
       params = self.states['policy'].params
       reference = run.states.reference(self._workdir, params, first)
       loop = Loop(run, self._collector, self._learner, reference,
-                  self.progression)
+                  self.progression, self._drafter)
       if self._unwritten is not None:
         self._finish(first, **self._unwritten)
       self.progress.phase('reinforcement learning', config.num_steps)
@@ -204,7 +211,21 @@ class _Trainer:
 
       params = warm_start(run, params, show)
     self.states = run.states.init_all(params)
+    if self._drafter and run.config.drafter.warmup_updates:
+      self._warm_up_drafter(self._drafter)
     self.progress.phase('evaluate', 0)
+
+  def _warm_up_drafter(self, drafter: DrafterTraining) -> None:
+    """Trains the drafter on the policy as RL finds it."""
+    self.progress.phase('warm-up of the drafter',
+                        self.run.config.drafter.warmup_updates)
+
+    def show(done: int, loss: float) -> None:
+      self.progress.update(done, {'drafter/loss': loss})
+      self.run.on_boundary()
+
+    self.states['drafter'] = drafter.warm_up(self.states['drafter'],
+                                             self.states['policy'].params, show)
 
   def _finish(self, done: int, values: dict[str, Any],
               rows: list[dict]) -> None:
@@ -225,9 +246,13 @@ class _Trainer:
     evaluated = {}
     if due(config.evaluate.every):
       try:
-        evaluated = evaluation.evaluate(self.run, self._judge,
+        evaluated = evaluation.evaluate(self.run,
+                                        self._judge,
                                         self.states['policy'].params,
-                                        self._verifier, self._held_out)
+                                        self._verifier,
+                                        self._held_out,
+                                        drafter_params=drafter_params(
+                                            self.states))
       except Stopped:
         self._save(done, {'values': metrics.jsonable(values), 'rows': rows})
         raise

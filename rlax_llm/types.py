@@ -17,6 +17,12 @@ Params = Any  # a pytree of arrays
 Metrics = dict[str, Array]
 
 
+class DraftParams(flax.struct.PyTreeNode):
+  """What drafting reads; `own` are the drafter's parameters, if it learns."""
+  policy: Params
+  own: Params = ()
+
+
 class DraftTree(flax.struct.PyTreeNode):
   """W nodes to verify in one forward. Node 0 is the last committed token.
 

@@ -5,18 +5,23 @@ import types
 import typing
 from typing import Any, Mapping
 
+from rlax_llm.config import BRANCHING
 from rlax_llm.config import check_positions
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
+from rlax_llm.config import DrafterConfig
 from rlax_llm.config import DRAFTERS
 from rlax_llm.config import freeze
+from rlax_llm.config import FROM_ROLLOUTS
+from rlax_llm.config import LEARNED
 from rlax_llm.config import list_widths
 from rlax_llm.config import LORA_TARGETS
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import nearest
 from rlax_llm.config import RolloutConfig
 from rlax_llm.config import Section
+from rlax_llm.config import SOURCES
 from rlax_llm.config import TaskConfig
 
 # What the string fields may hold; the modules that implement them are tested
@@ -78,6 +83,13 @@ _AT_LEAST: dict[str, float] = {
     'control.prune_steps': 0,
     'control.min_slots': 1,
     'control.run_ahead_rows': 0,
+    'drafter.depth': 0,
+    'drafter.every': 0,
+    'drafter.share': 0,
+    'drafter.warmup_updates': 0,
+    'drafter.microbatch_rows': 1,
+    'drafter.passes': 1,
+    'drafter.buffer_tokens': 1,
     'control.bandit_epsilon': 0,
     'control.bandit_window': 1,
     'learning.warmup_steps': 0,
@@ -104,10 +116,10 @@ _AT_LEAST: dict[str, float] = {
     'evaluate.probe_tokens': 1,
 }
 _ABOVE_ZERO = ('learning.learning_rate', 'sft.learning_rate',
-               'learning.max_grad_norm', 'learning.epsilon',
-               'task.verifier_seconds', 'model.rope_theta', 'model.rope_factor',
-               'model.rope_low', 'model.rope_high', 'model.norm_epsilon',
-               'model.lora.alpha', 'model.init_scale',
+               'drafter.learning_rate', 'learning.max_grad_norm',
+               'learning.epsilon', 'task.verifier_seconds', 'model.rope_theta',
+               'model.rope_factor', 'model.rope_low', 'model.rope_high',
+               'model.norm_epsilon', 'model.lora.alpha', 'model.init_scale',
                'control.refill_threshold', 'control.prune_keep')
 
 _AT_MOST: dict[str, float] = {
@@ -118,6 +130,7 @@ _AT_MOST: dict[str, float] = {
     'control.bandit_epsilon': 1,
     'task.trace_unfinished': 1,
     'rollout.draft_least': 1,
+    'drafter.share': 1,
 }
 
 
@@ -160,6 +173,7 @@ def validate(config: Config) -> Config:
   _validate_rollout(config.rollout, config.control, config.model)
   _validate_control(config.control, config.task.prompts_per_step,
                     config.rollout)
+  _validate_drafter(config)
   if not 0 < config.evaluate.top_p <= 1:
     raise ConfigError(
         f'evaluate.top_p={config.evaluate.top_p} must be in (0, 1]')
@@ -393,6 +407,37 @@ def _validate_control(control: ControlConfig, prompts: int,
         f'{control.dynamic_sampling} leaves open; set one of them to 0')
 
 
+def _validate_drafter(config: Config) -> None:
+  drafter, name = config.drafter, config.rollout.drafter
+  if name not in LEARNED:
+    for field in dataclasses.fields(drafter):
+      value = freeze(getattr(drafter, field.name))
+      if value != getattr(DrafterConfig(), field.name):
+        raise ConfigError(
+            f'drafter.{field.name}={value!r} has no effect with rollout.drafter'
+            f'={name!r}; set that to {" or ".join(map(repr, LEARNED))}, or '
+            'leave it')
+    return
+  unknown = sorted(set(drafter.sources) - set(SOURCES))
+  if unknown or not drafter.sources:
+    raise ConfigError(
+        f'drafter.sources={tuple(drafter.sources)}'
+        f'{nearest(unknown[0], SOURCES) if unknown else ""}; name some of '
+        f'{", ".join(SOURCES)}')
+  if name != 'hybrid' and tuple(drafter.sources) != SOURCES:
+    raise ConfigError(
+        f'drafter.sources={tuple(drafter.sources)} is for rollout.drafter='
+        f"'hybrid', not {name!r}; leave it")
+  if drafter.warmup_updates and not config.sft.steps:
+    raise ConfigError(
+        f'drafter.warmup_updates={drafter.warmup_updates} imitates the traces '
+        'of the warm start, and sft.steps=0; set it to 0 or give steps')
+  if drafter.every and not drafter.share:
+    raise ConfigError(
+        f'drafter.share=0 leaves no time for drafter.every={drafter.every}; '
+        'set every to 0 to keep the drafter as it is')
+
+
 def _check_strategy(rollout: RolloutConfig, control: ControlConfig) -> None:
   """Refuses choices that cannot be made, and fields that nothing would read."""
   for name in ('widths', 'branchings'):
@@ -484,14 +529,16 @@ def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
     raise ConfigError(
         f"rollout.drafter='none' drafts nothing for rollout.width"
         f'={rollout.width}; set the width to 1, or name a drafter')
-  if rollout.drafter != 'tree_cache':
-    if control.run_ahead_rows or rollout.branching != 1:
+  for name, value, unset, users in (('control.run_ahead_rows',
+                                     control.run_ahead_rows, 0, FROM_ROLLOUTS),
+                                    ('rollout.branching', rollout.branching, 1,
+                                     BRANCHING)):
+    if value != unset and rollout.drafter not in users:
       raise ConfigError(
-          f'control.run_ahead_rows={control.run_ahead_rows} and '
-          f'rollout.branching={rollout.branching} are for '
-          f"rollout.drafter='tree_cache', not {rollout.drafter!r}; set them to "
-          '0 and 1')
-  elif width > 1:
+          f'{name}={value} is for rollout.drafter '
+          f'{" or ".join(map(repr, users))}, not {rollout.drafter!r}; set it '
+          f'to {unset}')
+  if width > 1 and rollout.drafter in FROM_ROLLOUTS:
     group = rollout.samples_per_prompt
     capacity = rollout.prompt_length + rollout.max_new_tokens + width + 7
     texts = rollout.history + group * (2 if control.run_ahead_rows else 1)

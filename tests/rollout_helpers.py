@@ -7,17 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlax_llm import sharding
 from rlax_llm import testing
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import freeze
 from rlax_llm.config import MeshConfig
+from rlax_llm.config import PrecisionConfig
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting import tree_cache as trees
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.executables import ExecutablePool
+from rlax_llm.models.draft_model import make_draft_model
+from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops import sampling as sampling_ops
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
@@ -145,7 +149,11 @@ class World:
   """A model with parameters, and engines that share executables."""
 
   def __init__(self, *, ways=1, seed=3, sampling=Sampling(), eos=5, **model):
-    self.model = testing.tiny_model(**(dict(layers=1) | model))
+    config = testing.tiny_model_config(**(dict(layers=1) | model))
+    self.model = make_transformer(config, freeze(PrecisionConfig()))
+    self.draft_model = make_draft_model(config,
+                                        freeze(PrecisionConfig()),
+                                        model=self.model)
     self.mesh = sharding.make_mesh(MeshConfig(data=ways))
     self.params = jax.device_put(
         jax.jit(self.model.init)(jax.random.key(0)),
@@ -158,11 +166,15 @@ class World:
   def engine(self,
              *,
              drafter=None,
+             learned=None,
              control=None,
              pool=None,
              strategy=None,
              **rollout):
-    """Returns an engine; keywords override RolloutConfig."""
+    """Returns an engine; keywords override RolloutConfig.
+
+    `drafts_by` is its field `drafter`, the name of one.
+    """
     fields = dict(slots=16,
                   width=1,
                   prompt_length=6,
@@ -171,6 +183,8 @@ class World:
                   segment_forwards=7,
                   samples_per_prompt=4)
     clock = rollout.pop('clock', lambda: 0.0)
+    if 'drafts_by' in rollout:
+      fields['drafter'] = rollout.pop('drafts_by')
     return RolloutEngine(
         self.model,
         rollout=freeze(RolloutConfig(**(fields | rollout))),
@@ -181,17 +195,32 @@ class World:
         mesh=self.mesh,
         clock=clock,
         drafter=drafter,
+        learned=learned,
         strategy=strategy,
         pool=pool or self.pool)
 
-  def generate(self, requests, *, store=None, ahead=(), params=None, **options):
+  def generate(self,
+               requests,
+               *,
+               store=None,
+               ahead=(),
+               params=None,
+               own=(),
+               **options):
     """Returns (rollouts, engine)."""
     engine = self.engine(**options)
     rollouts, _ = engine.generate(params or self.params,
                                   requests,
                                   RolloutState(store=store),
-                                  ahead=ahead)
+                                  ahead=ahead,
+                                  drafter_params=own)
     return rollouts, engine
+
+  def draft_params(self, seed=1):
+    """Returns parameters for `self.draft_model`, on the mesh."""
+    return jax.device_put(
+        jax.jit(self.draft_model.init)(jax.random.key(seed)),
+        sharding.replicated(self.mesh))
 
   @functools.cached_property
   def _law_at(self):
@@ -268,6 +297,24 @@ def enumerate_sequences(world, prompt, longest):
     law = after
   assert abs(sum(result.values()) - 1) < 1e-6
   return result
+
+
+def assert_law(world, prompt, longest, rollouts):
+  """Chi-square of whole completions against the enumeration of all of them."""
+  law = enumerate_sequences(world, prompt, longest)
+  counts = dict.fromkeys(law, 0)
+  for rollout in rollouts:
+    counts[tuple(rollout.tokens.tolist())] += 1
+  observed = np.asarray(list(counts.values()))
+  expected = np.asarray(list(law.values())) * len(rollouts)
+  assert (observed[expected == 0] == 0).all()
+  rare = expected < 8
+  observed = np.append(observed[~rare], observed[rare].sum())
+  expected = np.append(expected[~rare], expected[rare].sum())
+  observed, expected = observed[expected > 0], expected[expected > 0]
+  expected *= observed.sum() / expected.sum()
+  assert len(observed) > 5
+  assert stats.chisquare(observed, expected).pvalue > 1e-4
 
 
 def all_primitives(jaxpr):

@@ -28,7 +28,13 @@ def get_config():
   config.control.widths = (1, 3)
   config.control.run_ahead_rows = 4
   config.learning.minibatches = 2
+  config.algorithm.name = 'ppo'
+  config.algorithm.correction = 'token'
+  config.algorithm.weight_high = 2.0
   config.algorithm.kl_coefficient = 0.1
+  config.control.over_provision = 1.5
+  config.control.replay = 1
+  config.control.order = 'longest_first'
   config.evaluate.every = 5
   config.checkpoint.every = 3
   return config

@@ -11,7 +11,6 @@ import pytest
 from rollout_helpers import strict_precision  # noqa: F401
 from rollout_helpers import World
 import rollout_helpers as helpers
-from scipy import stats
 
 from rlax_llm import executables
 from rlax_llm.config import ConfigError
@@ -130,20 +129,7 @@ def test_law(drafter, width, temperature, top_p):
                                     max_new_tokens=3,
                                     control=dict(refill_threshold=0.5,
                                                  compact=False))
-  law = helpers.enumerate_sequences(world, prompt, 3)
-  counts = dict.fromkeys(law, 0)
-  for rollout in rollouts:
-    counts[tuple(rollout.tokens.tolist())] += 1
-  observed = np.asarray(list(counts.values()))
-  expected = np.asarray(list(law.values())) * len(rollouts)
-  assert (observed[expected == 0] == 0).all()
-  rare = expected < 8
-  observed = np.append(observed[~rare], observed[rare].sum())
-  expected = np.append(expected[~rare], expected[rare].sum())
-  observed, expected = observed[expected > 0], expected[expected > 0]
-  expected *= observed.sum() / expected.sum()
-  assert len(observed) > 5
-  assert stats.chisquare(observed, expected).pvalue > 1e-4
+  helpers.assert_law(world, prompt, 3, rollouts)
   if width > 1:  # drafts were accepted: the test is about them
     assert engine.stats.tokens > 1.02 * engine.stats.row_forwards
 

@@ -52,8 +52,8 @@ ALLOWED = {
 # Whatever assembles the parts; it may import all of them.
 TOP = {
     'states', 'run', 'learner', 'experience', 'groups', 'pruning', 'sampler',
-    'early_stop', 'credit', 'step', 'warm_start', 'train', 'evaluate', 'sample',
-    'report', 'export', 'testing', 'teacher'
+    'early_stop', 'credit', 'step', 'warm_start', 'drafter_training', 'train',
+    'evaluate', 'sample', 'report', 'export', 'testing', 'teacher'
 }
 NO_JIT = ('ops', 'models', 'drafting', 'learning', 'rollout/segment.py')
 OPTIONAL = ('grain', 'tensorflow_datasets', 'array_record', 'reasoning_gym',

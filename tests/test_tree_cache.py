@@ -143,7 +143,7 @@ def test_the_tree_has_the_most_probable_nodes(seed, branching):
   `branching` kept; twins of one node both drafted.
   """
   candidates, nodes = _candidates(seed, count=12), 6
-  tokens, parents = map(
+  tokens, parents, chances = map(
       np.asarray,
       trees.draft_tree(candidates, nodes=nodes, branching=branching,
                        **SETTINGS))
@@ -151,6 +151,7 @@ def test_the_tree_has_the_most_probable_nodes(seed, branching):
   for i in range(nodes):
     if parents[i] != UNUSED:
       assert 0 <= parents[i] <= i  # a parent comes first
+      assert 0 < chances[i] <= ([1.0, *chances][parents[i]])
       lines[i + 1] = lines[parents[i]] + (int(tokens[i]),)
   drafted = [line for node, line in lines.items() if node]
   assert len(set(drafted)) == len(drafted)
@@ -180,10 +181,10 @@ def test_twins_of_a_kept_node_keep_their_children():
   candidates = trees.Candidates(jnp.asarray(tokens, jnp.int32),
                                 jnp.ones((6, 2), bool), jnp.full(6, 4),
                                 jnp.ones(6, jnp.int32))
-  tokens, parents = trees.draft_tree(candidates,
-                                     nodes=6,
-                                     branching=2,
-                                     **SETTINGS)
+  tokens, parents, _ = trees.draft_tree(candidates,
+                                        nodes=6,
+                                        branching=2,
+                                        **SETTINGS)
   lines = [
       (int(tokens[p - 1]), int(t)) for t, p in zip(tokens, parents) if p > 0
   ]

@@ -22,6 +22,7 @@ from rlax_llm import sharding
 from rlax_llm.learning.batch import Sample
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
+from rlax_llm.states import drafter_params
 from rlax_llm.types import Batch
 
 _DEVICES = absl_flags.DEFINE_integer('devices', 0,
@@ -54,7 +55,8 @@ def measure(run: Run) -> dict[str, int]:
   state = run.states.abstract_state()
   learner.compile_update(state, abstract_batch(run, learner))
   engine = run.engine(run.sampling)
-  engine.compile_largest(state.params)
+  engine.compile_largest(state.params,
+                         drafter_params(run.states.abstract_all()))
   held = sum(
       int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
       for x in jax.tree.leaves(state))

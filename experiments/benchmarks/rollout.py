@@ -17,6 +17,7 @@ from rlax_llm import sharding
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import DRAFTERS
 from rlax_llm.config import freeze
+from rlax_llm.config import LEARNED
 from rlax_llm.config import MeshConfig
 from rlax_llm.config import PrecisionConfig
 from rlax_llm.config import RolloutConfig
@@ -29,7 +30,8 @@ from rlax_llm.types import TRAIN
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Rows decoded together.')
 _WIDTH = flags.DEFINE_integer('width', 1, 'Nodes verified in one forward.')
-_DRAFTER = flags.DEFINE_enum('drafter', 'prompt_lookup', list(DRAFTERS),
+_DRAFTER = flags.DEFINE_enum('drafter', 'prompt_lookup',
+                             [d for d in DRAFTERS if d not in LEARNED],
                              'With --width above 1.')
 
 

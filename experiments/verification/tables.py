@@ -143,7 +143,10 @@ def draw(table: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
                         marker='o',
                         markersize=3,
                         label=name)
-      axis.legend(fontsize=6, frameon=False)
+      if axis.has_data():
+        axis.legend(fontsize=6, frameon=False)
+      else:  # This size has no such shape.
+        axis.set_axis_off()
   figure.supxlabel('temperature', fontsize=9)
   figure.supylabel('tokens per target forward', fontsize=9)
   figure.savefig(path, dpi=110)

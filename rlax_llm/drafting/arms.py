@@ -28,6 +28,8 @@ SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
     'none': (),
     'prompt_lookup': (('prompt_lookup',),),
     'tree_cache': (('tree_cache',),),
+    'model': (('model',),),
+    'hybrid': (('tree_cache', 'model'),),
 }
 
 

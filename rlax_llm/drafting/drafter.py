@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from rlax_llm.types import Array
+from rlax_llm.types import DraftParams
 from rlax_llm.types import DraftTree
-from rlax_llm.types import Params
 from rlax_llm.types import Path
 from rlax_llm.types import Slots
 from rlax_llm.types import UNUSED
@@ -36,11 +36,32 @@ class CorpusShape(NamedTuple):
     return self.history + self.group + self.hints
 
 
+class RowOperations(NamedTuple):
+  """What boundaries do to a state that is indexed by the rows of the slots.
+
+  Attributes:
+    admit: (params, state, slots, tokens int32[K, P], length int32[K], hidden
+      [K, P, D], take bool[N], source int32[N]) -> state: the rows that take
+      begin a sample of a prefilled prompt; the slots are those after the
+      admission, hidden are the target's states at the prompt's tokens.
+    gather: (state, rows int32[N']) -> state: the named rows, in that order.
+    grow: (state, capacity) -> state: S is larger.
+  """
+  admit: Callable[..., Any]
+  gather: Callable[[Any, Array], Any]
+  grow: Callable[..., Any]
+
+
+def _no_axes(state: Any) -> Any:
+  """Every device holds the whole state."""
+  return jax.tree.map(lambda leaf: (), state)
+
+
 class Drafter(NamedTuple):
   """A drafter as data: functions of explicit state. Hashable, static.
 
   A draft is a hint. Verification takes the target's own tokens, so nothing
-  that a drafter does can change what is sampled.
+  that a drafter does can change what is sampled. `params` are DraftParams.
 
   Attributes:
     init: (params, slots) -> state; a pytree of arrays, or ().
@@ -53,18 +74,25 @@ class Drafter(NamedTuple):
       `parents` may be int32[W] when all rows share it (every chain).
     observe: (params, state, slots, path, hidden) -> state; the slots are those
       after the commit of the path, hidden is [N, W, D] at the tree's nodes.
-    sync: (params, state, slots) -> state: rows went on without `observe`, in
-      segments of W = 1; the state takes up what they hold now.
+      Between `propose` and `observe` the state may hold more than otherwise.
+    sync: (params, state, slots) -> state: rows went on without `observe`, or
+      took samples without `admit`, in segments of W = 1; the state takes up
+      what they hold now.
     width: W, nodes of a tree.
     corpus: which texts it wants loaded; None: none.
+    rows: what is done to its rows; None: the state has none.
+    axes: (state or its shapes) -> the same tree, a tuple of logical axis names
+      for each leaf; see `sharding.TABLE`.
   """
-  init: Callable[[Params, Slots], Any]
-  load: Callable[[Params, Any, Array, Array, Array], Any]
-  propose: Callable[[Params, Any, Slots], tuple[DraftTree, Any]]
-  observe: Callable[[Params, Any, Slots, Path, Array], Any]
-  sync: Callable[[Params, Any, Slots], Any]
+  init: Callable[[DraftParams, Slots], Any]
+  load: Callable[[DraftParams, Any, Array, Array, Array], Any]
+  propose: Callable[[DraftParams, Any, Slots], tuple[DraftTree, Any]]
+  observe: Callable[[DraftParams, Any, Slots, Path, Array], Any]
+  sync: Callable[[DraftParams, Any, Slots], Any]
   width: int
   corpus: CorpusShape | None = None
+  rows: RowOperations | None = None
+  axes: Callable[[Any], Any] = _no_axes
 
 
 def chain_parents(width: int) -> Array:

@@ -21,7 +21,7 @@ sibling has only just arrived); the best m wins.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +220,7 @@ def draft_chain(candidates: Candidates, *, max_match: int, factor: float,
 
 def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
                max_match: int, factor: float,
-               least: float) -> tuple[Array, Array]:
+               least: float) -> tuple[Array, Array, Array]:
   """Returns the `nodes` most probable nodes of the best tree.
 
   Args:
@@ -232,8 +232,9 @@ def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
     least: see `TreeCacheConfig.min_probability`.
 
   Returns:
-    (tokens int32[nodes], parents int32[nodes]): parents count the root as 0
-    and these nodes from 1; UNUSED where a tree has fewer nodes.
+    (tokens int32[nodes], parents int32[nodes], probability float32[nodes]):
+    parents count the root as 0 and these nodes from 1, UNUSED where a tree has
+    fewer nodes; the probability is that of the line to the node.
   """
   count, depth = candidates.tokens.shape
   thresholds = jnp.asarray(_thresholds(max_match), jnp.int32)
@@ -277,7 +278,8 @@ def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
   parents = jnp.where(level == 0, 0, parents)
   parents = jnp.where(real, parents, UNUSED).astype(jnp.int32)
   pad = (0, nodes - size)
-  return (jnp.pad(tokens, pad), jnp.pad(parents, pad, constant_values=UNUSED))
+  return (jnp.pad(tokens, pad), jnp.pad(parents, pad, constant_values=UNUSED),
+          jnp.pad(jnp.where(real, best[m], 0.0), pad))
 
 
 def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
@@ -290,6 +292,33 @@ def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
     config: static.
     width: W >= 2; static.
   """
+  draft: Callable = draft_chain
+  if config.branching > 1:
+    draft = functools.partial(draft_tree,
+                              nodes=width - 1,
+                              branching=config.branching)
+  found = draft_rows(corpus, slots, config, width - 1, draft)
+  root = last_tokens(slots)[:, None]
+  if config.branching == 1:
+    return DraftTree(jnp.concatenate([root, found], axis=1),
+                     chain_parents(width))
+  tokens, parents, _ = found
+  return DraftTree(
+      jnp.concatenate([root, tokens], axis=1),
+      jnp.concatenate([jnp.full_like(root, UNUSED), parents], axis=1))
+
+
+def draft_rows(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
+               depth: int, draft: Callable) -> Any:
+  """Returns what `draft` makes of the candidates of each row.
+
+  Args:
+    corpus: of F prompts.
+    slots: N rows.
+    config: static.
+    depth: tokens of the longest line; static.
+    draft: `draft_chain`, or `draft_tree` with its nodes and branching.
+  """
   if config.max_match % corpora.WORD:
     raise ValueError(
         f'max_match={config.max_match} is no multiple of {corpora.WORD}')
@@ -299,10 +328,6 @@ def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
   shape = config.shape
   hint = jnp.where(slots.index < shape.hints,
                    shape.history + shape.group + slots.index, shape.texts)
-  settings: Any = dict(max_match=config.max_match,
-                       factor=config.budget_factor,
-                       least=config.min_probability)
-
   own = shape.history + slots.index % shape.group
   text = jnp.arange(shape.texts)
   live = (text >= shape.history) & (text < shape.history + shape.group)
@@ -319,24 +344,14 @@ def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
                                  prompt,
                                  hint,
                                  length,
-                                 depth=width - 1,
+                                 depth=depth,
                                  allowed=allowed)
-    if config.branching == 1:
-      return draft_chain(candidates, **settings)
-    return draft_tree(candidates,
-                      nodes=width - 1,
-                      branching=config.branching,
-                      **settings)
+    return draft(candidates,
+                 max_match=config.max_match,
+                 factor=config.budget_factor,
+                 least=config.min_probability)
 
-  found = jax.vmap(one)(query, slots.prompt, hint, slots.length, own)
-  root = last_tokens(slots)[:, None]
-  if config.branching == 1:
-    return DraftTree(jnp.concatenate([root, found], axis=1),
-                     chain_parents(width))
-  tokens, parents = found
-  return DraftTree(
-      jnp.concatenate([root, tokens], axis=1),
-      jnp.concatenate([jnp.full_like(root, UNUSED), parents], axis=1))
+  return jax.vmap(one)(query, slots.prompt, hint, slots.length, own)
 
 
 @functools.cache

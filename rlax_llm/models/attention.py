@@ -77,12 +77,13 @@ def cached_attention(queries: Array, keys: Array, values: Array,
 
   Args:
     queries: [N, W, H, HD].
-    keys: [N, KH, W, HD], of the nodes.
-    values: [N, KH, W, HD], of the nodes.
+    keys: [N, KH, E, HD], of the nodes: these W and, before them, those of the
+      same tree that an earlier forward evaluated.
+    values: [N, KH, E, HD], of the nodes.
     cached_keys: [N, KH, HD, S].
     cached_values: [N, KH, S, HD].
     length: int32[N], committed tokens; slots beyond are never attended.
-    node_mask: bool[N, W, W] or bool[W, W], [i, j]: node i attends to node j.
+    node_mask: bool[N, W, E] or bool[W, E], [i, j]: node i attends to node j.
       Every node attends to itself.
 
   Returns:
@@ -90,7 +91,7 @@ def cached_attention(queries: Array, keys: Array, values: Array,
   """
   rows, width = queries.shape[:2]
   capacity = cached_keys.shape[3]
-  node_mask = jnp.broadcast_to(node_mask, (rows, width, width))
+  node_mask = jnp.broadcast_to(node_mask, (rows, width, keys.shape[2]))
   if capacity == 0:  # A prefill: there is nothing but the nodes.
     return packed_attention(queries, keys, values, node_mask)
   queries_by_head = _group(queries, keys.shape[1])

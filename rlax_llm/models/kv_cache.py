@@ -1,4 +1,4 @@
-"""Keys and values of committed tokens: commit and grow.
+"""Keys and values of committed tokens: admit, commit and grow.
 
 Slots at or beyond `length` are garbage and are never attended. A forward
 reads the cache and returns the keys and values of its own nodes apart; only
@@ -40,6 +40,14 @@ class KVCache(flax.struct.PyTreeNode):
   @property
   def capacity(self) -> int:
     return self.values[0].shape[2]
+
+
+def join_nodes(earlier: KVNodes | None, nodes: KVNodes) -> KVNodes:
+  """Returns the nodes of two forwards over one tree; None: there is one."""
+  if earlier is None:
+    return nodes
+  join = lambda a, b: jnp.concatenate([a, b], axis=2)
+  return jax.tree.map(join, earlier, nodes)
 
 
 def empty(rows: int, capacity: int, *, layers: int, kv_heads: int,
@@ -93,6 +101,30 @@ def commit(cache: KVCache, nodes: KVNodes, path: Path) -> KVCache:
   return KVCache(keys=jax.tree.map(write_keys, cache.keys, nodes.keys),
                  values=jax.tree.map(write_values, cache.values, nodes.values),
                  length=cache.length + path.length)
+
+
+def admit(cache: KVCache, nodes: KVNodes, take: Array, source: Array,
+          length: Array) -> KVCache:
+  """Gives rows the keys and values of prefilled prompts.
+
+  Args:
+    cache: of N rows, of capacity S >= P.
+    nodes: of K prompts of capacity P.
+    take: bool[N]; the other rows keep theirs.
+    source: int32[N], the row's prompt.
+    length: int32[N], tokens of the prompt that count.
+  """
+
+  def share(old: Array, new: Array) -> Array:
+    new = new[source].astype(old.dtype)
+    head = old[tuple(slice(n) for n in new.shape)]
+    new = jnp.where(take[:, None, None, None], new, head)
+    return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+
+  share_keys = lambda old, new: share(old, new.swapaxes(2, 3))
+  return KVCache(keys=jax.tree.map(share_keys, cache.keys, nodes.keys),
+                 values=jax.tree.map(share, cache.values, nodes.values),
+                 length=jnp.where(take, length, cache.length))
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:

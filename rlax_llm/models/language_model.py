@@ -1,6 +1,6 @@
 """LanguageModel: a tuple of pure functions; and `score`, its log-probs."""
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import chex
 import jax
@@ -31,11 +31,14 @@ class LanguageModel(NamedTuple):
     hidden: (params, tokens int32[R, L], positions int32[R, L],
       segments int32[R, L]) -> [R, L, D]; no cache, packed rows.
     extend: (params, tokens int32[N, W], positions int32[N, W],
-      node_mask bool[N, W, W] or bool[W, W], cache) -> (hidden [N, W, D],
-      KVNodes); the cache is read and not changed: `kv_cache.commit` writes
-      what verification kept.
+      node_mask bool[N, W, E] or bool[W, E], cache, earlier=None) -> (hidden
+      [N, W, D], KVNodes); the cache is read and not changed:
+      `kv_cache.commit` writes what verification kept. `earlier` are the
+      KVNodes of nodes of the same trees that a forward before this one
+      evaluated; they come first in the mask, E = W without them.
     logits: (params, hidden [..., D]) -> float32[..., V]; apart, so that
       nobody materialises [rows, L, V].
+    embed: (params, tokens int32[...]) -> [..., D], what the first layer reads.
     vocabulary: V.
     max_positions: positions the model can address.
     axes: (params or their shapes) -> the same tree, a tuple of logical axis
@@ -51,6 +54,7 @@ class LanguageModel(NamedTuple):
   hidden: Callable
   extend: Callable
   logits: Callable
+  embed: Callable
   vocabulary: int
   max_positions: int
   axes: Callable = _no_axes
@@ -111,17 +115,7 @@ def score_tokens(params: Params,
   chex.assert_type([tokens, positions, segments], jnp.int32)
   hidden = model.hidden(params, tokens, positions, segments)
   inside = predictable(segments)
-  rows, length = tokens.shape
-  count = rows * (length - 1)
-  chunk = min(chunk, count)
-  chunks = -(-count // chunk)
 
-  def cut(x: Array) -> Array:
-    flat = x.reshape(count, *x.shape[2:])
-    pad = [(0, chunks * chunk - count)] + [(0, 0)] * (flat.ndim - 1)
-    return jnp.pad(flat, pad).reshape(chunks, chunk, *x.shape[2:])
-
-  @jax.checkpoint
   def scores(params: Params, hidden: Array, token: Array) -> TokenScores:
     law = sampling_ops.log_law(model.logits(params, hidden), sampling)
     logprobs = jnp.take_along_axis(law, token[:, None], axis=-1)[:, 0]
@@ -130,17 +124,47 @@ def score_tokens(params: Params,
       sure = sampling_ops.confidence(law, min(_LIKELIEST, model.vocabulary))
     return TokenScores(logprobs, sampling_ops.entropy(law), sure)
 
-  if chunks == 1:
-    result = scores(params, cut(hidden[:, :-1])[0], cut(tokens[:, 1:])[0])
-  else:
-    result = jax.lax.map(lambda xs: scores(params, *xs),
-                         (cut(hidden[:, :-1]), cut(tokens[:, 1:])))
-
-  def place(x: Array) -> Array:
-    x = x.reshape(-1)[:count].reshape(rows, length - 1)
-    return jnp.pad(jnp.where(inside, x, 0.0), ((0, 0), (1, 0)))
-
+  result = map_chunks(scores,
+                      params, (hidden[:, :-1], tokens[:, 1:]),
+                      chunk=chunk)
+  place = lambda x: jnp.pad(jnp.where(inside, x, 0.0), ((0, 0), (1, 0)))
   return jax.tree.map(place, result)
+
+
+def map_chunks(function: Callable, params: Params, arrays: Sequence[Array], *,
+               chunk: int) -> Any:
+  """Applies a function of positions to `chunk` of them at a time.
+
+  What it makes for its result, logits for instance, exists for one chunk only
+  and is computed again in the backward pass.
+
+  Args:
+    function: (params, *arrays [chunk, ...]) -> tree of arrays [chunk].
+    params: a pytree.
+    arrays: each [R, L, ...].
+    chunk: positions; static.
+
+  Returns:
+    The tree, its arrays [R, L].
+  """
+  rows, length = arrays[0].shape[:2]
+  count = rows * length
+  chunk = min(chunk, count)
+  chunks = -(-count // chunk)
+
+  def cut(x: Array) -> Array:
+    flat = x.reshape(count, *x.shape[2:])
+    pad = [(0, chunks * chunk - count)] + [(0, 0)] * (flat.ndim - 1)
+    return jnp.pad(flat, pad).reshape(chunks, chunk, *x.shape[2:])
+
+  one = jax.checkpoint(function)
+  if chunks == 1:
+    result = one(params, *(cut(x)[0] for x in arrays))
+  else:
+    result = jax.lax.map(lambda xs: one(params, *xs),
+                         tuple(cut(x) for x in arrays))
+  return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(rows, length),
+                      result)
 
 
 def score(params: Params, tokens: Array, positions: Array, segments: Array, *,

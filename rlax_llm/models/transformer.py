@@ -36,6 +36,7 @@ _AXES: dict[str, tuple[str | None, ...]] = {
     'gate_up/kernel': ('embed', None, 'mlp'),
     'down/kernel': ('mlp', 'embed'),
     'scale': (None,),
+    'join/kernel': ('embed', None),  # models/draft_model.py
     'lora_q_proj/a': ('embed', None),
     'lora_k_proj/a': ('embed', None),
     'lora_v_proj/a': ('embed', None),
@@ -67,7 +68,7 @@ def logical_axes(params: Params) -> Any:
 Constrain = Callable[[Array, tuple], Array]
 
 
-def _anywhere(x: Array, axes: tuple) -> Array:
+def anywhere(x: Array, axes: tuple) -> Array:
   """A `Constrain` that leaves the placement of values to the compiler."""
   del axes
   return x
@@ -193,13 +194,41 @@ class Layer(nn.Module):
     return self.finish(x, attention.packed_attention(queries, keys, values,
                                                      mask))
 
-  def cached(self, x: Array, table: tuple[Array, Array], node_mask: Array,
-             cached_keys: Array, cached_values: Array,
-             length: Array) -> tuple[Array, Array, Array]:
+  def cached(self,
+             x: Array,
+             table: tuple[Array, Array],
+             node_mask: Array,
+             cache: KVCache,
+             place: int,
+             earlier: KVNodes | None = None) -> tuple[Array, Array, Array]:
+    """Runs the layer at a place of the cache over the nodes of a forward."""
     queries, keys, values = self.project(x, table)
-    attended = attention.cached_attention(queries, keys, values, cached_keys,
-                                          cached_values, length, node_mask)
+    all_keys, all_values = keys, values
+    if earlier is not None:
+      all_keys = jnp.concatenate([earlier.keys[place], keys], axis=2)
+      all_values = jnp.concatenate([earlier.values[place], values], axis=2)
+    attended = attention.cached_attention(queries, all_keys, all_values,
+                                          cache.keys[place],
+                                          cache.values[place], cache.length,
+                                          node_mask)
     return self.finish(x, attended), keys, values
+
+
+def position_table(config: ModelConfig,
+                   positions: Array) -> tuple[Array, Array]:
+  """Returns the rotary angles of positions, as `rotary_table` does."""
+  c = config
+  return rotary_table(
+      positions, c.head_dim or c.width // c.heads, c.rope_theta,
+      RopeScaling(c.rope_scaling, c.rope_factor, c.rope_low, c.rope_high,
+                  c.rope_original))
+
+
+def packed_mask(segments: Array) -> Array:
+  """Returns bool[R, L, L]: earlier positions of one's own segment."""
+  order = jnp.arange(segments.shape[1])
+  causal = (order[:, None] >= order[None])[None]
+  return causal & (segments[:, :, None] == segments[:, None])
 
 
 class Transformer(nn.Module):
@@ -233,29 +262,23 @@ class Transformer(nn.Module):
     embedding = self.embedding.astype(self.precision.compute)
     return self.constrain(embedding[tokens], _STREAM)
 
-  def table(self, positions: Array) -> tuple[Array, Array]:
-    c = self.config
-    return rotary_table(
-        positions, c.head_dim or c.width // c.heads, c.rope_theta,
-        RopeScaling(c.rope_scaling, c.rope_factor, c.rope_low, c.rope_high,
-                    c.rope_original))
-
   def hidden(self, tokens: Array, positions: Array, segments: Array) -> Array:
-    order = jnp.arange(tokens.shape[1])
-    causal = (order[:, None] >= order[None])[None]
-    mask = causal & (segments[:, :, None] == segments[:, None])
-    x, table = self.embed(tokens), self.table(positions)
+    mask = packed_mask(segments)
+    x, table = self.embed(tokens), position_table(self.config, positions)
     for layer in self.layers:
       x = layer.packed(x, table, mask)
     return self.final_norm(x)
 
-  def extend(self, tokens: Array, positions: Array, node_mask: Array,
-             cache: KVCache) -> tuple[Array, KVNodes]:
-    x, table = self.embed(tokens), self.table(positions)
+  def extend(self,
+             tokens: Array,
+             positions: Array,
+             node_mask: Array,
+             cache: KVCache,
+             earlier: KVNodes | None = None) -> tuple[Array, KVNodes]:
+    x, table = self.embed(tokens), position_table(self.config, positions)
     keys, values = [], []
     for i, layer in enumerate(self.layers):
-      x, k, v = layer.cached(x, table, node_mask, cache.keys[i],
-                             cache.values[i], cache.length)
+      x, k, v = layer.cached(x, table, node_mask, cache, i, earlier)
       keys.append(k)
       values.append(v)
     return self.final_norm(x), KVNodes(tuple(keys), tuple(values))
@@ -271,11 +294,30 @@ class Transformer(nn.Module):
     return self.logits(self.hidden(tokens, positions, segments))
 
 
+def round_params(params: Params, *, config: ModelConfig,
+                 precision: PrecisionConfig) -> Params:
+  """Returns parameters in the dtypes to which a forward rounds them."""
+  compute, head = jnp.dtype(precision.compute), jnp.dtype(precision.head)
+
+  def cast(path: tuple, leaf: Array) -> Array:
+    name, dtype = path[-1].key, leaf.dtype
+    if name in ('kernel', 'bias', 'a', 'b'):
+      dtype = compute
+    elif name == 'head':
+      dtype = head
+    # A tied embedding is read in both dtypes; norms compute in float32.
+    elif name == 'embedding' and (head == compute or not config.tied_head):
+      dtype = compute
+    return leaf.astype(dtype) if dtype.itemsize < leaf.dtype.itemsize else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def make_transformer(config: ModelConfig,
                      precision: PrecisionConfig,
                      *,
                      remat: bool = False,
-                     constrain: Constrain = _anywhere) -> LanguageModel:
+                     constrain: Constrain = anywhere) -> LanguageModel:
   """Returns the transformer that a frozen config describes.
 
   Args:
@@ -308,14 +350,22 @@ def make_transformer(config: ModelConfig,
                         segments,
                         method='hidden')
 
-  def extend(params: Params, tokens: Array, positions: Array, node_mask: Array,
-             cache: KVCache) -> Any:
+  def extend(params: Params,
+             tokens: Array,
+             positions: Array,
+             node_mask: Array,
+             cache: KVCache,
+             earlier: KVNodes | None = None) -> Any:
     return module.apply({'params': params},
                         tokens,
                         positions,
                         node_mask,
                         cache,
+                        earlier,
                         method='extend')
+
+  def embed(params: Params, tokens: Array) -> Any:
+    return module.apply({'params': params}, tokens, method='embed')
 
   def logits(params: Params, hidden: Array) -> Any:
     return module.apply({'params': params}, hidden, method='logits')
@@ -323,28 +373,14 @@ def make_transformer(config: ModelConfig,
   def place(tree: Params) -> Params:
     return jax.tree.map(constrain, tree, logical_axes(tree))
 
-  def rounded(params: Params) -> Params:
-    compute, head = jnp.dtype(precision.compute), jnp.dtype(precision.head)
-
-    def cast(path: tuple, leaf: Array) -> Array:
-      name, dtype = path[-1].key, leaf.dtype
-      if name in ('kernel', 'bias', 'a', 'b'):
-        dtype = compute
-      elif name == 'head':
-        dtype = head
-      # A tied embedding is read in both dtypes; norms compute in float32.
-      elif name == 'embedding' and (head == compute or not config.tied_head):
-        dtype = compute
-      return leaf.astype(
-          dtype) if dtype.itemsize < leaf.dtype.itemsize else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+  rounded = functools.partial(round_params, config=config, precision=precision)
 
   return LanguageModel(init=init,
                        init_cache=init_cache,
                        hidden=hidden,
                        extend=extend,
                        logits=logits,
+                       embed=embed,
                        axes=logical_axes,
                        place=place,
                        trainable=lora.trainable,

@@ -95,41 +95,62 @@ def leaves(model: ModelConfig) -> dict[str, Leaf]:
   Args:
     model: with its vocabulary.
   """
-  head_dim = model.head_dim or model.width // model.heads
   result = {'embedding': _same(EMBEDDING, model.vocabulary, model.width)}
   for i in range(model.layers):
-    ours, theirs = f'layer_{i}', f'model.layers.{i}'
-    result |= {
-        f'{ours}/attention_norm/scale':
-            _same(f'{theirs}.input_layernorm.weight', model.width),
-        f'{ours}/query_key_value/kernel':
-            _query_key_value(theirs, model, head_dim, bias=False),
-    }
-    if model.qkv_bias:
-      result[f'{ours}/query_key_value/bias'] = _query_key_value(theirs,
-                                                                model,
-                                                                head_dim,
-                                                                bias=True)
-    if model.qk_norm:
-      for long, short in (('query', 'q'), ('key', 'k')):
-        result[f'{ours}/{long}_norm/scale'] = _same(
-            f'{theirs}.self_attn.{short}_norm.weight', head_dim)
-    result |= {
-        f'{ours}/output/kernel':
-            _transposed(f'{theirs}.self_attn.o_proj.weight',
-                        model.heads * head_dim, model.width),
-        f'{ours}/mlp_norm/scale':
-            _same(f'{theirs}.post_attention_layernorm.weight', model.width),
-        f'{ours}/gate_up/kernel':
-            _gate_up(theirs, model),
-        f'{ours}/down/kernel':
-            _transposed(f'{theirs}.mlp.down_proj.weight', model.mlp_width,
-                        model.width),
-    }
+    result |= _layer(model, f'layer_{i}', f'model.layers.{i}')
   result['final_norm/scale'] = _same('model.norm.weight', model.width)
   if not model.tied_head:
     result['head'] = _transposed(HEAD, model.width, model.vocabulary)
   return result
+
+
+def drafter_leaves(model: ModelConfig) -> dict[str, Leaf]:
+  """Returns a drafter's parameters by path; named and laid as EAGLE's are.
+
+  What EAGLE has none of has names of its own.
+
+  Args:
+    model: the target.
+  """
+  norm = lambda name: _same(f'{name}.weight', model.width)
+  return {
+      'token_norm/scale': norm('token_norm'),
+      'feature_norm/scale': norm('feature_norm'),
+      'join/kernel': _transposed('fc.weight', 2 * model.width, model.width),
+      **_layer(model, 'layer', 'layers.0'), 'final_norm/scale': norm('norm')
+  }
+
+
+def _layer(model: ModelConfig, ours: str, theirs: str) -> dict[str, Leaf]:
+  """Returns the parameters of one decoder layer."""
+  head_dim = model.head_dim or model.width // model.heads
+  result = {
+      f'{ours}/attention_norm/scale':
+          _same(f'{theirs}.input_layernorm.weight', model.width),
+      f'{ours}/query_key_value/kernel':
+          _query_key_value(theirs, model, head_dim, bias=False),
+  }
+  if model.qkv_bias:
+    result[f'{ours}/query_key_value/bias'] = _query_key_value(theirs,
+                                                              model,
+                                                              head_dim,
+                                                              bias=True)
+  if model.qk_norm:
+    for long, short in (('query', 'q'), ('key', 'k')):
+      result[f'{ours}/{long}_norm/scale'] = _same(
+          f'{theirs}.self_attn.{short}_norm.weight', head_dim)
+  return result | {
+      f'{ours}/output/kernel':
+          _transposed(f'{theirs}.self_attn.o_proj.weight',
+                      model.heads * head_dim, model.width),
+      f'{ours}/mlp_norm/scale':
+          _same(f'{theirs}.post_attention_layernorm.weight', model.width),
+      f'{ours}/gate_up/kernel':
+          _gate_up(theirs, model),
+      f'{ours}/down/kernel':
+          _transposed(f'{theirs}.mlp.down_proj.weight', model.mlp_width,
+                      model.width),
+  }
 
 
 def adapter_leaves(model: ModelConfig) -> dict[str, Leaf]:

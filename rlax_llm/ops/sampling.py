@@ -187,12 +187,17 @@ def race(key: Array, position: Array, log_probabilities: Array) -> Array:
   Returns:
     int32[].
   """
-  scores = race_scores(key, position, log_probabilities)
+  return first(race_scores(key, position, log_probabilities))
+
+
+def first(scores: Array) -> Array:
+  """Returns int32[...]: who has the least of float32[..., V] scores."""
   # A minimum and a comparison vectorise on CPU; argmin does not, and takes
   # the hash and the logarithm down with it (3x slower).
-  best = jnp.min(scores)
-  token = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-  return jnp.min(jnp.where(scores == best, token, scores.shape[-1] - 1))
+  best = jnp.min(scores, axis=-1, keepdims=True)
+  last = scores.shape[-1] - 1
+  token = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+  return jnp.min(jnp.where(scores == best, token, last), axis=-1)
 
 
 def race_scores(key: Array, position: Array, log_probabilities: Array) -> Array:

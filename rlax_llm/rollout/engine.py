@@ -30,6 +30,7 @@ from rlax_llm.rollout.generation import Generation
 from rlax_llm.rollout.generation import Parts
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
+from rlax_llm.types import DraftParams
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
@@ -50,6 +51,7 @@ class RolloutEngine:
                clock: Callable[[], float] = time.perf_counter,
                on_boundary: Callable[[], None] = lambda: None,
                drafter: Drafter | None = None,
+               learned: drafters.Learned | None = None,
                strategy: Strategy | None = None,
                params_placement: Any = None,
                pool: ExecutablePool | None = None) -> None:
@@ -67,6 +69,7 @@ class RolloutEngine:
       on_boundary: called between segments; to give up a `generate`, it
         raises.
       drafter: overrides `rollout.drafter`, for instance with your own.
+      learned: the network that `rollout.drafter` drafts with, if it does.
       strategy: overrides `control.strategy`; its arms are the config's, or
         those of the drafter.
       params_placement: a sharding for every parameter, to which `generate`
@@ -81,6 +84,7 @@ class RolloutEngine:
     self._clock = clock
     self._on_boundary = on_boundary
     self._params_placement = params_placement
+    self._learned = learned
     ways = sharding.ways(mesh)
     if rollout.slots % ways:
       raise ConfigError(f'rollout.slots={rollout.slots} is not divisible by '
@@ -94,7 +98,12 @@ class RolloutEngine:
     check_positions(rollout, width, model.max_positions)
     capacities = shapes.list_capacities(rollout, width)
     by_arm = (drafters.given(drafter) if drafter else drafters.make_drafters(
-        rollout, control, places=places, capacity=capacities[-1]))
+        rollout,
+        control,
+        places=places,
+        capacity=capacities[-1],
+        target=drafters.Target(model, sampling),
+        learned=learned))
     widest = max(by_arm)
     _check_corpus(by_arm[widest], rollout, places)
     self._executor = Executor(model,
@@ -137,32 +146,37 @@ class RolloutEngine:
         if drafter in names
     }
 
-  def compile_largest(self, params: Params) -> None:
+  def compile_largest(self, params: Params,
+                      drafter_params: Params = ()) -> None:
     """Compiles the largest segments from shapes alone.
 
     Of the largest N and S, and of fewer rows as far as they draft more nodes.
 
     Args:
       params: shapes, dtypes and shardings, as `generate` is given them.
+      drafter_params: likewise.
     """
-    if self._params_placement is not None:
-      params = self._executor.gathered_shapes(params, self._params_placement)
+    placed = self._brought(self._executor.gathered_shapes, params,
+                           drafter_params)
     widest = 0
     for rows in self._parts.row_counts:
       arm = max(self._parts.arms(rows))
       if arm.width > widest:
         widest = arm.width
-        self._executor.compile_decode(params, rows, self._parts.capacities[-1],
+        self._executor.compile_decode(placed, rows, self._parts.capacities[-1],
                                       self._parts.drafters[arm])
 
-  def generate(self,
-               params: Params,
-               requests: Sequence[Request],
-               state: RolloutState,
-               *,
-               ahead: Sequence[Request] = (),
-               policies: Sequence[StopPolicy] = (),
-               limit: int | None = None) -> tuple[list[Rollout], RolloutState]:
+  def generate(
+      self,
+      params: Params,
+      requests: Sequence[Request],
+      state: RolloutState,
+      *,
+      ahead: Sequence[Request] = (),
+      policies: Sequence[StopPolicy] = (),
+      limit: int | None = None,
+      drafter_params: Params = ()
+  ) -> tuple[list[Rollout], RolloutState]:
     """Samples every request `request.samples` times.
 
     What `state.earlier` holds of a sample is not sampled again: a suspended
@@ -180,6 +194,8 @@ class RolloutEngine:
       policies: each may stop the sampling, at a tick of logical time; samples
         that are not at their end then are suspended there.
       limit: most new tokens of a sample; one that reaches it is suspended.
+      drafter_params: the drafter's own, if it has any; they change drafts and
+        no token.
 
     Returns:
       (rollouts in the order of requests and of their samples, state); those
@@ -189,17 +205,22 @@ class RolloutEngine:
     Raises:
       ConfigError: if a prompt is empty or longer than
         `rollout.prompt_length`.
+      ValueError: if a network drafts and its parameters are missing.
     """
     self._check(requests)
+    if (self._learned and self._learned.placement is not None and
+        not jax.tree.leaves(drafter_params)):
+      raise ValueError('rollouts are drafted by a network, and `generate` is '
+                       'given no drafter_params; give them')
     start, compiled = self._clock(), self.pool.seconds
     self.stats = RolloutStats()
-    if self._params_placement is not None:
-      params = self._executor.gather_params(params, self._params_placement)
-      jax.block_until_ready(params)
+    placed = self._brought(self._executor.gather_params, params, drafter_params)
+    if placed.policy is not params:
+      jax.block_until_ready(placed)
       self.stats.reshard_seconds = (self._clock() - start -
                                     (self.pool.seconds - compiled))
     generation = Generation(self._parts,
-                            params,
+                            placed,
                             requests,
                             state,
                             self.stats,
@@ -215,6 +236,17 @@ class RolloutEngine:
     self.stats.compile_seconds = self.pool.seconds - compiled
     self.stats.executables = len(self.segment_bytes())
     return generation.outcomes.rollouts(requests), state
+
+  def _brought(self, bring: Callable, params: Params,
+               drafter_params: Params) -> DraftParams:
+    """Returns what rollouts read, brought in place by a way of the executor."""
+    if self._params_placement is not None:
+      params = bring(params, self._params_placement)
+    learned = self._learned
+    if learned and learned.placement is not None:
+      drafter_params = bring(drafter_params, learned.placement,
+                             learned.draft_model.rounded)
+    return DraftParams(params, drafter_params)
 
   @property
   def runs_ahead(self) -> bool:

@@ -16,6 +16,7 @@ from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout import slots as slot_ops
 from rlax_llm.rollout.read import pack_read
 from rlax_llm.types import Array
+from rlax_llm.types import DraftParams
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Slots
@@ -50,12 +51,20 @@ class Executor:
     key = (name, *shape, self._model, self._mesh)
     return self.pool(key, function, *args, **jit_options)
 
-  def gather_params(self, params: Params, placement: Any) -> Params:
+  def gather_params(self,
+                    params: Params,
+                    placement: Any,
+                    rounded: Callable | None = None) -> Params:
     """Returns parameters for many forwards: rounded, and where they are said
     to lie.
+
+    Args:
+      params: the policy's, or with `rounded` another network's.
+      placement: a sharding for each.
+      rounded: as `LanguageModel.rounded`; None: the policy's.
     """
     leaves, tree = jax.tree.flatten(params)
-    wanted = jax.tree.leaves(self.gathered_shapes(params, placement))
+    wanted = jax.tree.leaves(self.gathered_shapes(params, placement, rounded))
     # What stays as it is is not copied: the base of adapters, for instance.
     moved = [
         i for i, (x, want) in enumerate(zip(leaves, wanted))
@@ -63,7 +72,7 @@ class Executor:
         not x.sharding.is_equivalent_to(want.sharding, x.ndim)
     ]
     dtypes = [wanted[i].dtype for i in moved]
-    new = self._run('gather_params', (),
+    new = self._run('gather_params', (rounded,),
                     lambda old: [x.astype(d) for x, d in zip(old, dtypes)],
                     [leaves[i] for i in moved],
                     out_shardings=[wanted[i].sharding for i in moved])
@@ -71,12 +80,15 @@ class Executor:
       leaves[i] = leaf
     return jax.tree.unflatten(tree, leaves)
 
-  def gathered_shapes(self, params: Params, placement: Any) -> Params:
+  def gathered_shapes(self,
+                      params: Params,
+                      placement: Any,
+                      rounded: Callable | None = None) -> Params:
     """Returns the shapes of what `gather_params` makes of such parameters."""
     place = lambda x, where: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=where)
-    return jax.tree.map(place, jax.eval_shape(self._model.rounded, params),
-                        placement)
+    rounded = rounded or self._model.rounded
+    return jax.tree.map(place, jax.eval_shape(rounded, params), placement)
 
   def empty(self, rows: int, capacity: int) -> Slots:
     """Returns slots that hold nothing."""
@@ -85,17 +97,22 @@ class Executor:
                                        capacity),
                      out_shardings=self._slots)
 
-  def prefill(self, params: Params, prompts: Sequence[np.ndarray], rows: int,
-              capacity: int) -> slot_ops.PromptBlock:
+  def prefill(self,
+              params: Params,
+              prompts: Sequence[np.ndarray],
+              rows: int,
+              capacity: int,
+              keep_hidden: bool = False) -> slot_ops.PromptBlock:
     """Prefills at most `rows` prompts of at most `capacity` tokens."""
     packed = np.zeros((rows, capacity + 1), np.int32)
     packed[:, -1] = 1
     for row, prompt in enumerate(prompts):
       packed[row, :len(prompt)] = prompt
       packed[row, -1] = len(prompt)
-    return self._run('prefill', (rows, capacity),
-                     functools.partial(_prefill, model=self._model), params,
-                     packed)
+    return self._run(
+        'prefill', (rows, capacity, keep_hidden),
+        functools.partial(_prefill, model=self._model, keep_hidden=keep_hidden),
+        params, packed)
 
   def admit(self, slots: Slots, block: slot_ops.PromptBlock,
             taken: Mapping[int, Seat]) -> Slots:
@@ -117,7 +134,7 @@ class Executor:
                      shape,
                      functools.partial(_admit, seed=self._seed),
                      slots,
-                     block,
+                     block.replace(hidden=None),
                      fields,
                      donate_argnums=(0,),
                      out_shardings=self._slots)
@@ -140,44 +157,100 @@ class Executor:
                      index,
                      out_shardings=self._slots)
 
-  def draft_state(self, params: Params, slots: Slots, drafter: Drafter) -> Any:
+  def draft_state(self, params: DraftParams, slots: Slots,
+                  drafter: Drafter) -> Any:
     """Returns the drafter's state before anything is sampled."""
     return self._run('draft_state', (drafter.init, slots.text.shape),
                      drafter.init,
                      params,
                      slots,
-                     out_shardings=self._replicated)
+                     out_shardings=self._draft_placement(
+                         params, slots, drafter))
 
-  def load(self, params: Params, state: Any, drafter: Drafter,
+  def _draft_placement(self, params: DraftParams, slots: Slots,
+                       drafter: Drafter) -> Any:
+    """Returns the shardings of the drafter's state."""
+    state = jax.eval_shape(drafter.init, params, slots)
+    return sharding.place_tree(state, drafter.axes(state), self._mesh)
+
+  def _run_draft(self,
+                 name: str,
+                 shape: tuple,
+                 function: Callable,
+                 state: Any,
+                 *args: Any,
+                 donate: bool = True) -> Any:
+    """Runs a function of the drafter's state, which is donated unless said."""
+    shapes = tuple(x.shape for x in jax.tree.leaves(state))
+    return self._run(name, (*shape, shapes),
+                     function,
+                     state,
+                     *args,
+                     donate_argnums=(0,) if donate else (),
+                     out_shardings=jax.tree.map(lambda x: x.sharding, state))
+
+  def draft_admit(self, params: DraftParams, state: Any, drafter: Drafter,
+                  slots: Slots, block: slot_ops.PromptBlock,
+                  source: np.ndarray) -> Any:
+    """Gives rows of the drafter's state, donated, samples of prompts.
+
+    Args:
+      params: the policy's and the drafter's.
+      state: of N rows.
+      drafter: has row operations.
+      slots: N rows, after the admission.
+      block: prefilled prompts, with their hidden states.
+      source: int32[N], rows of the block; below 0 where a row takes nothing.
+    """
+    assert drafter.rows is not None
+    return self._run_draft(
+        'draft_admit',
+        (drafter.rows.admit, *slots.text.shape, *block.tokens.shape),
+        functools.partial(_draft_admit,
+                          admit=drafter.rows.admit), state, params, slots,
+        block.replace(nodes=None), source)
+
+  def draft_gather(self, state: Any, drafter: Drafter,
+                   order: Sequence[int]) -> Any:
+    """Returns the named rows of the drafter's state, in that order."""
+    assert drafter.rows is not None
+    index = np.asarray(order, np.int32)
+    return self._run_draft('draft_gather', (drafter.rows.gather, index.shape),
+                           drafter.rows.gather,
+                           state,
+                           index,
+                           donate=False)
+
+  def draft_grow(self, state: Any, drafter: Drafter, capacity: int) -> Any:
+    """Returns the drafter's state with a larger S."""
+    assert drafter.rows is not None
+    return self._run_draft('draft_grow', (drafter.rows.grow, capacity),
+                           functools.partial(drafter.rows.grow,
+                                             capacity=capacity),
+                           state,
+                           donate=False)
+
+  def load(self, params: DraftParams, state: Any, drafter: Drafter,
            places: Sequence[int], texts: np.ndarray, length: np.ndarray) -> Any:
     """Gives the drafter the texts of prompts; its state is donated."""
     packed = np.concatenate(
         [np.asarray(places, np.int32),
          length.ravel(),
          texts.ravel()])
-    return self._run('load', (drafter.load, texts.shape),
-                     functools.partial(_load,
-                                       load=drafter.load,
-                                       shape=texts.shape),
-                     params,
-                     state,
-                     packed,
-                     donate_argnums=(1,),
-                     out_shardings=self._replicated)
+    return self._run_draft(
+        'load', (drafter.load, texts.shape),
+        functools.partial(_load, load=drafter.load, shape=texts.shape), state,
+        params, packed)
 
-  def sync(self, params: Params, state: Any, drafter: Drafter,
+  def sync(self, params: DraftParams, state: Any, drafter: Drafter,
            slots: Slots) -> Any:
     """Brings the drafter's state, donated, up to date with the slots."""
-    return self._run('sync', (drafter.sync, slots.text.shape),
-                     drafter.sync,
-                     params,
-                     state,
-                     slots,
-                     donate_argnums=(1,),
-                     out_shardings=self._replicated)
+    return self._run_draft('sync', (drafter.sync, slots.text.shape),
+                           functools.partial(_sync, sync=drafter.sync), state,
+                           params, slots)
 
-  def decode(self, params: Params, slots: Slots, state: Any, drafter: Drafter,
-             *, forwards: int, done_rows: int,
+  def decode(self, params: DraftParams, slots: Slots, state: Any,
+             drafter: Drafter, *, forwards: int, done_rows: int,
              counted: np.ndarray) -> tuple[Slots, Any, Array]:
     """Runs one segment; the slots and the drafter's state are donated.
 
@@ -185,7 +258,7 @@ class Executor:
       (slots, the drafter's state, what `SegmentRead.unpack` takes).
 
     Args:
-      params: the policy's.
+      params: the policy's and the drafter's.
       slots: N rows.
       state: the drafter's.
       drafter: gives W.
@@ -195,10 +268,12 @@ class Executor:
     """
     limits = np.empty(2 + len(counted), np.int32)
     limits[:2], limits[2:] = (forwards, done_rows), counted
+    if drafter.width == 1:
+      params = params.replace(own=())
     run = self._segment(params, slots, state, drafter, limits)
     return run(params, slots, state, limits)
 
-  def compile_decode(self, params: Params, rows: int, capacity: int,
+  def compile_decode(self, params: DraftParams, rows: int, capacity: int,
                      drafter: Drafter) -> None:
     """Compiles a segment from shapes alone.
 
@@ -213,8 +288,8 @@ class Executor:
     slots = jax.eval_shape(
         functools.partial(slot_ops.empty_slots, self._model, rows, capacity))
     slots = jax.tree.map(place, slots, self._slots)
-    state = jax.tree.map(lambda x: place(x, self._replicated),
-                         jax.eval_shape(drafter.init, params, slots))
+    state = jax.tree.map(place, jax.eval_shape(drafter.init, params, slots),
+                         self._draft_placement(params, slots, drafter))
     self._segment(params, slots, state, drafter, np.zeros(2 + rows, np.int32))
 
   def segment_bytes(self) -> dict[tuple[int, int, Drafter], int]:
@@ -227,11 +302,12 @@ class Executor:
         if key[4:] == mine  # type: ignore[index]
     }
 
-  def _segment(self, params: Params, slots: Slots, state: Any, drafter: Drafter,
-               limits: np.ndarray) -> Any:
+  def _segment(self, params: DraftParams, slots: Slots, state: Any,
+               drafter: Drafter, limits: np.ndarray) -> Any:
     """Returns the executable of a segment."""
     key = ('segment', *slots.text.shape, drafter, self._config, self._model,
            self._mesh)
+    placement = jax.tree.map(lambda x: x.sharding, state)
     return self.pool.compile(key,
                              functools.partial(_segment,
                                                model=self._model,
@@ -242,7 +318,7 @@ class Executor:
                              state,
                              limits,
                              donate_argnums=(1, 2),
-                             out_shardings=(self._slots, self._replicated,
+                             out_shardings=(self._slots, placement,
                                             self._replicated))
 
 
@@ -265,9 +341,9 @@ def _slots_placement(model: LanguageModel, mesh: Mesh) -> Any:
 # and reads the same.
 
 
-def _prefill(params: Params, packed: Array, *,
-             model: LanguageModel) -> slot_ops.PromptBlock:
-  return slot_ops.prefill(params, packed[:, :-1], packed[:, -1], model=model)
+def _prefill(params: Params, packed: Array,
+             **static: Any) -> slot_ops.PromptBlock:
+  return slot_ops.prefill(params, packed[:, :-1], packed[:, -1], **static)
 
 
 def _admit(slots: Slots, block: slot_ops.PromptBlock, fields: Array, *,
@@ -276,7 +352,14 @@ def _admit(slots: Slots, block: slot_ops.PromptBlock, fields: Array, *,
   return slot_ops.admit(slots, block, admission, seed=seed)
 
 
-def _load(params: Params, state: Any, packed: Array, *, load: Callable,
+def _draft_admit(state: Any, params: DraftParams, slots: Slots,
+                 block: slot_ops.PromptBlock, source: Array, *,
+                 admit: Callable) -> Any:
+  return admit(params, state, slots, block.tokens, block.length, block.hidden,
+               source >= 0, jnp.maximum(source, 0))
+
+
+def _load(state: Any, params: DraftParams, packed: Array, *, load: Callable,
           shape: tuple[int, int, int]) -> Any:
   count, texts, _ = shape
   ends = (count, count + count * texts)
@@ -285,9 +368,15 @@ def _load(params: Params, state: Any, packed: Array, *, load: Callable,
               length.reshape(count, texts))
 
 
-def _segment(params: Params, slots: Slots, state: Any, limits: Array,
+def _sync(state: Any, params: DraftParams, slots: Slots, *,
+          sync: Callable) -> Any:
+  return sync(params, state, slots)
+
+
+def _segment(params: DraftParams, slots: Slots, state: Any, limits: Array,
              **static: Any) -> tuple[Slots, Any, Array]:
   slots, state, counters = segments.segment(
-      params, slots, state,
-      segments.Limits(limits[0], limits[1], limits[2:].astype(bool)), **static)
+      params.policy, slots, state,
+      segments.Limits(limits[0], limits[1], limits[2:].astype(bool)),
+      params.own, **static)
   return slots, state, pack_read(slots, counters)

@@ -32,7 +32,7 @@ from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import Queue
 from rlax_llm.rollout.table import Table
-from rlax_llm.types import Params
+from rlax_llm.types import DraftParams
 from rlax_llm.types import Request
 
 
@@ -88,7 +88,7 @@ class Generation:
 
   def __init__(self,
                parts: Parts,
-               params: Params,
+               params: DraftParams,
                requests: Sequence[Request],
                state: RolloutState,
                stats: RolloutStats,
@@ -100,7 +100,8 @@ class Generation:
 
     Args:
       parts: of the engine.
-      params: the policy's, placed and rounded for many forwards.
+      params: the policy's and the drafter's, placed and rounded for many
+        forwards.
       requests: as for `RolloutEngine.generate`.
       state: as for `RolloutEngine.generate`.
       stats: counted into.
@@ -175,9 +176,10 @@ class Generation:
     capacity = self._parts.rollout.prompt_length
     if longest > capacity:
       capacity = min(c for c in self._parts.capacities if c >= longest)
-    return self._parts.executor.prefill(self._params,
+    return self._parts.executor.prefill(self._params.policy,
                                         [t.tokens for t in members], rows,
-                                        capacity)
+                                        capacity,
+                                        self._table.drafts.wants_hidden)
 
   def _admit(self, queue: Queue) -> None:
     """Fills free slots from a queue, in order."""
@@ -197,6 +199,9 @@ class Generation:
             table.drafts.fall_behind()
       self._grow_to(blocks.block.tokens.shape[1])
       table.slots = self._parts.executor.admit(table.slots, blocks.block, taken)
+      table.drafts.admit(table.slots, blocks.block, {
+          slot: seat.row for slot, seat in taken.items()
+      })
 
   def _speed_view(self) -> control.SpeedView:
     table, parts = self._table, self._parts
@@ -226,6 +231,7 @@ class Generation:
         if places and owner:
           places.collect(owner.group)
       table.slots = self._parts.executor.gather(table.slots, kept)
+      table.drafts.gather(kept)
       table.owners = [table.owners[i] for i in kept]
 
   def _grow(self) -> None:
@@ -239,6 +245,7 @@ class Generation:
     if needed > table.slots.text.shape[1]:
       target = min(c for c in self._parts.capacities if c >= needed)
       table.slots = self._parts.executor.grow(table.slots, target)
+      table.drafts.grow(target)
 
   def _now(self) -> float:
     """Returns seconds on a clock that stands still while XLA compiles."""

@@ -17,6 +17,7 @@ from rlax_llm.ops import sampling as sampling_ops
 from rlax_llm.ops import verification
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.types import Array
+from rlax_llm.types import DraftParams
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Params
 from rlax_llm.types import Path
@@ -128,8 +129,14 @@ def count_nodes(path: Path, counted: Array) -> Array:
   return jnp.sum(reached, axis=(0, 1), dtype=jnp.int32)
 
 
-def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
-            model: LanguageModel, drafter: Drafter,
+def segment(params: Params,
+            slots: Slots,
+            drafter_state: Any,
+            limits: Limits,
+            own: Params = (),
+            *,
+            model: LanguageModel,
+            drafter: Drafter,
             config: SegmentConfig) -> tuple[Slots, Any, Counters]:
   """Decodes until the limits are reached: one `while_loop`, no host.
 
@@ -142,6 +149,7 @@ def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
     slots: N rows.
     drafter_state: what the drafter's `init` or the last segment returned.
     limits: when to return to the host.
+    own: the drafter's parameters, if it has any.
     model: static.
     drafter: static; gives W.
     config: static; the sampling law and the EOS ids.
@@ -151,6 +159,7 @@ def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
     those of counted rows, where they do not say otherwise.
   """
   capacity = slots.text.shape[1]
+  draft_params = DraftParams(params, own)
 
   def proceed(carry: tuple) -> Array:
     slots, _, counters = carry
@@ -161,13 +170,13 @@ def segment(params: Params, slots: Slots, drafter_state: Any, limits: Limits, *,
 
   def body(carry: tuple) -> tuple:
     slots, state, counters = carry
-    tree, state = drafter.propose(params, state, slots)
+    tree, state = drafter.propose(draft_params, state, slots)
     after, path, hidden = step_rows(params,
                                     slots,
                                     tree,
                                     model=model,
                                     config=config)
-    state = drafter.observe(params, state, after, path, hidden)
+    state = drafter.observe(draft_params, state, after, path, hidden)
     add = lambda x: jnp.sum(x, dtype=jnp.int32)
     counters = Counters(
         forwards=counters.forwards + 1,

@@ -20,6 +20,8 @@ class PromptBlock(flax.struct.PyTreeNode):
   tokens: Array  # int32[K, P]
   length: Array  # int32[K]
   nodes: KVNodes  # [K, KH, P, HD] by layer
+  # [K, P, D], the policy's at the tokens; None: nobody wants them.
+  hidden: Array | None = None
 
 
 class Admission(flax.struct.PyTreeNode):
@@ -52,8 +54,12 @@ def empty_slots(model: LanguageModel, rows: int, capacity: int) -> Slots:
                cache=model.init_cache(rows, capacity))
 
 
-def prefill(params: Params, tokens: Array, length: Array, *,
-            model: LanguageModel) -> PromptBlock:
+def prefill(params: Params,
+            tokens: Array,
+            length: Array,
+            *,
+            model: LanguageModel,
+            keep_hidden: bool = False) -> PromptBlock:
   """Computes the keys and values of K prompts, once for each group.
 
   Args:
@@ -61,14 +67,15 @@ def prefill(params: Params, tokens: Array, length: Array, *,
     tokens: int32[K, P].
     length: int32[K]; tokens at or beyond it are garbage.
     model: static.
+    keep_hidden: whether the hidden states are wanted; static.
   """
   rows, capacity = tokens.shape
   order = jnp.arange(capacity, dtype=jnp.int32)
-  _, nodes = model.extend(params, tokens,
-                          jnp.broadcast_to(order, (rows, capacity)),
-                          order[:, None] >= order[None],
-                          model.init_cache(rows, 0))
-  return PromptBlock(tokens, length, nodes)
+  hidden, nodes = model.extend(params, tokens,
+                               jnp.broadcast_to(order, (rows, capacity)),
+                               order[:, None] >= order[None],
+                               model.init_cache(rows, 0))
+  return PromptBlock(tokens, length, nodes, hidden if keep_hidden else None)
 
 
 def admit(slots: Slots, block: PromptBlock, admission: Admission, *,
@@ -93,13 +100,9 @@ def admit(slots: Slots, block: PromptBlock, admission: Admission, *,
   share = lambda old, new: choose(old, new[a.source].astype(old.dtype))
   length = block.length[a.source]
   keys = sampling_ops.sample_keys(seed, a.domain, a.step, a.request, a.index)
-  share_keys = lambda old, new: share(old, new.swapaxes(2, 3))
-  cache = slots.cache.replace(
-      keys=jax.tree.map(share_keys, slots.cache.keys, block.nodes.keys),
-      values=jax.tree.map(share, slots.cache.values, block.nodes.values),
-      # The last prompt token is the root of the first tree: its keys and
-      # values are computed again by the forward that verifies that tree.
-      length=choose(slots.cache.length, length - 1))
+  # The last prompt token is the root of the first tree: its keys and values
+  # are computed again by the forward that verifies that tree.
+  cache = kv_cache.admit(slots.cache, block.nodes, a.take, a.source, length - 1)
   return slots.replace(text=share(slots.text, block.tokens),
                        prompt_length=choose(slots.prompt_length,
                                             a.prompt_length),
