@@ -252,7 +252,9 @@ class RolloutConfig(Section):
   min_p: float = 0.0
 
   # Speed values: none of these changes a token.
-  slots: int = 64  # N: rows decoded together
+  # N: rows decoded together. With control.over_provision it also says who is
+  # late, unless control.logical_slots does.
+  slots: int = 64
   # none | prompt_lookup | tree_cache | model | hybrid (those two, merged)
   drafter: str = 'tree_cache'
   # W: nodes verified in one forward; 1: no speculation; 0: control.strategy

@@ -108,8 +108,8 @@ class GroupSampler:
                             rollouts,
                             ahead=self._coming(cursor, demand.number + 1),
                             policies=policies)
-    groups.sort(key=lambda g: (g.request.step, g.request.request))
     left = [group for group in groups if not group.complete]
+    left.sort(key=lambda g: (g.request.step, g.request.request))
     sampled = sum(g.tokens for g in groups) - sum(g.tokens for g in pending)
     self._store.drop_hints(demand.number, [group.request for group in left])
     watch.lap('rollout')

@@ -71,8 +71,8 @@ def test_logical_time_is_one_token_a_tick(seed):
   that gives one token a tick to each of the slots, in order; a view comes when
   groups are complete, once, with all that are complete at its tick.
 
-  Mutants: a horizon of the rows that ended only; slots taken in the order in
-  which the device filled them.
+  Mutants: no horizon, so that ticks pass whose tokens are not known; a slot
+  that is freed twice.
   """
   rng = np.random.default_rng(seed)
   numbers = np.repeat(np.arange(6), rng.integers(0, 5, 6)).tolist()
@@ -148,9 +148,8 @@ def test_boundary_decisions_change_no_sample(name, monkeypatch):
   segment lengths: what comes to its end has the tokens, log-probabilities and
   versions of a run that nobody disturbed.
 
-  Mutants: noise by place in the continued part; the key of the step in which
-  a sample is continued; the prompt's length that of the prefilled text; the
-  limit not lowered by what a sample has.
+  Mutants: the prompt's length that of the prefilled text, so that noise begins
+  anew; the limit not lowered by what a sample has.
   """
   rng = random.Random(len(name))
   drafter = _drafters()[name]
@@ -237,8 +236,7 @@ def test_the_cut_is_made_in_logical_time(options):
   N and the segments are: who is complete, who is suspended and with how many
   tokens is what a loop of one token a tick says.
 
-  Mutants: the cut at the boundary; tokens beyond the cut kept; rows in slots
-  taken for those that run in logical time.
+  Mutant: tokens beyond the cut kept.
   """
   drafter = {
       'tree_cache': rollout_helpers.tree_cache(4),
@@ -332,9 +330,6 @@ def test_sequence_weights_undo_partial_rollouts():
   standard errors. Without weights, and with each token's own ratio, they do
   not. Measured bias, relative to the gradient's norm: 0.49 without (42
   standard errors), 0.54 with the tokens' own; 0.03 (1.8) with the product.
-
-  Mutants: the cut at each sample's own tokens; whole sequences weighted as if
-  the old policy had sampled all of their tokens.
   """
   old, new = map(_log_law, _POLICIES)
   exact = _exact_gradient(new)
@@ -447,12 +442,13 @@ def test_without_policies_a_step_is_the_engines_own(collect_with):
 
 @pytest.mark.parametrize('changes', [
     dict(over_provision=1.75, logical_slots=6),
-    dict(over_provision=1.5,
-         dynamic_sampling=2,
-         replay=1,
-         staleness=1,
-         prune_at=3,
-         prune_steps=2),
+    pytest.param(dict(over_provision=1.5,
+                      dynamic_sampling=2,
+                      replay=1,
+                      staleness=1,
+                      prune_at=3,
+                      prune_steps=2),
+                 marks=pytest.mark.slow),
 ],
                          ids=['april', 'all'])
 def test_every_token_is_booked_and_every_problem_comes_once(
@@ -464,7 +460,7 @@ def test_every_token_is_booked_and_every_problem_comes_once(
   state comes back from JSON as it was.
 
   Mutants: surplus forgotten; continued tokens counted again; a suspended
-  sample not scored; the cursor moved by a step that was given up.
+  sample not scored; the state moved by a step that was given up.
   """
   version = 0
 
@@ -586,9 +582,6 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
   slots, and a random clock, width and segment length at every boundary, killed
   in step 4 and continued, has the tokens, parameters and metrics of the plain
   run, bit for bit.
-
-  Mutants: the cut at the boundary; the queue not in the checkpoint; hidden
-  tokens beyond the cut kept.
   """
   changes = COMBINATIONS[name] | dict(num_steps=5, checkpoint__every=2)
   want = _train(tmp_path / 'plain', **changes)
@@ -646,7 +639,7 @@ def test_tau_by_hand():
   """Law: of the pairs of (1, 2, 3, 3) and (1, 3, 2, 4), four agree, one does
   not and one is tied in the first: tau-b = (4 - 1) / sqrt(5 * 6).
 
-  Mutant: ties counted as agreement.
+  Mutant: ties counted among the pairs.
   """
   tau = length_ranker.kendall_tau(np.array([1, 2, 3, 3]), np.array([1, 3, 2,
                                                                     4]))
@@ -735,12 +728,13 @@ def _evaluation(**changes):
   return [run.tokenizer.decode(r.tokens) for r in rollouts], None
 
 
+@pytest.mark.slow
 def test_probes_leave_no_trace_and_equal_answers_end_a_sample(tmp_path):
   """Law: probes that never agree change no sample; where one answer is enough,
   every sample that is probed ends with the probe and its answer, behind the
   text that it had; the tokens are fewer.
 
-  Mutants: the probe kept in the text; noise by forward.
+  Mutant: the probe kept in the text.
   """
   plain, _ = _evaluation()
   probes = dict(evaluate__probe='=',
@@ -813,9 +807,7 @@ def test_survivors_are_drawn_with_their_probabilities():
 def test_inverse_survival_weights_undo_pruning():
   """Law: survivors of pruning by the first two tokens, weighted by K / pi, give
   the exact gradient within three standard errors (with a fixed baseline and
-  no division by a deviation). Unweighted they do not.
-
-  Mutants: weights by the complement; another sample's probabilities.
+  no division by a deviation): 1.9. Unweighted they do not: 33.
   """
   law = _log_law(_POLICIES[0])
   exact = _exact_gradient(law)
@@ -869,7 +861,7 @@ def test_features_are_of_the_first_tokens_alone():
   """Law: features are the mean of the policy's hidden states over the last 16
   completion tokens of the beginning, the same whoever stands beside them.
 
-  Mutants: padding in the mean; the span from the row's start.
+  Mutant: the span from the row's start.
   """
   model, params = _world().model, _world().params
   rng = np.random.default_rng(0)

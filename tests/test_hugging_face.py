@@ -839,7 +839,11 @@ def test_the_export_command(tmp_path, folder, monkeypatch, capsys):
   config = _tiny(folder)
   config.num_steps = 0
   train.train(config, workdir, display=Progress(io.StringIO()))
-  values = dict(workdir=workdir, out=None, step=None, adapter=False)
+  values = dict(workdir=workdir,
+                out=None,
+                step=None,
+                adapter=False,
+                drafter=False)
   for name, value in values.items():
     monkeypatch.setattr(export,
                         f'_{name.upper()}',

@@ -285,12 +285,18 @@ def test_no_preset_depends_on_the_layout(name):
   samples = _mixed(base)
   expected = _captured(base, PRESETS[name], samples)
   assert np.linalg.norm(expected) > 1e-6
+  # A weight has the absolute error of log-probabilities of some -10 nats, and
+  # confidences of five tokens among seven are whitened from hardly any spread.
+  preset = PRESETS[name]
+  weighted = preset.correction != 'none' or preset.credit in ('distillation',
+                                                              'uncertainty')
+  bound = 5e-5 if weighted else 1e-5
   for layout in (dict(microbatch_rows=1), dict(microbatch_rows=2),
                  dict(microbatch_rows=4, row_length=12), dict(data=8)):
     found = _captured(tiny_run(**layout), PRESETS[name], samples)
-    assert distance(found, expected) < 1e-5, layout
+    assert distance(found, expected) < bound, layout
   padded = _captured(base, PRESETS[name], samples, change=pad_rows)
-  assert distance(padded, expected) < 1e-5
+  assert distance(padded, expected) < bound
 
 
 @pytest.mark.parametrize(

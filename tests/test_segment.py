@@ -72,6 +72,7 @@ def _slots(prompts, capacity, limit):
   block = jax.jit(prefill)(params, jnp.asarray(tokens), jnp.asarray(length))
   order = jnp.arange(rows, dtype=jnp.int32)
   admission = slot_ops.Admission(order < len(prompts), order,
+                                 jnp.asarray(length),
                                  jnp.full(rows, limit, jnp.int32), order * 0,
                                  order * 0, order, order * 0, order)
   empty = slot_ops.empty_slots(MODEL, rows, capacity)

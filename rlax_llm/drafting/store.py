@@ -118,7 +118,8 @@ class RolloutStore:
     open_still = {(r.step, r.request) for r in kept}
     self._hints = {
         k: v
-        for k, v in self._hints.items() if k[0] > step or k[:2] in open_still
+        for k, v in self._hints.items()
+        if k[0] > step or k[:2] in open_still
     }
 
   def dump(self) -> str:

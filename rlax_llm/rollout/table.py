@@ -71,9 +71,10 @@ class Queue:
       going = [(known, i) for known, i in parts if known is not None]
       for known, index in sorted(going, key=lambda part: part[0].size == 0):
         if known.size or not self.counts[number] or texts[-1].known:
-          texts.append(
-              Text(np.concatenate([request.prompt, known]), known.size, number,
-                   request))
+          tokens = request.prompt
+          if known.size:
+            tokens = np.concatenate([tokens, known])
+          texts.append(Text(tokens, known.size, number, request))
         self.counts[number] += 1
         begin, rest = len(texts[-1].tokens), most - known.size
         self.samples.append(

@@ -77,7 +77,7 @@ class Worker:
       self.unsent.clear()  # its end is read from the other pipe
 
   def receive(self) -> list[dict[str, Any]]:
-    """Returns the messages that have arrived."""
+    """Returns the messages that have arrived; {} for what is none."""
     chunks = [self.received]
     try:
       while chunk := os.read(self.stdout, 65536):
@@ -86,13 +86,17 @@ class Worker:
     except BlockingIOError:
       pass
     *lines, self.received = b''.join(chunks).split(b'\n')
-    try:
-      messages = [json.loads(line) for line in lines]
-    except ValueError:
-      messages = [None]
-    if not all(isinstance(message, dict) for message in messages):
-      self.fault = NO_ANSWER
-      return []
+    messages: list[dict[str, Any]] = []
+    for line in lines:
+      try:
+        message = json.loads(line)
+      except ValueError:
+        message = None
+      if not isinstance(message, dict):
+        # No answer to anything. What came before it holds: that the process
+        # was ready, say.
+        return [*messages, {}]
+      messages.append(message)
     return messages
 
   def _await_end(self) -> None:
