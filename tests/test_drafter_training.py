@@ -71,6 +71,7 @@ def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
   assert np.mean(accept[-10:]) > np.mean(accept[:3]) + 0.2
 
 
+@pytest.mark.slow
 def test_the_hybrid_changes_nothing(plain, tmp_path):
   """Law: so do drafts from the network and from past rollouts, merged."""
   summary, _ = runs._train(tmp_path,
@@ -81,6 +82,7 @@ def test_the_hybrid_changes_nothing(plain, tmp_path):
   assert rows[-1]['rollout/cached_prompts'] == 2
 
 
+@pytest.mark.slow
 def test_a_continued_run_goes_on_with_its_drafter(tmp_path):
   """Law: the drafter and its optimizer are in the checkpoint; a run that takes
   up drafting begins with a fresh one; one that leaves it has the same tokens.
@@ -147,6 +149,7 @@ def _samples(seed, count=6):
   ]
 
 
+@pytest.mark.slow
 def test_the_loss_is_its_definition():
   """By definition, position by position, in NumPy: 0.5 SmoothL1 + 0.5 CE on
   the positions before the tokens of responses; one pass.

@@ -144,6 +144,7 @@ def test_only_adapters_are_trained(tmp_path):
   assert jax.tree.map(lambda x: not x, trained) == same
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues(tmp_path):
   """Law: killed and continued, a run with adapters has the same bits."""
   config = _config(rank=2)

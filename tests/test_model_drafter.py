@@ -310,6 +310,7 @@ def test_law(branching, temperature, top_p):
   assert engine.stats.tokens > 1.02 * engine.stats.row_forwards
 
 
+@pytest.mark.slow
 def test_devices_change_no_token():
   """Law: rows over eight devices give the tokens of one device."""
   world = _world(ways=8)

@@ -736,6 +736,7 @@ def test_an_objective_that_does_not_fit_is_refused(changes, words):
   assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.slow
 def test_no_preset_slows_the_update_down():
   """Law: the flops of every preset's update are within 5 % of GRPO's.
 

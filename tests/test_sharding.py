@@ -125,6 +125,7 @@ def test_no_mesh_changes_the_gradient(mesh):
       fail(f'{x.shape} lies at {x.sharding}'), state.params, placement)
 
 
+@pytest.mark.slow
 def test_memory_shrinks_with_fsdp():
   """A device's need for an update falls as fsdp ways divide the state."""
   needs = []

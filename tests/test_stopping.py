@@ -84,6 +84,7 @@ def _same(folder, summary, whole):
     assert got == (whole[0] / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_signal_anywhere_changes_no_bit(whole, tmp_path):
   """Law: SIGTERM at any reading of the clock ends in a saved state from which
   the run goes on, to the same files and parameters, byte for byte.

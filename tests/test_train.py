@@ -467,8 +467,8 @@ def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
   sampled = []
   real = RolloutEngine.generate
 
-  def spy(self, *args):
-    rollouts, state = real(self, *args)
+  def spy(self, *args, **options):
+    rollouts, state = real(self, *args, **options)
     sampled.append([r.tokens.tolist() for r in rollouts])
     assert {r.request.domain for r in rollouts} == {EVALUATE}
     return rollouts, state
