@@ -116,9 +116,6 @@ def _assert_same(run, whole):
 def test_killed_again_and_again(tmp_path, cache, whole, request):
   """Law: SIGKILL at random moments, in the middle of a checkpoint too; the
   same command goes on; the files and parameters are bit-equal in the end.
-
-  Mutants: the store not restored but metrics kept is no failure (hints); the
-  token digest not in the checkpoint; rows of lost steps kept.
   """
   rng = random.Random(0)
   kills = 12 if request.config.getoption('--full') else 4
@@ -141,8 +138,6 @@ def test_killed_again_and_again(tmp_path, cache, whole, request):
 @pytest.mark.slow
 def test_speculation_may_change_at_a_resume(tmp_path, cache, whole):
   """Law: killed, then continued without speculation: the same bits.
-
-  Mutant: log-probabilities of the sampler as old ones.
   """
   rng = random.Random(1)
   with _start(tmp_path, cache) as process:
