@@ -66,10 +66,14 @@ class ExecutablePool:
       key: what the shapes and the function depend on.
       function: a pure function of arrays; traced only at the key's first use.
       *args: its arguments, or their shapes, dtypes and shardings.
-      **jit_options: as for `jax.jit`.
+      **jit_options: as for `jax.jit`; `out_shardings` may be a function that
+        returns them, called at the key's first use: to find out the shapes of
+        a result takes a trace.
     """
     if key not in self._compiled:
       start = self._clock()
+      if callable(jit_options.get('out_shardings')):
+        jit_options['out_shardings'] = jit_options['out_shardings']()
       jitted = jax.jit(function, **jit_options)
       self._compiled[key] = jitted.lower(*args).compile()
       # The collectives of a program do not wait long for a slow compiler.

@@ -230,7 +230,7 @@ class Learner:
                                              self._teacher.model)
     batch = batch.replace(extra=extra)
     shape = functools.partial(token_credit.shape, algorithm=self._algorithm)
-    placement = jax.tree.map(
+    placement = lambda: jax.tree.map(
         lambda x: sharding.microbatches(self._run.mesh)
         if x.ndim else sharding.replicated(self._run.mesh),
         jax.eval_shape(shape, batch))

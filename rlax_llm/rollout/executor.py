@@ -42,6 +42,7 @@ class Executor:
     self._mesh = mesh
     self._slots = _slots_placement(model, mesh)
     self._replicated = sharding.replicated(mesh)
+    self._gathered: dict[tuple, list] = {}  # shapes, by network
     self.pool = pool
 
   def _run(self, name: str, shape: tuple, function: Callable, *args: Any,
@@ -64,7 +65,10 @@ class Executor:
       rounded: as `LanguageModel.rounded`; None: the policy's.
     """
     leaves, tree = jax.tree.flatten(params)
-    wanted = jax.tree.leaves(self.gathered_shapes(params, placement, rounded))
+    if (rounded, tree) not in self._gathered:  # It takes a trace.
+      self._gathered[rounded, tree] = jax.tree.leaves(
+          self.gathered_shapes(params, placement, rounded))
+    wanted = self._gathered[rounded, tree]
     # What stays as it is is not copied: the base of adapters, for instance.
     moved = [
         i for i, (x, want) in enumerate(zip(leaves, wanted))
@@ -160,12 +164,12 @@ class Executor:
   def draft_state(self, params: DraftParams, slots: Slots,
                   drafter: Drafter) -> Any:
     """Returns the drafter's state before anything is sampled."""
-    return self._run('draft_state', (drafter.init, slots.text.shape),
-                     drafter.init,
-                     params,
-                     slots,
-                     out_shardings=self._draft_placement(
-                         params, slots, drafter))
+    return self._run(
+        'draft_state', (drafter.init, slots.text.shape),
+        drafter.init,
+        params,
+        slots,
+        out_shardings=lambda: self._draft_placement(params, slots, drafter))
 
   def _draft_placement(self, params: DraftParams, slots: Slots,
                        drafter: Drafter) -> Any:
