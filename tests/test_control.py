@@ -19,6 +19,7 @@ from rlax_llm import groups
 from rlax_llm import run as runs
 from rlax_llm import testing
 from rlax_llm import train
+from rlax_llm import trainer
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.arms import PLAIN
@@ -590,7 +591,7 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
   monkeypatch.setattr(
       CostModel, 'choose',
       rollout_helpers.random_choices(np.random.default_rng(1), arms))
-  real = train.train_step
+  real = trainer.train_step
 
   def dies(loop, step, *args):
     if step == 3:
@@ -603,7 +604,7 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
                   control__min_slots=2,
                   control__widths=(1, 3, 4))
   with monkeypatch.context() as patched:
-    patched.setattr(train, 'train_step', dies)
+    patched.setattr(trainer, 'train_step', dies)
     with pytest.raises(RuntimeError, match='killed'):
       _train(tmp_path / 'parts', rng.random, **changes)
   got = _train(tmp_path / 'parts', rng.random, **changes)

@@ -10,6 +10,7 @@ import pytest
 from tensorboardX import proto
 
 from rlax_llm import manifest
+from rlax_llm import metric_names
 from rlax_llm import metrics
 from rlax_llm import progress
 from rlax_llm.config import Config
@@ -36,13 +37,13 @@ def _run(folder, steps, resume_step=None, run_id='a'):
 
 
 def test_vocabulary():
-  for name, metric in metrics.METRICS.items():
+  for name, metric in metric_names.METRICS.items():
     assert metric.kind in ('training', 'speed'), name
     assert metric.unit and metric.meaning
-  assert metrics.describe('evaluate/pass_at_16').unit == 'fraction'
+  assert metric_names.describe('evaluate/pass_at_16').unit == 'fraction'
   for name in ('reward/maen', 'evaluate/pass_at_0', 'evaluate/pass_at_4x'):
     with pytest.raises(ValueError, match=name):
-      metrics.describe(name)
+      metric_names.describe(name)
 
 
 def test_split_exactness_and_order(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlax_llm import config as config_lib
-from rlax_llm import metrics
+from rlax_llm import metric_names
 from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm import validation
@@ -249,13 +249,13 @@ def test_a_punishment_no_completion_can_reach_is_refused():
 
 def test_names_of_own_rewards_are_in_the_vocabulary():
   """Mutant: any name behind 'reward/', which takes in typing errors."""
-  entry = metrics.describe('reward/my.module:brevity')
+  entry = metric_names.describe('reward/my.module:brevity')
   assert entry.kind == 'training' and 'my.module:brevity' in entry.meaning
   for name in rewards_lib.BUILT_IN:
-    assert metrics.describe(f'reward/{name}').kind == 'training'
+    assert metric_names.describe(f'reward/{name}').kind == 'training'
   for name in ('reward/brevity', 'reward/a:', 'reward/:b', 'reward/a:b:c'):
     with pytest.raises(ValueError, match='not in the vocabulary'):
-      metrics.describe(name)
+      metric_names.describe(name)
 
 
 # ---- A run ---------------------------------------------------------------

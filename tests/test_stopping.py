@@ -21,6 +21,7 @@ from rlax_llm import executables
 from rlax_llm import guards
 from rlax_llm import testing
 from rlax_llm import train
+from rlax_llm import trainer
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import LearningConfig
@@ -278,7 +279,7 @@ def test_a_step_reads_the_device_explicitly(tmp_path, monkeypatch):
   """
   seen = []
   inside = [False]
-  real_step = train.train_step
+  real_step = trainer.train_step
 
   def step(*args):
     inside[0] = True
@@ -310,7 +311,7 @@ def test_a_step_reads_the_device_explicitly(tmp_path, monkeypatch):
   for name in ('__array__', '__float__', '__int__', '__index__', '__bool__',
                'item', 'tolist'):
     watch(name)
-  monkeypatch.setattr(train, 'train_step', step)
+  monkeypatch.setattr(trainer, 'train_step', step)
   monkeypatch.setattr(jax, 'device_get', get)
   _train(tmp_path)
   assert not seen

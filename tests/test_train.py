@@ -16,6 +16,7 @@ from rlax_llm import evaluate
 from rlax_llm import executables
 from rlax_llm import testing
 from rlax_llm import train
+from rlax_llm import trainer
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.arms import PLAIN
@@ -253,14 +254,14 @@ def test_a_killed_run_continues(base, tmp_path, monkeypatch):
 
   Mutant: metrics of the lost step kept, so that it is written twice.
   """
-  real = train.train_step
+  real = trainer.train_step
 
   def dies(loop, step, *args):
     if step == 3:
       raise RuntimeError('killed')
     return real(loop, step, *args)
 
-  monkeypatch.setattr(train, 'train_step', dies)
+  monkeypatch.setattr(trainer, 'train_step', dies)
   with pytest.raises(RuntimeError, match='killed'):
     _train(tmp_path)
   steps = [row['step'] for row in _rows(tmp_path, 'metrics.jsonl')]

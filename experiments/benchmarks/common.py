@@ -11,7 +11,7 @@ import numpy as np
 from rlax_llm.config import ModelConfig
 
 # Shapes, by name. `tiny` is 1.1 M parameters.
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     'tiny':
         dict(layers=4,
              width=128,

@@ -57,7 +57,7 @@ def write(folder: pathlib.Path) -> None:
   fetch = lambda name: rng.standard_normal(shapes[name], np.float32).astype(
       dtype)
   names = list(shapes)
-  where = {}
+  where: dict[str, str] = {}
   for i in range(_SHARDS.value):
     file = f'model-{i + 1:05d}-of-{_SHARDS.value:05d}.safetensors'
     part = names[i * len(names) // _SHARDS.value:(i + 1) * len(names) //

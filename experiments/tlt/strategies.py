@@ -14,6 +14,7 @@ of W = 1 and over those of the static arm that was best there in hindsight.
 
 import collections
 import csv
+import functools
 import pathlib
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
@@ -107,7 +108,7 @@ def record(rows: Iterable[int], widths: Sequence[int],
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
   run = make_run(config, clock=workload.clock())
-  params = warm_start(run, run.init_params(), lambda done, loss: None)
+  params = warm_start(run, run.states.init_params(), lambda done, loss: None)
   records: list[Record] = []
   for slots in rows:
     recorders = {w: Recorder(_arm(w), slots) for w in widths}
@@ -218,7 +219,7 @@ def compare(records: Sequence[Record], passes: int,
         RolloutConfig(), freeze(ControlConfig(**control)), seed=seed)
     top = (10**6, *widths)
     strategies: dict[str, Callable[[], Strategy]] = {
-        f'W = {w}': lambda w=w: fixed(_arm(w)) for w in widths
+        f'W = {w}': functools.partial(fixed, _arm(w)) for w in widths
     }
     strategies |= {
         'cost_model':

@@ -188,7 +188,7 @@ def make_experiment(size: str, seed: int) -> Experiment:
         f'{part} {done}: {loss:.3f} nats, '
         f'{time.perf_counter() - start:.0f} s',
         flush=True)
-    return warm_start(run, run.init_params(), show)
+    return warm_start(run, run.states.init_params(), show)
 
   runs = Pair(*map(make_run, settings.make_configs(size, seed)))
   params = Pair(*map(train, Pair._fields, runs))

@@ -1,0 +1,273 @@
+"""A run under way: its states, steps, evaluations and checkpoints."""
+
+import dataclasses
+import math
+from typing import Any, Sequence
+
+from rlax_llm import checkpoint
+from rlax_llm import evaluate as evaluation
+from rlax_llm import executables
+from rlax_llm import guards
+from rlax_llm import learner as learners
+from rlax_llm import metrics
+from rlax_llm import processes
+from rlax_llm import teacher as teachers
+from rlax_llm.config import ConfigError
+from rlax_llm.drafter_training import DrafterTraining
+from rlax_llm.drafting.store import RolloutStore
+from rlax_llm.experience import Collector
+from rlax_llm.progress import Progress
+from rlax_llm.progression import Progression
+from rlax_llm.progression import Stopwatch
+from rlax_llm.run import Run
+from rlax_llm.states import drafter_params
+from rlax_llm.states import OPTIONAL
+from rlax_llm.states import States
+from rlax_llm.step import Loop
+from rlax_llm.step import train_step
+from rlax_llm.stopping import Diverged
+from rlax_llm.stopping import Stopped
+from rlax_llm.tasks import task as tasks
+from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.types import TrainState
+from rlax_llm.warm_start import warm_start
+
+
+def restore_store(store: RolloutStore, texts: list[str]) -> list[str]:
+  """Restores past rollouts; returns warnings.
+
+  They are hints: a run goes on without them where they cannot be read.
+
+  Raises:
+    ConfigError: they are of another tokenizer.
+  """
+  try:
+    for text in texts:
+      store.restore(text)
+  except ValueError as error:
+    if isinstance(error, ConfigError):
+      raise
+    return [f'past rollouts are not restored, drafts start anew: {error}']
+  return []
+
+
+class Trainer:
+  """What `train` drives: restores or begins, takes steps, writes and saves."""
+
+  def __init__(self, run: Run, *, workdir: str, run_id: str,
+               held_out: Sequence[tasks.Problem], verifier: Verifier,
+               saved: checkpoint.Checkpoints, progress: Progress,
+               started: float, teacher: States | None) -> None:
+    """Makes the parts that need no parameters.
+
+    Args:
+      run: the run.
+      workdir: its folder.
+      run_id: tells this process's rows in timing.jsonl apart.
+      held_out: problems to evaluate on.
+      verifier: gives rewards.
+      saved: the run's checkpoints.
+      progress: where to show progress.
+      started: when the process began, by the run's clock.
+      teacher: from `teachers.find_teacher`.
+    """
+    self.run = run
+    self.progress = progress
+    self._workdir = workdir
+    self._run_id = run_id
+    self._verifier = verifier
+    self._saved = saved
+    self._started = started
+    self._held_out = held_out
+    self._engine = engine = run.engine(run.sampling)
+    law = evaluation.evaluation_sampling(run)
+    self._judge = engine if law == run.sampling else run.engine(law)
+    self._learner = learners.make_learner(run,
+                                          teachers.load_teacher(run, teacher))
+    self._store = run.rollout_store()
+    self._collector = Collector(run, engine, verifier, self._store,
+                                self._learner.score_samples)
+    learns = run.states.draft_model is not None
+    self._drafter = DrafterTraining(run) if learns else None
+    self.states: dict[str, TrainState] = {}
+    self.progression = Progression()
+    self._earlier = 0.0  # seconds, of the processes before this one
+    self._unwritten: dict[str, Any] | None = None  # see `_finish`
+    self._saved_step: int | None = None  # the newest, on disk or on its way
+
+  def restore(self) -> tuple[int | None, list[str]]:
+    """Restores the newest checkpoint; returns (its step, warnings)."""
+    if not self._saved.steps():
+      return None, []
+    states = self.run.states
+    found = self._saved.restore(states.abstract_all(), optional=OPTIONAL)
+    assert found is not None
+    step, restored, host = found
+    self.states = states.completed(restored)
+    self._saved_step = step
+    self.progression = Progression(**host['progression'])
+    self._earlier = self.progression.wall_seconds
+    self._collector.restore(host['experience'])
+    self._engine.strategy.restore(host['strategy'])
+    self._unwritten = host.get('unwritten')
+    if self._unwritten is not None:  # JSON has no NaN
+      values = self._unwritten['values']
+      self._unwritten['values'] = {
+          name: math.nan if value is None else value
+          for name, value in values.items()
+      }
+    return step, restore_store(self._store, host['rollouts'])
+
+  def go(self, first: int | None, profile: tuple[int, int] | None) -> None:
+    """Trains from where the checkpoint stands; None: from the start.
+
+    Raises:
+      Stopped: after a signal; what is needed to go on has been saved.
+      Diverged: after too many updates that were not finite; likewise.
+    """
+    config, run = self.run.config, self.run
+    make_writer = (metrics.MetricsWriter
+                   if processes.is_writer() else metrics.NoWriter)
+    with make_writer(self._workdir,
+                     resume_step=first,
+                     run_id=self._run_id,
+                     warn=lambda line: self.progress.message(f'warning: {line}')
+                    ) as self._writer:
+      if first is None:
+        self._begin()
+        first, self._unwritten = 0, {'values': {}, 'rows': []}
+      params = self.states['policy'].params
+      reference = run.states.reference(self._workdir, params, first)
+      loop = Loop(run, self._collector, self._learner, reference,
+                  self.progression, self._drafter)
+      if self._unwritten is not None:
+        self._finish(first, **self._unwritten)
+      self.progress.phase('reinforcement learning', config.num_steps)
+      rails = guards.Rails(run.pool, config.learning, self.progress.message)
+      if profile:
+        profile = max(profile[0], first + 1), min(profile[1], config.num_steps)
+        profile = profile if profile[0] <= profile[1] else None
+      with guards.no_surprises():
+        for step in range(first, config.num_steps):
+          with guards.profiled(step + 1, profile, self._workdir):
+            try:
+              self.states, values, rows = train_step(loop, step, self.states)
+            except Stopped:
+              self._save(step)
+              raise
+          rails.look(step + 1, values)
+          self._finish(step + 1, values, rows)
+          if rails.lost:
+            self._save(step + 1)
+            raise Diverged(rails.lost)
+
+  def summary(self, compiled: tuple[int, float]) -> dict[str, Any]:
+    """Returns summary.json; `compiled` was compiled before the run."""
+    after = executables.compile_totals()
+    return {
+        'steps':
+            self.run.config.num_steps,
+        **dataclasses.asdict(self.progression),
+        'wall_seconds':
+            self._seconds(),
+        'compile_count':
+            after[0] - compiled[0],
+        'compile_seconds':
+            after[1] - compiled[1],
+        'parameters_sha256':
+            checkpoint.digest_arrays(self.states['policy'].params),
+    }
+
+  def _begin(self) -> None:
+    """Makes the states, by a warm start if the config has one."""
+    run, steps = self.run, self.run.config.sft.steps
+    params = run.states.init_params()
+    if steps:
+      self.progress.phase('warm start', steps)
+
+      def show(done: int, loss: float) -> None:
+        values = {'sft/loss': loss}
+        self.progress.update(done, values)
+        # Steps below 0: the warm start comes before step 0.
+        self._writer.write(done - steps - 1, values)
+        run.on_boundary()
+
+      params = warm_start(run, params, show)
+    self.states = run.states.init_all(params)
+    if self._drafter and run.config.drafter.warmup_updates:
+      self._warm_up_drafter(self._drafter)
+    self.progress.phase('evaluate', 0)
+
+  def _warm_up_drafter(self, drafter: DrafterTraining) -> None:
+    """Trains the drafter on the policy as RL finds it."""
+    self.progress.phase('warm-up of the drafter',
+                        self.run.config.drafter.warmup_updates)
+
+    def show(done: int, loss: float) -> None:
+      self.progress.update(done, {'drafter/loss': loss})
+      self.run.on_boundary()
+
+    self.states['drafter'] = drafter.warm_up(self.states['drafter'],
+                                             self.states['policy'].params, show)
+
+  def _finish(self, done: int, values: dict[str, Any],
+              rows: list[dict]) -> None:
+    """Evaluates, writes and saves what is due after a step.
+
+    A stop during the evaluation leaves the step's values in the checkpoint:
+    who goes on evaluates again and writes them then.
+
+    Args:
+      done: steps taken.
+      values: of the step.
+      rows: its samples.
+    """
+    config = self.run.config
+    last = done == config.num_steps
+    due = lambda every: last or done == 0 or (every and done % every == 0)
+    watch = Stopwatch(self.run.clock)
+    evaluated = {}
+    if due(config.evaluate.every):
+      try:
+        evaluated = evaluation.evaluate(self.run,
+                                        self._judge,
+                                        self.states['policy'].params,
+                                        self._verifier,
+                                        self._held_out,
+                                        drafter_params=drafter_params(
+                                            self.states))
+      except Stopped:
+        self._save(done, {'values': metrics.jsonable(values), 'rows': rows})
+        raise
+      self.progression.add_accuracy(evaluated['evaluate/accuracy'])
+      watch.lap('evaluate')
+    values = values | evaluated | (watch.seconds if done else {})
+    # Files first: what a checkpoint says happened has been written.
+    self._writer.write_samples(done, rows)
+    self._writer.write(done, values)
+    self.progress.update(done, values)
+    if due(config.checkpoint.every):
+      watch = Stopwatch(self.run.clock)
+      self._save(done)
+      watch.lap('checkpoint')
+      if done:
+        self._writer.write(done, watch.seconds)
+
+  def _save(self, step: int, unwritten: dict[str, Any] | None = None) -> None:
+    """Saves the states after a step, unless a checkpoint has them."""
+    if step == self._saved_step:
+      return
+    self._saved_step = step
+    self.progression.wall_seconds = self._seconds()
+    host: dict[str, Any] = {
+        'progression': dataclasses.asdict(self.progression),
+        'rollouts': processes.gather(self._store.dump(), to_writer=True),
+        'experience': self._collector.dump(),
+        'strategy': self._engine.strategy.dump(),
+    }
+    if unwritten is not None:
+      host['unwritten'] = unwritten
+    self._saved.save(step, self.states, host)
+
+  def _seconds(self) -> float:
+    return self._earlier + self.run.clock() - self._started
