@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from experiments.srt import settings
+from experiments.srt import workload
 from rlax_llm import evaluate
 from rlax_llm import learner as learners
 from rlax_llm.config import Config
@@ -77,7 +78,7 @@ def train(config: Config, warm: Params) -> Iterator[dict[str, Any]]:
     config: of the run.
     warm: from `warm_params`.
   """
-  run = make_run(config)
+  run = make_run(config, clock=workload.clock())
   config = run.config
   states = run.states.init_all(jax.tree.map(jax.numpy.asarray, warm))
   engine = run.engine(run.sampling)

@@ -16,7 +16,7 @@ trained.csv is written: the throughput of its rollouts, and its accuracy.
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 from absl import app
 from absl import flags
@@ -144,6 +144,7 @@ def train(ratio: float, seed: int, warm: Params) -> dict[str, float]:
                                  _SIZE.value,
                                  num_steps=_STEPS.value,
                                  rollout__slots=64,
+                                 rollout__segment_forwards=8,
                                  control__over_provision=ratio,
                                  learning__old_logprobs='scored',
                                  evaluate__problems=_PROBLEMS.value)
@@ -175,8 +176,8 @@ def train(ratio: float, seed: int, warm: Params) -> dict[str, float]:
   }
 
 
-def sweep_trained() -> list[dict[str, Any]]:
-  """Returns a row for each ratio: training runs of every seed."""
+def sweep_trained() -> None:
+  """Trains with every seed and ratio; writes a row for each ratio."""
   common.use_device()
   executables.enable_compilation_cache()
   warm = long_tail.warm_params(long_tail.make_config(0, _SIZE.value), 'tally')
@@ -184,7 +185,16 @@ def sweep_trained() -> list[dict[str, Any]]:
   found = []  # by seed, then by ratio: what disturbs the machine meets all
   for seed in range(_SEEDS.value):
     found.append({ratio: train(ratio, seed, warm) for ratio in ratios})
-    print(found[-1], flush=True)
+    # After every seed: a command that is stopped leaves what it has.
+    rows = _table(found, ratios)
+    common.write_csv(pathlib.Path(_OUT.value) / 'trained.csv', rows)
+    for row in rows:
+      print(row, flush=True)
+
+
+def _table(found: Sequence[Mapping[float, Mapping[str, float]]],
+           ratios: Sequence[float]) -> list[dict[str, Any]]:
+  """Returns a row for each ratio, from what runs came to by seed."""
   rows = []
   for ratio in ratios:
     mine, base = zip(*((f[ratio], f[1.0]) for f in found))
@@ -201,7 +211,6 @@ def sweep_trained() -> list[dict[str, Any]]:
         'accuracy_change': round(middle, 4),
         'accuracy_change_low': round(low, 4)
     })
-    print(rows[-1], flush=True)
   return rows
 
 
@@ -209,7 +218,7 @@ def main(argv: list[str]) -> None:
   """Sweeps the ratio by the tail of the lengths, or trains by ratio."""
   del argv
   if _TRAINED.value:
-    common.write_csv(pathlib.Path(_OUT.value) / 'trained.csv', sweep_trained())
+    sweep_trained()
     return
   rows = []
   for sigma in (0.0, 0.5, 1.0):
