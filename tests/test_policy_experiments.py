@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from experiments import common
+
 _TINY = ('--size=smoke', '--seeds=1', '--problems=4')
 COMMANDS = {
     'april': (
@@ -18,6 +20,16 @@ COMMANDS = {
     'length_order': (('--trained', '--epochs=2', '--prompts=4', '--seeds=1',
                       '--size=smoke'), 'trained.csv', 6),
 }
+
+
+def test_lower_bound_by_hand():
+  """Law: of 1, 2, 3: the mean 2 less t(0.95, 2) = 2.920 times 1 / sqrt(3).
+
+  Mutant: the two-sided quantile.
+  """
+  assert common.lower_bound([1.0, 2.0, 3.0]) == pytest.approx(
+      (2 - 2.920 / 3**0.5, 2), abs=1e-3)
+  assert common.lower_bound([0.5]) == (0.5, 0.5)
 
 
 @pytest.mark.slow

@@ -60,16 +60,24 @@ def run_arm(arm: str, seed: int, warm: Params) -> dict[str, Any]:
   mean = lambda name: float(np.mean([s[name] for s in steps]))
   groups = total('reward/groups_with_signal') * config.task.prompts_per_step
   return {
-      'arm': arm,
-      'seed': seed,
-      'accuracy': steps[-1]['evaluate/accuracy'],
-      'groups_with_signal': round(mean('reward/groups_with_signal'), 3),
-      'sampled_tokens': total('rollout/sampled_tokens'),
-      'dropped_tokens': total('rollout/dropped_tokens'),
-      'tokens_by_signal': round(total('rollout/sampled_tokens') / groups, 1),
-      'extra_samples': total('rollout/extra_samples'),
-      'refills': round(mean('rollout/refills'), 2),
-      'step_seconds': round(total('time/step') - total('compile/seconds'), 2),
+      'arm':
+          arm,
+      'seed':
+          seed,
+      'accuracy':
+          steps[-1]['evaluate/accuracy'],
+      'groups_with_signal':
+          round(mean('reward/groups_with_signal'), 3),
+      'sampled_tokens':
+          total('rollout/sampled_tokens'),
+      'dropped_tokens':
+          total('rollout/dropped_tokens'),
+      'tokens_by_signal':
+          round(float(total('rollout/sampled_tokens') / groups), 1),
+      'extra_samples':
+          total('rollout/extra_samples'),
+      'refills':
+          round(mean('rollout/refills'), 2),
   }
 
 
