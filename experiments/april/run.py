@@ -10,7 +10,9 @@ Learning to Tame Long-tail Generation", https://arxiv.org/abs/2509.18521.
 Writes sweep.csv into --out.
 
 With --trained a model is trained instead, on a task with a long tail, and
-trained.csv is written: the throughput of its rollouts, and its accuracy.
+trained.csv is written: the throughput of its rollouts, and its accuracy. With
+--nocompact rows that idle stay, as in the paper's baseline: to
+trained_idle_rows.csv.
 """
 
 import dataclasses
@@ -34,6 +36,8 @@ _OUT = flags.DEFINE_string('out', 'experiments/april', 'Where results go.')
 _STEPS = flags.DEFINE_integer('steps', 60, 'Steps of a run.')
 _TRAINED = flags.DEFINE_boolean('trained', False, 'Train a model.')
 _SIZE = flags.DEFINE_string('size', 'small', 'Of the model, with --trained.')
+_COMPACT = flags.DEFINE_boolean(
+    'compact', True, 'Whether idle rows are given up, with --trained.')
 _PROBLEMS = flags.DEFINE_integer('problems', 512,
                                  'Held-out problems, with --trained.')
 _RATIOS = flags.DEFINE_list('ratios', ['1', '1.25', '1.5', '2'],
@@ -146,6 +150,7 @@ def train(ratio: float, seed: int, warm: Params) -> dict[str, float]:
                                  rollout__slots=64,
                                  rollout__segment_forwards=8,
                                  control__over_provision=ratio,
+                                 control__compact=_COMPACT.value,
                                  learning__old_logprobs='scored',
                                  evaluate__problems=_PROBLEMS.value)
   steps = list(long_tail.train(config, warm))
@@ -187,7 +192,8 @@ def sweep_trained() -> None:
     found.append({ratio: train(ratio, seed, warm) for ratio in ratios})
     # After every seed: a command that is stopped leaves what it has.
     rows = _table(found, ratios)
-    common.write_csv(pathlib.Path(_OUT.value) / 'trained.csv', rows)
+    name = 'trained.csv' if _COMPACT.value else 'trained_idle_rows.csv'
+    common.write_csv(pathlib.Path(_OUT.value) / name, rows)
     for row in rows:
       print(row, flush=True)
 
