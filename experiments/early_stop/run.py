@@ -30,10 +30,10 @@ from rlax_llm.types import Params
 _OUT = flags.DEFINE_string('out', 'experiments/early_stop', 'Where results go.')
 _SIZE = flags.DEFINE_string('size', 'small', 'Of the model and the batch.')
 _PROBLEMS = flags.DEFINE_integer('problems', 256, 'Held-out problems.')
-_SEEDS = flags.DEFINE_integer('seeds', 3, 'Evaluations of a setting.')
+_SEEDS = flags.DEFINE_integer('seeds', 2, 'Evaluations of a setting.')
 _TASKS = flags.DEFINE_list('tasks', ['hesitating', 'tally'], 'Of `TASKS`.')
 _SETTINGS = flags.DEFINE_list(
-    'settings', ['2x4', '3x4', '2x8', '3x8', '2x16'],
+    'settings', ['2x4', '3x4', '4x4', '5x4', '2x8', '3x8'],
     'Probes that must agree x tokens between two of them.')
 
 TASKS = {
