@@ -33,7 +33,7 @@ _PROBLEMS = flags.DEFINE_integer('problems', 256, 'Held-out problems.')
 _SEEDS = flags.DEFINE_integer('seeds', 2, 'Evaluations of a setting.')
 _TASKS = flags.DEFINE_list('tasks', ['hesitating', 'tally'], 'Of `TASKS`.')
 _SETTINGS = flags.DEFINE_list(
-    'settings', ['2x4', '3x4', '4x4', '5x4', '2x8', '3x8'],
+    'settings', ['2x4', '3x4', '4x4', '5x3', '2x8', '3x8', '2x16'],
     'Probes that must agree x tokens between two of them.')
 
 TASKS = {
