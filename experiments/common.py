@@ -46,3 +46,18 @@ def ratio_bounds(above: Sequence[float],
   error = statistics.stdev(logs) / math.sqrt(len(logs))
   reach = float(stats.t.ppf(0.95, len(logs) - 1)) * error
   return math.exp(middle - reach), math.exp(middle), math.exp(middle + reach)
+
+
+def lower_bound(values: Sequence[float]) -> tuple[float, float]:
+  """Returns (low, middle): the mean and its one-sided 95 % lower bound.
+
+  By Student's t; low is the mean itself where there is one value or no spread.
+
+  Args:
+    values: differences, one for each seed.
+  """
+  middle = statistics.mean(values)
+  if len(values) < 2:
+    return middle, middle
+  error = statistics.stdev(values) / math.sqrt(len(values))
+  return middle - float(stats.t.ppf(0.95, len(values) - 1)) * error, middle

@@ -254,6 +254,12 @@ class ControlConfig(Section):
   prune_steps: int = 20
   # Weigh those that go on by the inverse of the probability with which they do.
   prune_weights: bool = True
+  # DARS: a prompt that was solved by fewer than half of its samples in its last
+  # group gets up to so many more, as many as lift its weight in the gradient to
+  # that of a prompt of one half; by hardness: to that times twice the share
+  # that fails. 0: off.
+  extra_samples: int = 0
+  extra_by_hardness: bool = False
   # Slots of logical time, by which it is judged who completes first; 0: as many
   # as rollout.slots.
   logical_slots: int = 0
@@ -410,6 +416,11 @@ def list_widths(rollout: 'RolloutConfig',
   if control.strategy != 'cost_model':
     widths = {width for _, *found in control.buckets for width in found}
   return tuple(sorted({1, *widths}))
+
+
+def largest_group(rollout: RolloutConfig, control: ControlConfig) -> int:
+  """Returns how many samples a prompt can get in a step."""
+  return rollout.samples_per_prompt + control.extra_samples
 
 
 def check_positions(rollout: RolloutConfig, width: int, limit: int) -> None:

@@ -89,8 +89,7 @@ def evaluate(run: Run,
     drafter_params: see `RolloutEngine.generate`.
 
   Returns:
-    The metrics of `summarize`, and with `evaluate.early_stop` the tokens
-    that they took.
+    The metrics of `summarize`, and the tokens that the answers took.
   """
   samples = run.config.evaluate.samples
   requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
@@ -113,6 +112,8 @@ def evaluate(run: Run,
                                   RolloutState(),
                                   drafter_params=drafter_params)
     texts = [run.tokenizer.decode(r.tokens) for r in rollouts]
+    values['evaluate/tokens_mean'] = float(np.mean([r.length for r in rollouts
+                                                   ]))
 
   def score(mine: Sequence[int]) -> list[bool]:
     scores = verifier.score([problems[i // samples] for i in mine],

@@ -90,9 +90,12 @@ class Collector:
       drafter_params: see `RolloutEngine.generate`.
     """
     self._next, self._values = self._state, {'rollout/refills': 0}
+    seen: list[Group] = []
     self._sampler.begin(drafter_params)
     while len(self._next.queue) <= self._control.staleness:
-      batch = self._round(params, step, step + len(self._next.queue), watch)
+      batch, new = self._round(params, step, step + len(self._next.queue),
+                               watch)
+      seen += new
       self._update(queue=(*self._next.queue, batch))
     batch, *queue = self._next.queue
     fresh = sum(group.tokens for group in batch if not group.replayed)
@@ -100,6 +103,10 @@ class Collector:
                  past=self._past(batch, step),
                  trained_tokens=self._next.trained_tokens + fresh)
     self._observe_lengths([g for g in batch if not g.replayed])
+    # Not before the end of the step: what it asks for is decided by then.
+    if self._control.extra_samples:
+      self._update(successes=self._next.successes.observe(
+          [g.request.prompt for g in seen], [g.accuracy for g in seen]))
     groups = self._keep_scores(params, step, batch)
     watch.lap('score')
     self._values |= self._sampler.values | {
@@ -134,8 +141,8 @@ class Collector:
 
   # ---- Who is taken ----------------------------------------------------------
   def _round(self, params: Params, step: int, number: int,
-             watch: Stopwatch) -> tuple[Group, ...]:
-    """Returns the batch of a step, sampled as far as it is not there.
+             watch: Stopwatch) -> tuple[tuple[Group, ...], list[Group]]:
+    """Returns (the batch of a step, the groups that were sampled for it).
 
     Args:
       params: the policy's.
@@ -147,6 +154,7 @@ class Collector:
     wanted = self._run.config.task.prompts_per_step - len(again)
     limit = self._control.dynamic_sampling
     chosen = list(self._next.surplus)
+    new: list[Group] = []
     without: list[Group] = []  # signal
     first = refills = 0
     while len(chosen) < wanted and refills <= limit:
@@ -158,6 +166,7 @@ class Collector:
       demand = Demand(step, number, first, min(missing, wanted))
       self._next, got = self._sampler.sample(params, self._next, demand, watch)
       first += self._next.cursor - before
+      new += got
       for group in got:
         (without if limit and not group.has_signal else chosen).append(group)
       refills += 1
@@ -170,7 +179,7 @@ class Collector:
     self._update(surplus=tuple(chosen[wanted:]),
                  dropped_tokens=self._next.dropped_tokens +
                  sum(group.tokens for group in without[short:]))
-    return (*batch, *again)
+    return (*batch, *again), new
 
   def _replayed(self, number: int) -> list[Group]:
     """Returns past groups for the batch of a step."""

@@ -5,6 +5,7 @@ from typing import Any, Callable, ClassVar, Mapping, Sequence
 
 import numpy as np
 
+from rlax_llm.learning.allocation import SuccessHistory
 from rlax_llm.learning.length_ranker import LengthHistory
 from rlax_llm.learning.quality_head import QualityHead
 from rlax_llm.rollout import records
@@ -37,6 +38,13 @@ class Group:
   @property
   def request(self) -> Request:
     return self.rollouts[0].request
+
+  @property
+  def accuracy(self) -> float:
+    """Mean reward in [0, 1], as if nobody had been pruned."""
+    chances = [rollout.survival for rollout in self.rollouts]
+    return float(
+        np.average(np.clip(self.rewards, 0, 1), weights=1 / np.array(chances)))
 
   @property
   def age_order(self) -> tuple[int, int]:
@@ -86,6 +94,7 @@ class Experience:
   past: tuple[Group, ...] = ()  # trained on, may be replayed; oldest first
   head: QualityHead = dataclasses.field(default_factory=QualityHead)
   lengths: LengthHistory = dataclasses.field(default_factory=LengthHistory)
+  successes: SuccessHistory = dataclasses.field(default_factory=SuccessHistory)
   sampled_tokens: int = 0
   trained_tokens: int = 0  # once for each token, however often it is replayed
   dropped_tokens: int = 0  # of groups that are never trained on
@@ -130,7 +139,7 @@ def dump(state: Experience) -> dict[str, Any]:
           'weights': pack(value.weights),
           'moments': pack(value.moments),
       }
-    elif isinstance(value, LengthHistory):
+    elif isinstance(value, (LengthHistory, SuccessHistory)):
       value = value.dump()
     elif isinstance(value, tuple):
       value = [group(g) for g in value]
@@ -184,6 +193,7 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
       queue=tuple(tuple(map(group, batch)) for batch in record['queue']),
       past=many('past'),
       lengths=LengthHistory.restore(record['lengths']),
+      successes=SuccessHistory.restore(record['successes']),
       head=QualityHead(unpack(record['head']['weights']),
                        unpack(record['head']['moments']),
                        record['head']['steps'],

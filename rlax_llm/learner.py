@@ -159,7 +159,7 @@ class Learner:
     Args:
       params: the policy's, before the first of the optimizer steps: old
         log-probabilities are all scored before any step moves them.
-      samples: whole groups, in order; split evenly over
+      samples: whole groups, in order; as many of them in each of
         `learning.minibatches` optimizer steps.
       reference: parameters for the KL term, or None; gaps stand for frozen
         ones, which are the policy's.
@@ -168,10 +168,9 @@ class Learner:
     Returns:
       (batches on the mesh, share of the computed positions without a token).
     """
-    size = len(samples) // self._learning.minibatches
     packed = [
-        self.pack(samples[i:i + size], skip_without_signal=True)
-        for i in range(0, len(samples), size)
+        self.pack(part, skip_without_signal=True)
+        for part in _split(samples, self._learning.minibatches)
     ]
     padding = float(np.mean([batches.padding_fraction(b) for b in packed]))
     placed = [self._score_old(params, self.put(b)) for b in packed]
@@ -295,6 +294,23 @@ class Learner:
         donate_argnums=(0,),
         out_shardings=(self._placement(state),
                        sharding.replicated(self._run.mesh)))
+
+
+def _split(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
+  """Returns the samples in parts of equally many groups, in order.
+
+  Raises:
+    ValueError: the groups cannot be divided.
+  """
+  starts = [
+      i for i, sample in enumerate(samples)
+      if not i or sample.group != samples[i - 1].group
+  ]
+  if len(starts) % parts:
+    raise ValueError(f'{len(starts)} groups cannot be divided over '
+                     f'learning.minibatches={parts}')
+  cuts = [*starts[::len(starts) // parts], len(samples)]
+  return [samples[a:b] for a, b in zip(cuts, cuts[1:])]
 
 
 def _each(update: Callable[[TrainState, Batch],

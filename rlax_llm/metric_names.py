@@ -47,6 +47,8 @@ METRICS: dict[str, Metric] = {
         Metric('tokens', _T, 'of groups that are never trained on'),
     'rollout/pending_groups':
         Metric('groups', _T, 'put off, to be continued in the next step'),
+    'rollout/extra_samples':
+        Metric('samples', _T, 'asked for beyond samples_per_prompt'),
     'rollout/length_tau':
         Metric('1', _T, "Kendall's tau of predicted and mean group lengths"),
     'prune/head_loss':
@@ -122,7 +124,7 @@ METRICS: dict[str, Metric] = {
     'evaluate/accuracy':
         Metric('fraction', _T, 'held-out problems solved, mean over samples'),
     'evaluate/tokens_mean':
-        Metric('tokens', _T, 'of an answer, with early stopping'),
+        Metric('tokens', _T, 'of an answer, without probes'),
     'evaluate/probe_tokens_mean':
         Metric('tokens', _T, 'of the probes of an answer'),
     'evaluate/stopped_fraction':

@@ -35,9 +35,6 @@ class Pruner:
     """Makes a pruner; nothing is compiled yet."""
     self._run = run
     self._control = run.config.control
-    size = run.config.rollout.samples_per_prompt
-    self._kept = kept_samples(self._control.prune_keep, size)
-    self._keep = self._kept / size
 
   def prune(self, params: Params, head: QualityHead,
             groups: Sequence[Pending]) -> list[Pending]:
@@ -50,26 +47,27 @@ class Pruner:
     """
     if not groups:
       return []
-    size = len(groups[0].rollouts)
     rollouts = [r for group in groups for r in group.rollouts]
-    success = head.success(self._features(params, rollouts)).reshape(-1, size)
+    success = head.success(self._features(params, rollouts))
+    ends = np.cumsum([len(group.rollouts) for group in groups])
     return [
         dataclasses.replace(group, rollouts=self._drawn(group, chances))
-        for group, chances in zip(groups, success)
+        for group, chances in zip(groups, np.split(success, ends[:-1]))
     ]
 
   def _drawn(self, group: Pending, success: np.ndarray) -> tuple[Rollout, ...]:
     request = group.request
+    keep = kept_samples(self._control.prune_keep, len(success)) / len(success)
     if request.step < self._control.prune_steps:
       success = np.full_like(success, _SHARE)  # the head knows nothing yet
     chances = pruning.survival_probabilities(success,
-                                             keep=self._keep,
+                                             keep=keep,
                                              share=_SHARE,
-                                             least=min(_LEAST, self._keep / 2))
+                                             least=min(_LEAST, keep / 2))
     rng = np.random.default_rng(
         [self._run.config.seed, request.step, request.request, _LABEL])
     going = pruning.draw_survivors(chances, rng.random())
-    weights = self._keep / chances if self._control.prune_weights else (
+    weights = keep / chances if self._control.prune_weights else (
         np.ones_like(chances))
     return tuple(
         dataclasses.replace(r, survival=float(chance), weight=float(weight))

@@ -10,6 +10,7 @@ from rlax_llm.config import ControlConfig
 from rlax_llm.config import DrafterConfig
 from rlax_llm.config import freeze
 from rlax_llm.config import FROM_ROLLOUTS
+from rlax_llm.config import largest_group
 from rlax_llm.config import LEARNED
 from rlax_llm.config import list_widths
 from rlax_llm.config import ModelConfig
@@ -61,6 +62,7 @@ def _validate_control(control: ControlConfig, prompts: int,
       'prune_keep': ('prune_at', control.prune_at > 0),
       'prune_steps': ('prune_at', control.prune_at > 0),
       'prune_weights': ('prune_at', control.prune_at > 0),
+      'extra_by_hardness': ('extra_samples', control.extra_samples > 0),
   }
   for name, (reader, on) in readers.items():
     if not on and getattr(control, name) != getattr(default, name):
@@ -222,15 +224,15 @@ def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
           f'{" or ".join(map(repr, users))}, not {rollout.drafter!r}; set it '
           f'to {unset}')
   if width > 1 and rollout.drafter in FROM_ROLLOUTS:
-    group = rollout.samples_per_prompt
+    group = largest_group(rollout, control)
     capacity = rollout.prompt_length + rollout.max_new_tokens + width + 7
     texts = rollout.history + group * (2 if control.run_ahead_rows else 1)
     places = rollout.slots + -(-rollout.slots // group)
     size = 8 * places * texts * capacity / 2**20
     if size > _LARGEST_CORPUS:
       raise ConfigError(
-          f'rollout.history={rollout.history} and samples_per_prompt={group} '
+          f'rollout.history={rollout.history} and groups of {group} samples '
           f'for {rollout.slots} slots of {capacity} tokens take {size:.0f} MiB '
-          f'on the device, above {_LARGEST_CORPUS}; lower rollout.history or '
-          'rollout.slots')
+          f'on the device, above {_LARGEST_CORPUS}; lower rollout.history, '
+          'rollout.slots or control.extra_samples')
   return width

@@ -8,12 +8,14 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from rlax_llm import config as config_lib
 from rlax_llm import processes
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.groups import Experience
 from rlax_llm.groups import Group
 from rlax_llm.groups import Pending
+from rlax_llm.ops import rewards as reward_ops
 from rlax_llm.progression import Stopwatch
 from rlax_llm.pruning import Pruner
 from rlax_llm.rollout import control
@@ -58,6 +60,7 @@ class GroupSampler:
     """
     self._run = run
     self._control = run.config.control
+    self._samples = run.config.rollout.samples_per_prompt
     self._engine = engine
     self._verifier = verifier
     self._store = store
@@ -90,9 +93,13 @@ class GroupSampler:
     pending, over = state.pending, self._control.over_provision
     # Rounded: 1.1 * 10 is above 11.
     asked = math.ceil(round(over * demand.groups, 6))
-    new = self._pending(state.cursor, demand, max(asked - len(pending), 0))
+    new = self._pending(state, demand, max(asked - len(pending), 0))
     cursor = state.cursor + len(new)
     new = self._ordered(new, state)
+    if self._control.extra_samples:
+      extra = sum(p.request.samples - self._samples for p in new)
+      self.values['rollout/extra_samples'] = extra + self.values.get(
+          'rollout/extra_samples', 0)
     rollouts = RolloutState(version=demand.step, store=self._store)
     if self._pruner:
       new = self._generate(params, new, rollouts, limit=self._control.prune_at)
@@ -106,7 +113,9 @@ class GroupSampler:
               demand.number + 1 - self._control.max_staleness))
     groups = self._generate(params, [*pending, *new],
                             rollouts,
-                            ahead=self._coming(cursor, demand.number + 1),
+                            ahead=self._coming(
+                                dataclasses.replace(state, cursor=cursor),
+                                demand.number + 1),
                             policies=policies)
     left = [group for group in groups if not group.complete]
     left.sort(key=lambda g: (g.request.step, g.request.request))
@@ -157,15 +166,37 @@ class GroupSampler:
         for group in groups
     ]
 
-  def _pending(self, cursor: int, demand: Demand, count: int) -> list[Pending]:
+  def _pending(self, state: Experience, demand: Demand,
+               count: int) -> list[Pending]:
     """Returns new requests of a step, for the next problems of the stream."""
+    cursor = state.cursor
     requests = self._run.requests(
         [self.problem(cursor + i) for i in range(count)],
-        samples=self._run.config.rollout.samples_per_prompt,
+        samples=self._samples,
         domain=TRAIN,
         step=demand.number,
         first=demand.first)
-    return [Pending(cursor + i, request) for i, request in enumerate(requests)]
+    return [
+        Pending(cursor + i, self._with_extra(request, state))
+        for i, request in enumerate(requests)
+    ]
+
+  def _with_extra(self, request: Request, state: Experience) -> Request:
+    """Returns a request with the samples that its prompt is to get.
+
+    The first of them have the noise, and so the tokens, that they would have
+    without more.
+    """
+    accuracy = state.successes.accuracy(request.prompt)
+    if not self._control.extra_samples or accuracy is None:
+      return request
+    extra = reward_ops.extra_rollouts(
+        accuracy,
+        samples=self._samples,
+        most=config_lib.largest_group(self._run.config.rollout, self._control),
+        hardness_weighted=self._control.extra_by_hardness,
+        scaled=self._run.algorithm.advantage in ('group', 'group_population'))
+    return dataclasses.replace(request, samples=self._samples + extra)
 
   def _ordered(self, new: Sequence[Pending],
                state: Experience) -> list[Pending]:
@@ -177,7 +208,7 @@ class GroupSampler:
     sign = -1 if order == 'longest_first' else 1
     return [new[i] for i in np.argsort(sign * lengths, kind='stable')]
 
-  def _coming(self, cursor: int, number: int) -> list[Request]:
+  def _coming(self, state: Experience, number: int) -> list[Request]:
     """Returns the requests of a coming step, if any use can be made of them.
 
     They are for hints only: whatever is wrong with them is reported in their
@@ -189,7 +220,7 @@ class GroupSampler:
       return []
     count = config.task.prompts_per_step
     try:
-      new = self._pending(cursor, Demand(number, number, 0, count), count)
+      new = self._pending(state, Demand(number, number, 0, count), count)
     except ConfigError:
       return []
     return [pending.request for pending in new]

@@ -77,7 +77,7 @@ def train_step(
     watch.lap('drafter')
 
   loop.progression.add_tokens(rollouts)
-  loop.progression.add_reward(float(np.mean(rewards)))
+  loop.progression.add_reward(float(np.mean(np.concatenate(rewards))))
   seconds = watch.seconds
   after = executables.compile_totals()
   numbers: dict[str, Any] = {
@@ -85,7 +85,7 @@ def train_step(
       **group_metrics(groups, rewards, step),
       **credit.label_metrics(run, groups, rewards),
       'learning/trained_fraction':
-          np.mean(trained),
+          np.mean(np.concatenate(trained)),
       'learning/learning_rate':
           run.states.learning_rate(step),
       'learning/padding_fraction':
@@ -107,30 +107,31 @@ def train_step(
   return states, numbers, rows
 
 
-def group_metrics(groups: Sequence[Group], rewards: np.ndarray,
+def group_metrics(groups: Sequence[Group], rewards: Sequence[np.ndarray],
                   step: int) -> dict[str, Any]:
   """Returns what groups and their rewards tell, under the fixed names.
 
   Args:
     groups: of one step.
-    rewards: float32[B, G], those that are learned from.
+    rewards: float32[G] of each group, those that are learned from.
     step: from 0.
   """
   rollouts = [rollout for group in groups for rollout in group.rollouts]
   lengths = [rollout.length for rollout in rollouts]
   parts = {
-      f'reward/{name}': np.mean([group.parts[name] for group in groups])
+      f'reward/{name}':
+          np.mean(np.concatenate([group.parts[name] for group in groups]))
       for name in groups[0].parts
   }
   return parts | {
       'reward/mean':
-          np.mean(rewards),
+          np.mean(np.concatenate(rewards)),
       'reward/std':
-          np.std(rewards),
+          np.std(np.concatenate(rewards)),
       'reward/unscorable':
-          int(np.sum([group.unscorable for group in groups])),
+          sum(int(np.sum(group.unscorable)) for group in groups),
       'reward/groups_with_signal':
-          np.mean(np.ptp(rewards, axis=-1) > 0),
+          np.mean([np.ptp(group) > 0 for group in rewards]),
       'rollout/tokens':
           sum(lengths),
       'rollout/length_mean':
@@ -152,8 +153,8 @@ def group_metrics(groups: Sequence[Group], rewards: np.ndarray,
   }
 
 
-def sample_rows(groups: Sequence[Group], rewards: np.ndarray,
-                advantages: np.ndarray) -> list[dict]:
+def sample_rows(groups: Sequence[Group], rewards: Sequence[np.ndarray],
+                advantages: Sequence[np.ndarray]) -> list[dict]:
   """Returns the rows of samples.jsonl."""
   return [{
       'prompt': group.problem.prompt,

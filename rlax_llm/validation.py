@@ -70,6 +70,7 @@ _AT_LEAST: dict[str, float] = {
     'control.logical_slots': 0,
     'control.prune_at': 0,
     'control.prune_steps': 0,
+    'control.extra_samples': 0,
     'control.min_slots': 1,
     'control.run_ahead_rows': 0,
     'drafter.depth': 0,

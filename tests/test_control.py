@@ -556,6 +556,8 @@ COMBINATIONS = {
         dict(control__replay=2, control__order='shortest_first'),
     'prune':
         dict(control__prune_at=4, control__prune_steps=1),
+    'extra':
+        dict(control__extra_samples=5, learning__minibatches=2),
     'all':
         dict(control__over_provision=1.5,
              control__logical_slots=8,
@@ -564,6 +566,8 @@ COMBINATIONS = {
              control__dynamic_sampling=2,
              control__staleness=1,
              control__replay=1,
+             control__extra_samples=3,
+             control__extra_by_hardness=True,
              learning__old_logprobs='scored'),
 }
 

@@ -556,6 +556,9 @@ def test_later_minibatches_read_old_from_before_the_first_step():
   scored after the first step.
   """
   run, samples = tiny_run(minibatches=2), random_samples()
+  samples = [
+      dataclasses.replace(s, group=i // 4) for i, s in enumerate(samples)
+  ]
   state, values = _learn(run, samples)
   assert values['policy/ratio_max'] > 1.01
   learner = make_learner(run, optimizer=SGD)
@@ -684,7 +687,7 @@ def test_permuted_rewards_are_a_permutation():
   Mutant: shuffling within each group only, which keeps the group's mean.
   """
   rewards = np.arange(32, dtype=np.float32).reshape(8, 4)
-  one, two = (credit.permuted(rewards, 0, step) for step in (0, 1))
+  one, two = (np.array(credit.permuted(rewards, 0, step)) for step in (0, 1))
   assert sorted(one.ravel()) == sorted(rewards.ravel())
   assert not np.array_equal(one, two)
   assert not np.array_equal(one.mean(axis=1), rewards.mean(axis=1))

@@ -659,7 +659,7 @@ def test_majority_labels():
   groups = _groups([['1,000', '1000.0', ' 1000', '7'], ['a', 'B', 'b', '']],
                    [[0, 0, 0, 1], [0, 1, 1, 0]])
   rewards = credit.group_rewards(run, groups, 0)
-  assert rewards.tolist() == [[1, 1, 1, 0], [0, 1, 1, 0]]
+  assert [r.tolist() for r in rewards] == [[1, 1, 1, 0], [0, 1, 1, 0]]
   values = credit.label_metrics(run, groups, rewards)
   assert values['reward/label_accuracy'] == 0.5
   assert values['reward/label_agreement'] == 0.5

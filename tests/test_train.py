@@ -242,6 +242,7 @@ def test_a_run_in_two_parts_is_the_whole_run(base, tmp_path):
   assert 'continuing' in shown and 'after step 2' in shown
   rows = _rows(tmp_path, 'metrics.jsonl')
   rows[2].pop('evaluate/accuracy')
+  rows[2].pop('evaluate/tokens_mean')
   assert rows == _rows(base[0], 'metrics.jsonl')
   for name in VALUES:
     assert summary[name] == base[1][name], name
@@ -476,14 +477,19 @@ def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
 
   monkeypatch.setattr(RolloutEngine, 'generate', spy)
   values = _evaluate(monkeypatch, capsys, base[0])
-  assert values == {'step': 4, 'evaluate/accuracy': base[1]['accuracy_after']}
+  assert values == {
+      'step': 4,
+      'evaluate/accuracy': base[1]['accuracy_after'],
+      'evaluate/tokens_mean': np.mean([len(t) for t in sampled[-1]])
+  }
   many = [
       _evaluate(monkeypatch, capsys, base[0], evaluate__samples=4)
       for _ in range(2)
   ]
   assert many[0] == many[1] and sampled[1] == sampled[2]
   assert set(many[0]) == {
-      'step', 'evaluate/accuracy', 'evaluate/pass_at_2', 'evaluate/pass_at_4'
+      'step', 'evaluate/accuracy', 'evaluate/tokens_mean', 'evaluate/pass_at_2',
+      'evaluate/pass_at_4'
   }
   with pytest.raises(ConfigError, match='holds no checkpoint'):
     _evaluate(monkeypatch, capsys, tmp_path / 'nowhere')

@@ -1,30 +1,47 @@
 """APRIL in logical time: what over-provisioning gains, and whom it puts off.
 
   python -m experiments.april.run
+  python -m experiments.april.run --trained
 
 Answers of lengths that are drawn, not sampled, go through the engine's own
 logical time and stop policy (`rollout/control.py`) for many steps; a tick costs
 c0 + c1 * (rows that decode). "APRIL: Active Partial Rollouts in Reinforcement
 Learning to Tame Long-tail Generation", https://arxiv.org/abs/2509.18521.
 Writes sweep.csv into --out.
+
+With --trained a model is trained instead, on a task with a long tail, and
+trained.csv is written: the throughput of its rollouts, and its accuracy. With
+--nocompact rows that idle stay, as in the paper's baseline: to
+trained_idle_rows.csv.
 """
 
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 from absl import app
 from absl import flags
 import numpy as np
 
 from experiments import common
+from experiments import long_tail
+from rlax_llm import executables
 from rlax_llm.rollout import control
+from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 
 _OUT = flags.DEFINE_string('out', 'experiments/april', 'Where results go.')
 _STEPS = flags.DEFINE_integer('steps', 60, 'Steps of a run.')
+_TRAINED = flags.DEFINE_boolean('trained', False, 'Train a model.')
+_SIZE = flags.DEFINE_string('size', 'small', 'Of the model, with --trained.')
+_COMPACT = flags.DEFINE_boolean(
+    'compact', True, 'Whether idle rows are given up, with --trained.')
+_PROBLEMS = flags.DEFINE_integer('problems', 512,
+                                 'Held-out problems, with --trained.')
+_RATIOS = flags.DEFINE_list('ratios', ['1', '1.25', '1.5', '2'],
+                            'Values of over_provision; the first is 1.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of a setting.')
 
 _PROMPTS, _SAMPLES, _SLOTS = 16, 8, 64
@@ -119,13 +136,100 @@ def simulate(ratio: float, sigma: float, max_staleness: int, seed: int,
   }
 
 
+def train(ratio: float, seed: int, warm: Params) -> dict[str, float]:
+  """Returns what a training run of `--steps` steps comes to.
+
+  Args:
+    ratio: `control.over_provision`.
+    seed: of the run.
+    warm: the policy before.
+  """
+  config = long_tail.make_config(seed,
+                                 _SIZE.value,
+                                 num_steps=_STEPS.value,
+                                 rollout__slots=64,
+                                 rollout__segment_forwards=8,
+                                 control__over_provision=ratio,
+                                 control__compact=_COMPACT.value,
+                                 learning__old_logprobs='scored',
+                                 evaluate__problems=_PROBLEMS.value)
+  steps = list(long_tail.train(config, warm))
+  total = lambda name: float(sum(s[name] for s in steps))
+  # What is put off at the end is not trained on, and not counted.
+  tokens = total('rollout/trained_tokens')
+  cost = (_FIXED * total('rollout/forwards') +
+          _BY_ROW * total('rollout/sampled_tokens'))
+  seconds = sum((s['rollout/sampled_tokens'] + s['rollout/discarded_tokens']) /
+                s['rollout/tokens_per_second'] for s in steps)
+  return {
+      'tokens_per_second':
+          tokens / seconds,
+      'tokens_per_cost':
+          tokens / cost,
+      'occupancy':
+          total('rollout/occupancy') / len(steps),
+      'tail':
+          total('rollout/length_max') / total('rollout/length_mean'),
+      'stale_tokens':
+          total('policy/staleness_mean') / len(steps),
+      'age_max':
+          max(s['policy/staleness_max'] for s in steps),
+      'discarded':
+          total('rollout/discarded_tokens') / total('rollout/sampled_tokens'),
+      'accuracy':
+          steps[-1]['evaluate/accuracy'],
+  }
+
+
+def sweep_trained() -> None:
+  """Trains with every seed and ratio; writes a row for each ratio."""
+  common.use_device()
+  executables.enable_compilation_cache()
+  warm = long_tail.warm_params(long_tail.make_config(0, _SIZE.value), 'tally')
+  ratios = [float(ratio) for ratio in _RATIOS.value]
+  found = []  # by seed, then by ratio: what disturbs the machine meets all
+  for seed in range(_SEEDS.value):
+    found.append({ratio: train(ratio, seed, warm) for ratio in ratios})
+    # After every seed: a command that is stopped leaves what it has.
+    rows = _table(found, ratios)
+    name = 'trained.csv' if _COMPACT.value else 'trained_idle_rows.csv'
+    common.write_csv(pathlib.Path(_OUT.value) / name, rows)
+    for row in rows:
+      print(row, flush=True)
+
+
+def _table(found: Sequence[Mapping[float, Mapping[str, float]]],
+           ratios: Sequence[float]) -> list[dict[str, Any]]:
+  """Returns a row for each ratio, from what runs came to by seed."""
+  rows = []
+  for ratio in ratios:
+    mine, base = zip(*((f[ratio], f[1.0]) for f in found))
+    row: dict[str, Any] = {'ratio': ratio, 'seeds': len(found)}
+    for name in ('tokens_per_second', 'tokens_per_cost'):
+      row[name] = round(
+          float(np.mean([m[name] / b[name] for m, b in zip(mine, base)])), 3)
+    low, middle = common.lower_bound(
+        [m['accuracy'] - b['accuracy'] for m, b in zip(mine, base)])
+    for name in ('occupancy', 'tail', 'stale_tokens', 'age_max', 'discarded',
+                 'accuracy'):
+      row[name] = round(float(np.mean([m[name] for m in mine])), 3)
+    rows.append(row | {
+        'accuracy_change': round(middle, 4),
+        'accuracy_change_low': round(low, 4)
+    })
+  return rows
+
+
 def main(argv: list[str]) -> None:
-  """Sweeps the ratio by the tail of the lengths."""
+  """Sweeps the ratio by the tail of the lengths, or trains by ratio."""
   del argv
+  if _TRAINED.value:
+    sweep_trained()
+    return
   rows = []
   for sigma in (0.0, 0.5, 1.0):
     base = None
-    for ratio in (1.0, 1.25, 1.5, 2.0):
+    for ratio in map(float, _RATIOS.value):
       found = [
           simulate(ratio, sigma, 4, seed, _STEPS.value)
           for seed in range(_SEEDS.value)

@@ -16,6 +16,7 @@ from absl import flags as absl_flags
 import jax
 import numpy as np
 
+from rlax_llm import config as config_lib
 from rlax_llm import flags
 from rlax_llm import learner as learners
 from rlax_llm import sharding
@@ -32,7 +33,8 @@ _DEVICES = absl_flags.DEFINE_integer('devices', 0,
 def abstract_batch(run: Run, learner: learners.Learner) -> Batch:
   """Returns the shapes of the largest batch, of completions of T tokens."""
   rollout = run.config.rollout
-  count = (run.config.task.prompts_per_step * rollout.samples_per_prompt //
+  group = config_lib.largest_group(rollout, run.config.control)
+  count = (run.config.task.prompts_per_step * group //
            run.config.learning.minibatches)
   sample = Sample(prompt=np.zeros(rollout.prompt_length, np.int32),
                   completion=np.zeros(rollout.max_new_tokens, np.int32),

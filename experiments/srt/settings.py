@@ -9,8 +9,25 @@ from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
 
 # Model, batch and length of the experiment: `tiny` for two CPU cores, `gpu`
-# for one accelerator (33 M parameters).
+# for one accelerator (33 M parameters); `small` (0.2 M) for experiments of many
+# runs, `smoke` for tests.
 SIZES: dict[str, dict[str, Any]] = {
+    'smoke':
+        dict(model=dict(layers=1, width=16, mlp_width=32),
+             prompts=4,
+             epoch_steps=2,
+             steps=2,
+             sft_steps=2,
+             slots=16,
+             width=4),
+    'small':
+        dict(model=dict(layers=2, width=96, mlp_width=256),
+             prompts=8,
+             epoch_steps=4,
+             steps=12,
+             sft_steps=1000,
+             slots=16,
+             width=4),
     'tiny':
         dict(model=dict(layers=4, width=128, mlp_width=384),
              prompts=8,

@@ -3,6 +3,7 @@
 from typing import Any, Callable, NamedTuple
 
 from rlax_llm.config import ControlConfig
+from rlax_llm.config import largest_group
 from rlax_llm.config import RolloutConfig
 from rlax_llm.config import SOURCES
 from rlax_llm.drafting import arms
@@ -119,7 +120,7 @@ def make_drafters(rollout: RolloutConfig,
     target: what is drafted for.
     learned: the network, if the drafter has one.
   """
-  group = rollout.samples_per_prompt
+  group = largest_group(rollout, control)
   # What ran ahead, or beyond a cut, foretells the samples of a later step.
   hinted = control.run_ahead_rows or control.over_provision > 1
   shape = CorpusShape(prompts=places,

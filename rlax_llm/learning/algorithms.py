@@ -12,6 +12,7 @@ from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
 from rlax_llm.learning.algorithm import Algorithm
 from rlax_llm.learning.estimators import ESTIMATORS
+from rlax_llm.learning.estimators import OF_BATCH
 from rlax_llm.learning.estimators import PART_ESTIMATORS
 from rlax_llm.learning.filters import FILTERS
 from rlax_llm.learning.filters import LABELS
@@ -165,6 +166,13 @@ def check(algorithm: Algorithm, config: Config) -> None:
   alone = algorithm.advantage == 'best_minus_second' or (algorithm.credit
                                                          == 'minimum_variance')
   whole = algorithm.advantage in ('batch_scaled', *PART_ESTIMATORS)
+  compares = algorithm.advantage in (*OF_BATCH, *PART_ESTIMATORS)
+  if config.control.extra_samples and compares:
+    raise ConfigError(
+        f'control.extra_samples={config.control.extra_samples} makes groups of '
+        f'different sizes; algorithm.advantage={algorithm.advantage!r} '
+        'compares groups of one size: use one that looks at each by itself, '
+        "such as 'group_centred'")
   if alone and group < 2 or whole and batch < 2:
     raise ConfigError(
         f'rollout.samples_per_prompt={group} leaves nothing to compare for '

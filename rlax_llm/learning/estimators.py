@@ -79,6 +79,9 @@ def _decoupled(epsilon: float, ddof: int, parts: Array,
       batch_advantages.batch_normalised(summed, epsilon=epsilon), 0.0)
 
 
+# Those of `ESTIMATORS` that compare groups: all of them must be of one size.
+OF_BATCH = ('batch_scaled', 'signal_scaled', 'whitened')
+
 PART_ESTIMATORS: dict[str, Estimator] = {
     'reward_decoupled': functools.partial(_decoupled, 1e-4, 1),
     'reward_decoupled_population': functools.partial(_decoupled, 0.0, 0),

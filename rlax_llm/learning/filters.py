@@ -9,7 +9,7 @@ from rlax_llm.ops import pseudo_labels
 
 
 class Outcomes(NamedTuple):
-  """What is known of a step's samples, [B, G]."""
+  """What is known of the samples of a group, or of groups: [..., G]."""
   rewards: np.ndarray  # float32
   unscorable: np.ndarray  # bool: the verifier gave no reward
   finished: np.ndarray  # bool: emitted EOS
@@ -46,19 +46,15 @@ def canonical(answer: str | None) -> str | None:
   return re.sub(r'(\d)\.0*$', r'\1', plain) or None
 
 
-def _majority(answers: Sequence[Sequence[str | None]],
-              rewards: np.ndarray) -> np.ndarray:
+def _majority(answers: Sequence[str | None], rewards: np.ndarray) -> np.ndarray:
   del rewards
-  return np.array([
-      pseudo_labels.majority_rewards([canonical(a)
-                                      for a in group])
-      for group in answers
-  ], np.float32)
+  return np.array(
+      pseudo_labels.majority_rewards([canonical(a) for a in answers]),
+      np.float32)
 
 
-# (answers of B groups of G samples, the verifier's rewards) -> float32[B, G].
-LABELS: dict[str, Callable[[Sequence[Sequence[str | None]], np.ndarray],
-                           np.ndarray]] = {
-                               'verifier': lambda answers, rewards: rewards,
-                               'majority': _majority,
-                           }
+# (answers of a group of G samples, the verifier's rewards) -> float32[G].
+LABELS: dict[str, Callable[[Sequence[str | None], np.ndarray], np.ndarray]] = {
+    'verifier': lambda answers, rewards: rewards,
+    'majority': _majority,
+}

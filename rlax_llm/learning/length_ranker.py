@@ -12,7 +12,7 @@ import numpy as np
 _BUCKETS = 64  # features: hashed tokens
 _RATE = 0.1  # of the ranker's steps
 _SHRINKAGE = 2.0  # rollouts that the prediction for an unseen prompt counts for
-_KEPT = 1 << 16  # prompts
+KEPT_PROMPTS = 1 << 16
 
 
 def list_mle(scores: np.ndarray) -> tuple[float, np.ndarray]:
@@ -75,7 +75,7 @@ class LengthHistory:
     guesses = self._line(self._scores(prompts))
     found = []
     for prompt, guess in zip(prompts, guesses):
-      count, total = self.prompts.get(_key(prompt), (0.0, 0.0))
+      count, total = self.prompts.get(prompt_key(prompt), (0.0, 0.0))
       found.append((total + _SHRINKAGE * guess) / (count + _SHRINKAGE))
     return np.array(found)
 
@@ -92,10 +92,10 @@ class LengthHistory:
     means = np.array([x.mean() for x in logs])
     known = dict(self.prompts)
     for prompt, x in zip(prompts, logs):
-      count, total = known.pop(_key(prompt), (0.0, 0.0))
-      known[_key(prompt)] = (keep * count + len(x),
-                             keep * total + float(x.sum()))
-    for key in list(known)[:-_KEPT]:
+      count, total = known.pop(prompt_key(prompt), (0.0, 0.0))
+      known[prompt_key(prompt)] = (keep * count + len(x),
+                                   keep * total + float(x.sum()))
+    for key in list(known)[:-KEPT_PROMPTS]:
       del known[key]
     scores = self._scores(prompts)
     order = np.argsort(-means, kind='stable')
@@ -132,7 +132,8 @@ class LengthHistory:
     return y / count + max(slope, 0.0) * (scores - s / count)
 
 
-def _key(prompt: np.ndarray) -> str:
+def prompt_key(prompt: np.ndarray) -> str:
+  """Returns a text that stands for a prompt, int32[length], in JSON."""
   return np.asarray(prompt, '<i4').tobytes().hex()
 
 

@@ -1,0 +1,97 @@
+"""A policy whose answers have a long tail, and runs of it under `control`.
+
+The sums of experiments/srt/task.py and a small model. One warm start serves
+every arm and seed of an experiment; it is kept in a file.
+"""
+
+import pathlib
+import tempfile
+from typing import Any, Iterator
+
+from absl import flags
+from flax import serialization
+import jax
+import numpy as np
+
+from experiments.srt import settings
+from experiments.srt import workload
+from rlax_llm import evaluate
+from rlax_llm import learner as learners
+from rlax_llm.config import Config
+from rlax_llm.experience import Collector
+from rlax_llm.progression import Progression
+from rlax_llm.run import make_run
+from rlax_llm.step import Loop
+from rlax_llm.step import train_step
+from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.types import Params
+from rlax_llm.warm_start import warm_start
+
+WARM = flags.DEFINE_string(
+    'warm', None, 'Folder of warm starts; what it lacks is written there.')
+
+
+def make_config(seed: int, size: str, **changes: Any) -> Config:
+  """Returns the config of a run: GRPO, without speculation.
+
+  Args:
+    seed: of problems, noise and order.
+    size: of `srt.settings.SIZES`.
+    **changes: fields by dotted path, '__' for the dot.
+  """
+  config = settings.make_config(size, 'grpo', 8, seed)
+  for path, value in changes.items():
+    section, _, name = path.rpartition('__')
+    setattr(getattr(config, section) if section else config, name, value)
+  return config
+
+
+def warm_params(config: Config, name: str) -> Params:
+  """Returns the parameters after the warm start, on the host.
+
+  Args:
+    config: of any run with the same model and task.
+    name: of its file.
+  """
+  run = make_run(config)
+  path = pathlib.Path(WARM.value) / name if WARM.value else None
+  params = run.states.init_params()
+  if path and path.exists():
+    return serialization.from_bytes(jax.tree.map(np.array, params),
+                                    path.read_bytes())
+
+  def show(done: int, loss: float) -> None:
+    if not done % 100:
+      print(f'warm start: step {done}, loss {loss:.3f}', flush=True)
+
+  params = jax.tree.map(np.array, warm_start(run, params, show))
+  if path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(serialization.to_bytes(params))
+  return params
+
+
+def train(config: Config, warm: Params) -> Iterator[dict[str, Any]]:
+  """Trains a run; yields the metrics of each step, the last with accuracy.
+
+  Args:
+    config: of the run.
+    warm: from `warm_params`.
+  """
+  run = make_run(config, clock=workload.clock())
+  config = run.config
+  states = run.states.init_all(jax.tree.map(jax.numpy.asarray, warm))
+  engine = run.engine(run.sampling)
+  with Verifier(config.task, config.seed) as verifier:
+    learner = learners.make_learner(run)
+    collector = Collector(run, engine, verifier, run.rollout_store(),
+                          learner.score_samples)
+    reference = run.states.reference(tempfile.mkdtemp(),
+                                     states['policy'].params, 0)
+    loop = Loop(run, collector, learner, reference, Progression())
+    for step in range(config.num_steps):
+      states, values, _ = train_step(loop, step, states)
+      if step + 1 == config.num_steps:
+        values |= evaluate.evaluate(run, engine, states['policy'].params,
+                                    verifier, evaluate.held_out_problems(run))
+      yield values

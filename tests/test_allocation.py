@@ -1,0 +1,203 @@
+"""Extra samples for hard prompts, and groups of different sizes."""
+
+import contextlib
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+
+from rlax_llm import credit
+from rlax_llm import learner as learners
+from rlax_llm import run as runs
+from rlax_llm import testing
+from rlax_llm.config import ConfigError
+from rlax_llm.experience import Collector
+from rlax_llm.learning.batch import Sample
+from rlax_llm.learning.presets import PRESETS
+from rlax_llm.ops import rewards as reward_ops
+from rlax_llm.progression import Stopwatch
+from rlax_llm.tasks.verifier import Verifier
+
+
+def _run(**changes):
+  """A run of the tiny config, with changes to `control` or to what is named."""
+  config = testing.tiny_config()
+  config.mesh.data = 1
+  config.rollout.drafter = 'none'
+  config.rollout.width = 1
+  for path, value in changes.items():
+    section, _, name = path.rpartition('__')
+    setattr(getattr(config, section or 'control'), name, value)
+  return runs.make_run(config)
+
+
+@pytest.fixture(name='collect_with')
+def _collect_with():
+  """Makes the collector of a run; closes its verifiers."""
+  with contextlib.ExitStack() as stack:
+
+    def make(run):
+      verifier = stack.enter_context(Verifier(run.config.task, run.config.seed))
+      score = lambda unused_params, samples: [
+          np.zeros(len(s.completion), np.float32) for s in samples
+      ]
+      return Collector(run, run.engine(run.sampling), verifier,
+                       run.rollout_store(), score)
+
+    yield make
+
+
+def _collected(run, collector, steps):
+  """Yields the groups of each step, of a policy that does not change."""
+  params = run.states.init_params()
+  for step in range(steps):
+    found = collector.collect(params, step, Stopwatch(run.clock))
+    collector.learned()
+    yield found
+
+
+def _spied(collector):
+  """Returns a list that fills with all groups that are sampled, in order."""
+  seen = []
+  sampler = collector._sampler  # pylint: disable=protected-access
+  real = sampler.sample
+
+  def sample(*args):
+    state, found = real(*args)
+    seen.extend(found)
+    return state, found
+
+  sampler.sample = sample
+  return seen
+
+
+def _check_extra(request, count, known):
+  """Asserts that a request got what DARS's schedule says; returns it.
+
+  Args:
+    request: of some step.
+    count: its rollouts.
+    known: accuracies before each step, by prompt.
+  """
+  accuracy = known[request.step].get(request.prompt.tobytes())
+  extra = 0 if accuracy is None else reward_ops.extra_rollouts(
+      accuracy, samples=4, most=10, hardness_weighted=True, scaled=True)
+  assert count == request.samples == 4 + extra
+  return extra
+
+
+@pytest.mark.parametrize('changes', [
+    dict(),
+    pytest.param(dict(
+        dynamic_sampling=2, over_provision=1.5, rollout__max_new_tokens=1),
+                 marks=pytest.mark.slow)
+],
+                         ids=['alone', 'composed'])
+def test_hard_prompts_get_more_by_what_earlier_steps_saw(collect_with, changes):
+  """Law: nobody gets more before it was sampled; then as many as DARS's
+  schedule gives for the mean reward of the prompt's newest group of an earlier
+  step, groups that were dropped included. The first G samples of a group are
+  those of the run without extra samples. The state comes back from JSON as it
+  was.
+
+  Mutants: accuracies noted within the step; those of dropped groups not noted;
+  no cap.
+  """
+  run = _run(extra_samples=6, extra_by_hardness=True, **changes)
+  plain = _run(**changes)
+  collector = collect_with(run)
+  seen, known, sizes = _spied(collector), [{}], []
+  for found, base in zip(_collected(run, collector, 3),
+                         _collected(plain, collect_with(plain), 3)):
+    sizes.append([
+        _check_extra(group.request, len(group.rollouts), known)
+        for group in seen
+    ])
+    if not changes:
+      assert collector.metrics()['rollout/extra_samples'] == sum(sizes[-1])
+      assert [[r.tokens.tolist() for r in g.rollouts[:4]] for g in found
+             ] == [[r.tokens.tolist() for r in g.rollouts] for g in base]
+    known.append(known[-1] |
+                 {g.request.prompt.tobytes(): g.rewards.mean() for g in seen})
+    seen.clear()
+    record = json.loads(json.dumps(collector.dump()))
+    assert sorted(record['successes']['accuracies'].values()) == pytest.approx(
+        sorted(known[-1].values()))
+    again = collect_with(run)
+    again.restore(record)
+    assert json.dumps(again.dump()) == json.dumps(record)
+  assert not any(sizes[0]) and max(map(max, sizes)) == 6
+
+
+def _group(rewards, finished=None):
+  rewards = np.array(rewards, np.float32)
+  finished = finished or [True] * len(rewards)
+  return types.SimpleNamespace(
+      rewards=rewards,
+      texts=['1'] * len(rewards),
+      lengths=np.full(len(rewards), 3),
+      unscorable=np.zeros(len(rewards), bool),
+      parts={'correct': rewards},
+      rollouts=[types.SimpleNamespace(finished=f) for f in finished])
+
+
+def test_groups_of_different_sizes_are_judged_one_by_one():
+  """Law: each group's advantages are those that it has alone; permuted rewards
+  keep the sizes; a filter looks at each group.
+
+  Mutants: advantages in the order of sizes; the empty groups counted.
+  """
+  run = _run()
+  groups = [
+      _group([1, 0, 0, 1]),
+      _group([0, 0, 1, 0, 0, 0]),
+      _group([0, 0, 0, 0]),
+      _group([1, 1, 0, 1, 0])
+  ]
+  rewards = credit.group_rewards(run, groups, 0)
+  for name in ('grpo', 'dr_grpo', 'rloo', 'opo'):
+    run = dataclasses.replace(run, algorithm=PRESETS[name])
+    found = credit.advantages(run, groups, rewards)
+    alone = [
+        credit.advantages(run, [g], [r])[0] for g, r in zip(groups, rewards)
+    ]
+    for mine, want in zip(found, alone):
+      np.testing.assert_allclose(mine, want, rtol=1e-6)
+    assert all(np.ptp(x) > 0 for x in found[:2]) and not found[2].any()
+  signal = dataclasses.replace(run, algorithm=PRESETS['confucius3'])
+  assert [x.all() for x in credit.trained_samples(signal, groups, rewards)
+         ] == [True, True, False, True]
+  shuffled = credit.permuted(rewards, 0, 0)
+  assert [len(x) for x in shuffled] == [4, 6, 4, 5]
+  assert sum(x.sum() for x in shuffled) == sum(x.sum() for x in rewards)
+
+
+def test_optimizer_steps_take_whole_groups():
+  """Law: as many groups each, however many samples they have.
+
+  Mutant: as many samples each.
+  """
+  one = np.ones(1, np.int32)
+  samples = [Sample(one, one, group=g) for g in (0, 0, 0, 1, 2, 3)]
+  parts = learners._split(samples, 2)  # pylint: disable=protected-access
+  assert [[s.group for s in part] for part in parts] == [[0, 0, 0, 1], [2, 3]]
+  with pytest.raises(ValueError, match='4 groups cannot be divided .*=3'):
+    learners._split(samples, 3)  # pylint: disable=protected-access
+
+
+def test_impossible_allocations_are_refused():
+  """Law: one line that names the value, the limit and the remedy.
+
+  Mutant: estimators that compare groups admitted.
+  """
+  for changes, message in [
+      (dict(extra_by_hardness=True),
+       'extra_by_hardness=True has no effect with control.extra_samples=0'),
+      (dict(extra_samples=-1), 'extra_samples=-1 must be at least 0'),
+      (dict(extra_samples=4, algorithm__name='reinforce_plus_plus'),
+       'extra_samples=4 makes groups of different sizes.*group_centred'),
+  ]:
+    with pytest.raises(ConfigError, match=message):
+      _run(**changes)
