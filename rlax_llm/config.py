@@ -350,6 +350,10 @@ class MeshConfig(Section):
   # Rollouts read parameters gathered over fsdp ahead of each generate, where
   # the memory allows it; else layer by layer, in every forward.
   gather_for_rollout: bool = True
+  # Parts of the data ways that decode independently from one queue, each with
+  # its share of rollout.slots: a long answer holds up its part only. Programs
+  # are compiled for every part.
+  replicas: int = 1
 
 
 @dataclasses.dataclass(unsafe_hash=True)
