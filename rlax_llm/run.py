@@ -309,6 +309,7 @@ def make_run(config: Config,
                                    model=model,
                                    constrain=constrain)
 
+  @functools.cache
   def on_mesh(part: Mesh) -> Networks:
     model, draft_model = make_networks(part)
     own = states.learned()
