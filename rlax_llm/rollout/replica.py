@@ -287,6 +287,9 @@ class Replica:
         if owner is None and row is not None:
           sample = line.waiting.pop(0)
           table.owners[slot] = sample
+          if places and sample.group not in places:
+            # All of its samples were given up, and some came back.
+            self._place(sample.ahead, [sample.text])
           place = places.of(sample.group) if places else 0
           left = sample.begin + sample.limit - sample.base
           taken[slot] = Seat(row, sample.request, sample.index, left, place)
