@@ -298,7 +298,9 @@ class DrafterConfig(Section):
   sources: tuple[str, ...] = SOURCES
   # Steps between two trainings of it; 0: it stays as the warm-up left it.
   every: int = 1
-  share: float = 0.05  # of the run's time that its training may take
+  # Of the run's time, what its training may take between steps. On replicas
+  # that idle it costs nothing: see mesh.replicas.
+  share: float = 0.05
   # Updates on the task's traces before RL, on the policy as it is then.
   warmup_updates: int = 0
   learning_rate: float = 1e-3
@@ -356,6 +358,10 @@ class MeshConfig(Section):
   # Rollouts read parameters gathered over fsdp ahead of each generate, where
   # the memory allows it; else layer by layer, in every forward.
   gather_for_rollout: bool = True
+  # Parts of the data ways that decode independently from one queue, each with
+  # its share of rollout.slots: a long answer holds up its part only. Programs
+  # are compiled for every part.
+  replicas: int = 1
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -2,17 +2,21 @@
 
 TLT trains its drafter where devices would idle, on rollouts of the last two
 steps, long answers first ("Taming the Long Tail: Efficient Reasoning RL
-Training with Adaptive Drafter", https://arxiv.org/abs/2511.16665). With one
-mesh nothing idles: here it gets a share of the time between steps. The clock
-decides how many updates that is, which it may: a drafter changes drafts and no
-token.
+Training with Adaptive Drafter", https://arxiv.org/abs/2511.16665). So here:
+with `mesh.replicas` the first replica that has nothing to do trains it until
+the last answer is there. Where nothing idled it gets a share of the time
+between steps. Clocks decide how many updates that is, which they may: a drafter
+changes drafts and no token.
 """
 
 import collections
+import dataclasses
 import functools
-from typing import Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from rlax_llm import processes
@@ -46,6 +50,18 @@ def keep_longest(samples: Sequence[Sample], tokens: int) -> list[Sample]:
   return kept
 
 
+@dataclasses.dataclass
+class _Spot:
+  """Training on the devices of a replica that idles, during one step."""
+  mesh: Mesh
+  state: TrainState  # the drafter's, copied there
+  policy: Params
+  learning: auxiliary.DraftLearning  # of networks bound to these devices
+  batch: Batch
+  places: Iterator[int]  # of microbatches, at most one pass
+  losses: list[jax.Array] = dataclasses.field(default_factory=list)
+
+
 class DrafterTraining:
   """Trains the drafter of a run."""
 
@@ -63,6 +79,8 @@ class DrafterTraining:
     self._cost = 0.0  # seconds of the last update
     self._compiled = run.pool.seconds  # as of the last step
     self._rng = np.random.default_rng(run.config.seed)
+    self._begin_spot: Callable[[Mesh], _Spot] | None = None
+    self._spot: _Spot | None = None
 
   def warm_up(self, state: TrainState, policy: Params,
               show: Callable[[int, float], None]) -> TrainState:
@@ -88,6 +106,53 @@ class DrafterTraining:
         show(done, float(jax.device_get(loss)))
     return state
 
+  def idle_work(self, state: TrainState, policy: Params,
+                step: int) -> Callable[[Mesh], None]:
+    """Returns what a replica does that has no sample to decode.
+
+    Args:
+      state: the drafter's; it is copied by the first replica that idles.
+      policy: the policy's parameters that sample.
+      step: from 0.
+    """
+    config, run = self._config, self._run
+    self._spot = None
+
+    def begin(mesh: Mesh) -> _Spot:
+      place = jax.tree.map(lambda x: x.sharding, sharding.on_part(state, mesh))
+      copy = run.pool(('copy_drafter', mesh),
+                      lambda tree: jax.tree.map(jnp.copy, tree),
+                      sharding.on_part(state, mesh),
+                      out_shardings=place)
+      networks = run.networks(mesh)
+      assert networks.learned is not None
+      learning = dataclasses.replace(run.states.draft_learning,
+                                     model=networks.model,
+                                     draft_model=networks.learned.draft_model)
+      batch = self._pack_recent()
+      places = iter(self._rng.permutation(int(batch.count)).tolist())
+      return _Spot(mesh, copy, sharding.on_part(policy, mesh), learning, batch,
+                   places)
+
+    def work(mesh: Mesh) -> None:
+      if self._spot is None:
+        self._spot = begin(mesh)
+      spot = self._spot
+      # One update at a time: work that is given to the replica does not queue
+      # behind more.
+      busy: Any = spot.losses and spot.losses[-1]
+      if spot.mesh != mesh or spot.losses and not busy.is_ready():
+        return
+      for place in spot.places:
+        spot.state, loss = self._update(spot.state, spot.policy, spot.batch,
+                                        place, spot.mesh, spot.learning)
+        spot.losses.append(loss)
+        return
+
+    trains = (config.every and (step + 1) % config.every == 0 and
+              run.config.mesh.replicas > 1 and any(self._recent))
+    return work if trains else lambda mesh: None
+
   def after_step(self, state: TrainState, policy: Params, step: int,
                  rollouts: Sequence[Rollout],
                  seconds: float) -> tuple[TrainState, dict[str, float]]:
@@ -110,10 +175,18 @@ class DrafterTraining:
     # Every process takes as many updates: the first one's clock decides.
     self._allowed += config.share * processes.broadcast(seconds)
     losses: list[float] = []
-    if config.every and (step + 1) % config.every == 0:
+    spot, self._spot = self._spot, None
+    if spot and spot.losses:
+      state = jax.device_put(spot.state,
+                             jax.tree.map(lambda x: x.sharding, state))
+      losses = [float(jax.device_get(loss)) for loss in spot.losses]
+    elif config.every and (step + 1) % config.every == 0:
       state, losses = self._train(state, policy)
     self._compiled = self._run.pool.seconds
-    values = {'drafter/updates': float(len(losses))}
+    values = {
+        'drafter/updates': float(len(losses)),
+        'drafter/idle_updates': float(len(spot.losses) if spot else 0)
+    }
     if losses:
       values['drafter/loss'] = float(np.mean(losses))
     return state, values
@@ -125,7 +198,7 @@ class DrafterTraining:
     if self._allowed < self._cost:
       return state, losses
     start = self._now()
-    batch = self._pack([s for samples in self._recent for s in samples])
+    batch = self._pack_recent()
     for place in self._rng.permutation(int(batch.count)):
       if self._allowed < self._cost:
         break
@@ -141,6 +214,9 @@ class DrafterTraining:
     """Returns seconds on a clock that stands still while XLA compiles."""
     return self._run.clock() - self._run.pool.seconds
 
+  def _pack_recent(self) -> Batch:
+    return self._pack([s for samples in self._recent for s in samples])
+
   def _pack(self, samples: Sequence[Sample]) -> Batch:
     """Returns packed microbatches, on the host."""
     return batches.make_batch(samples,
@@ -149,16 +225,23 @@ class DrafterTraining:
                               row_length=self._run.row_length,
                               microbatch_rows=self._config.microbatch_rows)
 
-  def _update(self, state: TrainState, policy: Params, batch: Batch,
-              place: int) -> tuple[TrainState, jax.Array]:
-    """Takes one update on one microbatch."""
-    mesh = self._run.mesh
+  def _update(
+      self,
+      state: TrainState,
+      policy: Params,
+      batch: Batch,
+      place: int,
+      mesh: Mesh | None = None,
+      learning: auxiliary.DraftLearning | None = None
+  ) -> tuple[TrainState, jax.Array]:
+    """Takes one update on one microbatch, on the run's mesh or another."""
+    mesh = mesh or self._run.mesh
     window = auxiliary.DraftWindow(
         *(processes.put(getattr(batch, name)[place], sharding.rows(mesh))
           for name in ('tokens', 'positions', 'segments', 'targets')))
-    learning = self._run.states.draft_learning
+    learning = learning or self._run.states.draft_learning
     return self._run.pool(
-        ('drafter', window.tokens.shape, learning),
+        ('drafter', window.tokens.shape, learning, mesh),
         functools.partial(auxiliary.update_drafter, learning=learning),
         state,
         policy,

@@ -23,6 +23,7 @@ from rlax_llm.learning import length_ranker
 from rlax_llm.learning.batch import Sample
 from rlax_llm.progression import Stopwatch
 from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.rollout.generation import IdleWork
 from rlax_llm.rollout.table import sample_key
 from rlax_llm.run import Run
 from rlax_llm.sampler import Demand
@@ -77,7 +78,8 @@ class Collector:
               step: int,
               watch: Stopwatch,
               *,
-              drafter_params: Params = ()) -> list[Group]:
+              drafter_params: Params = (),
+              idle: IdleWork = lambda mesh: None) -> list[Group]:
     """Returns the groups that a step learns from, the oldest first.
 
     Nothing is remembered of it before `learned` says that it was learned: a
@@ -88,10 +90,11 @@ class Collector:
       step: from 0.
       watch: told of rollout, reward and score.
       drafter_params: see `RolloutEngine.generate`.
+      idle: likewise.
     """
     self._next, self._values = self._state, {'rollout/refills': 0}
     seen: list[Group] = []
-    self._sampler.begin(drafter_params)
+    self._sampler.begin(drafter_params, idle)
     while len(self._next.queue) <= self._control.staleness:
       batch, new = self._round(params, step, step + len(self._next.queue),
                                watch)

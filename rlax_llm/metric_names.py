@@ -151,6 +151,8 @@ METRICS: dict[str, Metric] = {
         Metric('1', _S, "the drafter's loss, mean over its updates"),
     'drafter/updates':
         Metric('updates', _S, 'of the drafter, in the step'),
+    'drafter/idle_updates':
+        Metric('updates', _S, 'of them, on replicas that had no sample'),
     'time/drafter':
         Metric('s', _S, 'training the drafter'),
     'rollout/segments':

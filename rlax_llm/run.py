@@ -23,10 +23,12 @@ from rlax_llm.executables import ExecutablePool
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import sft
 from rlax_llm.learning.batch import Sample
+from rlax_llm.models.draft_model import DraftModel
 from rlax_llm.models.draft_model import make_draft_model
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops.sampling import Sampling
+from rlax_llm.rollout.engine import Networks
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.states import States
 from rlax_llm.tasks import rewards
@@ -48,6 +50,7 @@ class Run:
   clock: Callable[[], float]
   states: States
   on_boundary: Callable[[], None]
+  networks: Callable[[Mesh], Networks]  # for rollouts on a part of the mesh
 
   @property
   def sampling(self) -> Sampling:
@@ -78,7 +81,9 @@ class Run:
                          learned=self.states.learned(),
                          on_boundary=self.on_boundary,
                          params_placement=self.states.rollout_placement(),
-                         pool=self.pool)
+                         pool=self.pool,
+                         replicas=self.config.mesh.replicas,
+                         on_mesh=self.networks)
 
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts, this process's part."""
@@ -268,6 +273,11 @@ def make_run(config: Config,
   except ValueError as error:
     raise ConfigError(str(error)) from error
   mesh = sharding.make_mesh(config.mesh)
+  if config.mesh.replicas > 1 and processes.count() > 1:
+    raise ConfigError(
+        f'mesh.replicas={config.mesh.replicas} divides the devices of one '
+        f'process, and there are {processes.count()}; set it to 1')
+  sharding.split(mesh, config.mesh.replicas)
   vocabulary = config.model.vocabulary or tokenizer.vocab_size
   tokenizers.check_vocabulary(tokenizer, vocabulary)
   ways = sharding.ways(mesh)
@@ -284,16 +294,31 @@ def make_run(config: Config,
                         'make it a multiple or lower mesh.data or fsdp')
   model_config = dataclasses.replace(config.model, vocabulary=vocabulary)
   sharding.check_model(model_config, mesh)
-  constrain = functools.partial(sharding.constrain, mesh=mesh)
   precision = config.learning.precision
-  model = make_transformer(model_config,
-                           precision,
-                           remat=config.learning.remat,
-                           constrain=constrain)
-  draft_model = make_draft_model(
-      model_config, precision, model=model,
-      constrain=constrain) if learned else None
+
+  def make_networks(mesh: Mesh) -> tuple[LanguageModel, DraftModel | None]:
+    constrain = functools.partial(sharding.constrain, mesh=mesh)
+    model = make_transformer(model_config,
+                             precision,
+                             remat=config.learning.remat,
+                             constrain=constrain)
+    if not learned:
+      return model, None
+    return model, make_draft_model(model_config,
+                                   precision,
+                                   model=model,
+                                   constrain=constrain)
+
+  @functools.cache
+  def on_mesh(part: Mesh) -> Networks:
+    model, draft_model = make_networks(part)
+    own = states.learned()
+    if own is None or draft_model is None:
+      return Networks(model)
+    return Networks(model, own._replace(draft_model=draft_model))
+
+  model, draft_model = make_networks(mesh)
   pool = ExecutablePool(clock)
+  states = States(config, algorithm, mesh, model, pool, draft_model)
   return Run(config, algorithm, mesh, tokenizer, task, model, pool, clock,
-             States(config, algorithm, mesh, model, pool, draft_model),
-             on_boundary)
+             states, on_boundary, on_mesh)

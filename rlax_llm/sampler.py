@@ -20,6 +20,7 @@ from rlax_llm.progression import Stopwatch
 from rlax_llm.pruning import Pruner
 from rlax_llm.rollout import control
 from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.rollout.generation import IdleWork
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import sample_key
@@ -69,13 +70,17 @@ class GroupSampler:
     self._problems = functools.lru_cache(4)(run.problems)
     self.begin()
 
-  def begin(self, drafter_params: Params = ()) -> None:
+  def begin(self,
+            drafter_params: Params = (),
+            idle: IdleWork = lambda mesh: None) -> None:
     """Begins to count anew.
 
     Args:
       drafter_params: see `RolloutEngine.generate`; for the calls to come.
+      idle: likewise.
     """
     self._drafter_params = drafter_params
+    self._idle = idle
     self.stats = RolloutStats()
     self.values: dict[str, float] = {}
 
@@ -156,6 +161,7 @@ class GroupSampler:
                                         dataclasses.replace(state,
                                                             earlier=earlier),
                                         drafter_params=self._drafter_params,
+                                        idle=self._idle,
                                         **options)
     self.stats += self._engine.stats
     left = iter(rollouts)

@@ -185,6 +185,49 @@ def ways(mesh: Mesh) -> int:
   return math.prod(mesh.shape[name] for name in _ROWS)
 
 
+def split(mesh: Mesh, parts: int) -> list[Mesh]:
+  """Returns meshes that divide the data ways of one.
+
+  Args:
+    mesh: from `make_mesh`.
+    parts: how many.
+
+  Raises:
+    ConfigError: the data ways do not divide.
+  """
+  if parts == 1:
+    return [mesh]
+  if mesh.shape['data'] % parts:
+    raise ConfigError(f'mesh.replicas={parts} does not divide the '
+                      f'{mesh.shape["data"]} ways of mesh.data; make it a '
+                      'divisor')
+  return [
+      Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+      for devices in np.split(mesh.devices, parts)
+  ]
+
+
+def on_part(tree: Any, part: Mesh) -> Any:
+  """Returns what one of the meshes of `split` holds of arrays; no copies.
+
+  Args:
+    tree: arrays, or their shapes, that are not divided over the data ways.
+    part: a part of the mesh that they lie on.
+  """
+  devices = set(part.devices.flat)
+
+  def take(x: Any) -> Any:
+    if not isinstance(x.sharding, NamedSharding) or x.sharding.mesh == part:
+      return x
+    place = NamedSharding(part, x.sharding.spec)
+    if not isinstance(x, jax.Array):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    shards = [s.data for s in x.addressable_shards if s.device in devices]
+    return jax.make_array_from_single_device_arrays(x.shape, place, shards)
+
+  return jax.tree.map(take, tree)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Puts a Batch on the mesh, its rows divided."""
   place = lambda x: processes.put(

@@ -47,10 +47,10 @@ def train_step(
   watch = Stopwatch(run.clock)
   compiled = executables.compile_totals()
   params = states['policy'].params
-  groups = loop.collector.collect(params,
-                                  step,
-                                  watch,
-                                  drafter_params=drafter_params(states))
+  drafts: dict[str, Any] = {'drafter_params': drafter_params(states)}
+  if loop.drafter:
+    drafts['idle'] = loop.drafter.idle_work(states['drafter'], params, step)
+  groups = loop.collector.collect(params, step, watch, **drafts)
   rewards = credit.group_rewards(run, groups, step)
   advantages = credit.advantages(run, groups, rewards)
   trained = credit.trained_samples(run, groups, rewards)

@@ -92,6 +92,7 @@ _AT_LEAST: dict[str, float] = {
     'mesh.data': 0,
     'mesh.fsdp': 1,
     'mesh.tensor': 1,
+    'mesh.replicas': 1,
     'checkpoint.every': 0,
     'checkpoint.keep': 1,
     'checkpoint.keep_every': 0,

@@ -170,6 +170,7 @@ class World:
              control=None,
              pool=None,
              strategy=None,
+             replicas=1,
              **rollout):
     """Returns an engine; keywords override RolloutConfig.
 
@@ -197,7 +198,8 @@ class World:
         drafter=drafter,
         learned=learned,
         strategy=strategy,
-        pool=pool or self.pool)
+        pool=pool or self.pool,
+        replicas=replicas)
 
   def generate(self,
                requests,

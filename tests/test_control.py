@@ -156,7 +156,7 @@ def test_boundary_decisions_change_no_sample(name, monkeypatch):
   drafter = _drafters()[name]
   store = RolloutStore(history=2, megabytes=1, tokenizer='')
   engine = _world().engine(drafter=drafter, slots=8, control=dict(min_slots=2))
-  arms = list(engine._parts.drafters)  # pylint: disable=protected-access
+  arms = list(engine._parts[0].drafters)  # pylint: disable=protected-access
   monkeypatch.setattr(
       type(engine.strategy), 'choose',
       rollout_helpers.random_choices(np.random.default_rng(1), arms))

@@ -73,7 +73,7 @@ def test_no_strategy_changes_a_token(name):
   got, engine = _run(name, 1)
   for rollouts in got:
     helpers.assert_same_tokens(_world(), _plain(), rollouts)
-  used = {key[2] for key in engine._parts.warm}
+  used = {key[2] for key in engine._parts[0].warm}
   assert len(used) > 1
   json.dumps(engine.strategy.dump())
 
@@ -96,10 +96,10 @@ def test_a_bucket_compiles_its_own_arms_only(name):
     assert arms == {16: [1, 3], 8: [4], 4: [4, 6]}
   else:
     assert arms == {16: [1, 3], 8: [1, 4], 4: [1, 4]}
-  assert engine._parts.warm <= set(keys)
+  assert engine._parts[0].warm <= set(keys)
   # The pool is shared with engines of other tests.
   held = engine.segment_bytes()
-  assert engine._parts.warm <= set(held) and all(held.values())
+  assert engine._parts[0].warm <= set(held) and all(held.values())
   assert engine.stats.executables == len(held)
   engine = _world().engine(width=0,
                            control=dict(compact=False) | STRATEGIES[name])

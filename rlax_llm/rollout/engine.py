@@ -1,8 +1,10 @@
 """The engine: what can be prepared and checked before anything is sampled."""
 
+import dataclasses
+import functools
 import math
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -11,6 +13,7 @@ from rlax_llm import sharding
 from rlax_llm.config import check_positions
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
+from rlax_llm.config import freeze
 from rlax_llm.config import list_widths
 from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafters
@@ -27,13 +30,20 @@ from rlax_llm.rollout import shapes
 from rlax_llm.rollout.control import StopPolicy
 from rlax_llm.rollout.executor import Executor
 from rlax_llm.rollout.generation import Generation
-from rlax_llm.rollout.generation import Parts
+from rlax_llm.rollout.generation import IdleWork
+from rlax_llm.rollout.replica import Parts
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.types import DraftParams
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
+
+
+class Networks(NamedTuple):
+  """What forwards of rollouts run, bound to a mesh."""
+  model: LanguageModel
+  learned: drafters.Learned | None = None  # what drafts
 
 
 class RolloutEngine:
@@ -54,7 +64,9 @@ class RolloutEngine:
                learned: drafters.Learned | None = None,
                strategy: Strategy | None = None,
                params_placement: Any = None,
-               pool: ExecutablePool | None = None) -> None:
+               pool: ExecutablePool | None = None,
+               replicas: int = 1,
+               on_mesh: Callable[[Mesh], Networks] | None = None) -> None:
     """Prepares an engine; nothing is compiled yet.
 
     Args:
@@ -76,10 +88,14 @@ class RolloutEngine:
         brings them first, rounded to what a forward reads; None: used as they
         are.
       pool: where executables are kept; None makes one.
+      replicas: parts of the data ways that decode independently, with their
+        shares of the slots and one queue.
+      on_mesh: makes the networks for a part of the mesh; None: they are bound
+        to none, or there is one replica.
 
     Raises:
-      ConfigError: if slots do not divide over the mesh, or prompt, completion
-        and draft do not fit the model's positions.
+      ConfigError: if slots or replicas do not divide over the mesh, or prompt,
+        completion and draft do not fit the model's positions.
     """
     self._clock = clock
     self._on_boundary = on_boundary
@@ -89,62 +105,91 @@ class RolloutEngine:
     if rollout.slots % ways:
       raise ConfigError(f'rollout.slots={rollout.slots} is not divisible by '
                         f'{ways} devices; make it a multiple')
+    width = drafter.width if drafter else max(list_widths(rollout, control))
+    check_positions(rollout, width, model.max_positions)
+    self.pool = pool or ExecutablePool(clock)
+    self._make_executor = functools.partial(Executor,
+                                            config=segments.SegmentConfig(
+                                                sampling, tuple(eos_ids)),
+                                            seed=seed,
+                                            pool=self.pool)
+    self._executor = self._make_executor(model, mesh=mesh)
+    if strategy is None:
+      strategy = (table.fixed(max(drafters.given(drafter)))
+                  if drafter else make_strategy(rollout, control, seed=seed))
+    self.strategy = strategy
+    own = freeze(dataclasses.replace(rollout, slots=rollout.slots // replicas))
+    self._parts = []
+    for part in sharding.split(mesh, replicas):
+      networks = Networks(model, learned)
+      if replicas > 1 and on_mesh:
+        networks = on_mesh(part)
+      self._parts.append(
+          self._make_part(part, networks, own, control, sampling, drafter,
+                          width))
+    self.stats = RolloutStats()
+
+  def _make_part(self, mesh: Mesh, networks: Networks, rollout: RolloutConfig,
+                 control: ControlConfig, sampling: Sampling,
+                 drafter: Drafter | None, width: int) -> Parts:
+    """Returns what a replica is made of.
+
+    Args:
+      mesh: of the replica.
+      networks: for this mesh.
+      rollout: with the replica's share of the slots.
+      control: frozen section.
+      sampling: the law.
+      drafter: overrides the config's.
+      width: W, the largest.
+    """
     # One block of prompts fills the slots once.
     block_rows = math.ceil(rollout.slots / rollout.samples_per_prompt)
     # Every slot may hold the last sample of another prompt while a whole block
     # of new prompts comes in.
     places = rollout.slots + block_rows
-    width = drafter.width if drafter else max(list_widths(rollout, control))
-    check_positions(rollout, width, model.max_positions)
     capacities = shapes.list_capacities(rollout, width)
     by_arm = (drafters.given(drafter) if drafter else drafters.make_drafters(
         rollout,
         control,
         places=places,
         capacity=capacities[-1],
-        target=drafters.Target(model, sampling),
-        learned=learned))
-    widest = max(by_arm)
-    _check_corpus(by_arm[widest], rollout, places)
-    self._executor = Executor(model,
-                              config=segments.SegmentConfig(
-                                  sampling, tuple(eos_ids)),
-                              seed=seed,
-                              mesh=mesh,
-                              pool=pool or ExecutablePool(clock))
-    if strategy is None:
-      strategy = (table.fixed(widest)
-                  if drafter else make_strategy(rollout, control, seed=seed))
-    self.strategy = strategy
-    self._parts = Parts(rollout=rollout,
-                        control=control,
-                        executor=self._executor,
-                        drafters=by_arm,
-                        strategy=strategy,
-                        capacities=capacities,
-                        row_counts=shapes.list_row_counts(
-                            rollout.slots, control, ways),
-                        block_rows=block_rows,
-                        clock=clock)
-    self.pool = self._executor.pool
-    self.stats = RolloutStats()
+        target=drafters.Target(networks.model, sampling),
+        learned=networks.learned))
+    _check_corpus(by_arm[max(by_arm)], rollout, places)
+    executor = self._executor
+    if mesh != executor.mesh:
+      executor = self._make_executor(networks.model, mesh=mesh)
+    return Parts(mesh=mesh,
+                 rollout=rollout,
+                 control=control,
+                 executor=executor,
+                 drafters=by_arm,
+                 strategy=self.strategy,
+                 capacities=capacities,
+                 row_counts=shapes.list_row_counts(rollout.slots, control,
+                                                   sharding.ways(mesh)),
+                 block_rows=block_rows,
+                 clock=self._clock)
 
   def reachable_keys(self) -> list[tuple[int, int, Arm]]:
     """Returns every (N, S, arm) whose segment this engine can compile."""
+    first = self._parts[0]
     return [(rows, capacity, arm)
-            for rows in self._parts.row_counts
-            for capacity in self._parts.capacities
-            for arm in self._parts.arms(rows)]
+            for rows in first.row_counts
+            for capacity in first.capacities
+            for arm in first.arms(rows)]
 
   def segment_bytes(self) -> dict[tuple[int, int, Arm], int]:
     """Returns bytes on one device by (N, S, arm), of the segments compiled."""
-    names = {drafter: arm for arm, drafter in self._parts.drafters.items()}
-    return {
-        (rows, capacity, names[drafter]): size
-        for (rows, capacity,
-             drafter), size in self._executor.segment_bytes().items()
-        if drafter in names
-    }
+    found = {}
+    for part in self._parts:
+      names = {drafter: arm for arm, drafter in part.drafters.items()}
+      for (rows, capacity,
+           drafter), size in part.executor.segment_bytes().items():
+        if drafter in names:
+          found[rows, capacity, names[drafter]] = size
+    return found
 
   def compile_largest(self, params: Params,
                       drafter_params: Params = ()) -> None:
@@ -158,13 +203,15 @@ class RolloutEngine:
     """
     placed = self._brought(self._executor.gathered_shapes, params,
                            drafter_params)
-    widest = 0
-    for rows in self._parts.row_counts:
-      arm = max(self._parts.arms(rows))
-      if arm.width > widest:
-        widest = arm.width
-        self._executor.compile_decode(placed, rows, self._parts.capacities[-1],
-                                      self._parts.drafters[arm])
+    for part in self._parts:
+      widest = 0
+      own = sharding.on_part(placed, part.mesh)
+      for rows in part.row_counts:
+        arm = max(part.arms(rows))
+        if arm.width > widest:
+          widest = arm.width
+          part.executor.compile_decode(own, rows, part.capacities[-1],
+                                       part.drafters[arm])
 
   def generate(
       self,
@@ -175,8 +222,8 @@ class RolloutEngine:
       ahead: Sequence[Request] = (),
       policies: Sequence[StopPolicy] = (),
       limit: int | None = None,
-      drafter_params: Params = ()
-  ) -> tuple[list[Rollout], RolloutState]:
+      drafter_params: Params = (),
+      idle: IdleWork = lambda mesh: None) -> tuple[list[Rollout], RolloutState]:
     """Samples every request `request.samples` times.
 
     What `state.earlier` holds of a sample is not sampled again: a suspended
@@ -196,6 +243,9 @@ class RolloutEngine:
       limit: most new tokens of a sample; one that reaches it is suspended.
       drafter_params: the drafter's own, if it has any; they change drafts and
         no token.
+      idle: given the devices of a replica that has nothing to do, at every
+        boundary at which it has not; what it starts there may go on while
+        others decode.
 
     Returns:
       (rollouts in the order of requests and of their samples, state); those
@@ -219,14 +269,15 @@ class RolloutEngine:
       jax.block_until_ready(placed)
       self.stats.reshard_seconds = (self._clock() - start -
                                     (self.pool.seconds - compiled))
-    generation = Generation(self._parts,
-                            placed,
-                            requests,
-                            state,
-                            self.stats,
-                            ahead=ahead,
-                            policies=policies,
-                            limit=limit)
+    generation = Generation(
+        self._parts, [sharding.on_part(placed, p.mesh) for p in self._parts],
+        requests,
+        state,
+        self.stats,
+        ahead=ahead,
+        policies=policies,
+        limit=limit,
+        idle=idle)
     while generation.admit():
       self._on_boundary()
       generation.decode()
@@ -251,12 +302,12 @@ class RolloutEngine:
   @property
   def runs_ahead(self) -> bool:
     """Whether `generate` makes use of the requests of a coming step."""
-    return self._parts.runs_ahead
+    return self._parts[0].runs_ahead
 
   def _check(self, requests: Sequence[Request]) -> None:
-    longest = self._parts.rollout.prompt_length
+    longest = self._parts[0].rollout.prompt_length
     for request in requests:
-      if not self._parts.fits(request):
+      if not self._parts[0].fits(request):
         raise ConfigError(
             f'request {request.request} of step {request.step} has '
             f'{len(request.prompt)} prompt tokens; rollout.prompt_length '

@@ -39,7 +39,7 @@ class Executor:
     self._model = model
     self._config = config
     self._seed = seed
-    self._mesh = mesh
+    self.mesh = mesh
     self._slots = _slots_placement(model, mesh)
     self._replicated = sharding.replicated(mesh)
     self._gathered: dict[tuple, list] = {}  # shapes, by network
@@ -49,7 +49,7 @@ class Executor:
            **jit_options: Any) -> Any:
     """Runs a function of this model on this mesh through the pool."""
     # A pool may be shared by engines of several models of equal shapes.
-    key = (name, *shape, self._model, self._mesh)
+    key = (name, *shape, self._model, self.mesh)
     return self.pool(key, function, *args, **jit_options)
 
   def gather_params(self,
@@ -175,7 +175,7 @@ class Executor:
                        drafter: Drafter) -> Any:
     """Returns the shardings of the drafter's state."""
     state = jax.eval_shape(drafter.init, params, slots)
-    return sharding.place_tree(state, drafter.axes(state), self._mesh)
+    return sharding.place_tree(state, drafter.axes(state), self.mesh)
 
   def _run_draft(self,
                  name: str,
@@ -298,7 +298,7 @@ class Executor:
 
   def segment_bytes(self) -> dict[tuple[int, int, Drafter], int]:
     """Returns bytes on one device by (N, S, drafter), of this model."""
-    mine = (self._config, self._model, self._mesh)
+    mine = (self._config, self._model, self.mesh)
     found = self.pool.memory_by_key('segment')
     return {
         key[1:4]: size  # type: ignore[index]
@@ -310,7 +310,7 @@ class Executor:
                drafter: Drafter, limits: np.ndarray) -> Any:
     """Returns the executable of a segment."""
     key = ('segment', *slots.text.shape, drafter, self._config, self._model,
-           self._mesh)
+           self.mesh)
     placement = jax.tree.map(lambda x: x.sharding, state)
     return self.pool.compile(key,
                              functools.partial(_segment,

@@ -26,14 +26,14 @@ class Outcomes:
       version: of the policy that samples.
       longest: T.
     """
-    self._earlier = earlier
+    self._earlier = dict(earlier)
     self._version = version
     self._longest = longest
     self._made: dict[tuple, Rollout] = {}
 
   def book(self, sample: Sample, slot: int, read: SegmentRead) -> None:
     """Notes what a sample in a slot has come to."""
-    new = slice(sample.begin, int(read.length[slot]))
+    new = slice(sample.base, int(read.length[slot]))
     begun = self._begun(sample.request, sample.index)
     tokens = read.text[slot, new].copy()
     version = np.full(len(tokens), self._version, np.int32)
@@ -55,6 +55,17 @@ class Outcomes:
         scored_logprobs=begun.scored_logprobs,
         survival=begun.survival,
         weight=begun.weight)
+
+  def carry(self, sample: Sample, slot: int, read: SegmentRead) -> np.ndarray:
+    """Notes what a sample has come to, which will go on in another slot.
+
+    Returns:
+      All tokens of its completion.
+    """
+    self.book(sample, slot, read)
+    key = sample_key(sample.request, sample.index)
+    self._earlier[key] = self._made[key]
+    return self._earlier[key].tokens
 
   def cut(self, sample: Sample, tokens: int) -> np.ndarray | None:
     """Takes back what a sample has beyond `tokens` new ones, and suspends it.

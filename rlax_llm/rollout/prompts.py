@@ -1,4 +1,4 @@
-"""Prompts of one `generate`: prefilled, and placed in the drafter's state."""
+"""What samples begin with: prefilled, and placed in the drafter's state."""
 
 import collections
 from typing import Callable, NamedTuple, Sequence
@@ -14,20 +14,19 @@ class Places:
 
   def __init__(self, count: int) -> None:
     self._free = collections.deque(range(count))
-    self._left: dict[tuple, int] = {}  # samples not yet collected
+    # Samples that are expected and not yet collected.
+    self._left: collections.Counter[tuple] = collections.Counter()
     self._place: dict[tuple, int] = {}
 
   def __contains__(self, group: tuple) -> bool:
     return group in self._place
 
-  def take(self, group: tuple, samples: int) -> int:
-    """Gives a group the place that has been free for longest.
+  def expect(self, group: tuple) -> None:
+    """Notes a sample that will be collected."""
+    self._left[group] += 1
 
-    Args:
-      group: identifies it.
-      samples: how many will be collected, at least 1.
-    """
-    self._left[group] = samples
+  def take(self, group: tuple) -> int:
+    """Gives a group the place that has been free for longest."""
     self._place[group] = self._free.popleft()
     return self._place[group]
 
@@ -37,7 +36,7 @@ class Places:
   def collect(self, group: tuple) -> None:
     """Notes that one sample has ended; frees the place after the last."""
     self._left[group] -= 1
-    if not self._left[group]:
+    if not self._left[group] and group in self._place:
       self._free.append(self._place.pop(group))
 
 
@@ -49,40 +48,32 @@ class Text(NamedTuple):
   request: Request
 
 
-class PromptBlocks:
-  """Prefills texts in order, a block at a time, a prompt once for its group."""
+class Prefilled:
+  """The block of texts that was prefilled last: a prompt once for its group."""
 
-  def __init__(self, texts: Sequence[Text], size: int,
-               prefill: Callable[[Sequence[Text]], PromptBlock]) -> None:
-    """Prepares the blocks; nothing is computed yet.
+  def __init__(self, prefill: Callable[[Sequence[Text]], PromptBlock]) -> None:
+    """Holds nothing.
 
     Args:
-      texts: in the order in which samples will begin with them.
-      size: texts of one block.
-      prefill: makes a block of at most `size` texts.
+      prefill: makes a block of texts.
     """
-    self._texts = texts
-    self._size = size
     self._prefill = prefill
-    self._first = -size  # of the current block
+    self._texts: list[Text] = []
     self._block: PromptBlock | None = None
 
   @property
   def block(self) -> PromptBlock:
-    """The block that the last `advance_to` made current."""
     assert self._block is not None
     return self._block
 
-  def __contains__(self, number: int) -> bool:
-    return self._first <= number < self._first + self._size
+  def row(self, text: Text) -> int | None:
+    """Returns the row of the block that holds a text; None: it does not."""
+    for row, held in enumerate(self._texts):
+      if held is text:
+        return row
+    return None
 
-  def row(self, number: int) -> int:
-    """Returns the row of the block that holds a text."""
-    return number - self._first
-
-  def advance_to(self, number: int) -> None:
-    """Makes the block that holds a text the current one."""
-    while number not in self:
-      self._first += self._size
-      members = self._texts[self._first:self._first + self._size]
-      self._block = self._prefill(members)
+  def fill(self, texts: Sequence[Text]) -> None:
+    """Replaces the block."""
+    self._block = self._prefill(texts)
+    self._texts = list(texts)

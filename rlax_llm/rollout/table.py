@@ -2,15 +2,12 @@
 
 import collections
 import dataclasses
-import functools
-from typing import Callable, Mapping, Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 
 from rlax_llm.rollout.drafts import Drafts
-from rlax_llm.rollout.prompts import PromptBlocks
 from rlax_llm.rollout.prompts import Text
-from rlax_llm.rollout.slots import PromptBlock
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 from rlax_llm.types import Slots
@@ -23,9 +20,9 @@ class Sample:
   request: Request
   number: int  # of the request, in its queue
   index: int
-  text: int  # of the queue's texts: what it begins with
-  begin: int  # tokens of that text
-  limit: int  # most new tokens
+  text: Text  # what its slot begins with
+  begin: int  # prompt and completion, before this `generate`
+  limit: int  # most new tokens behind them
   length: int  # prompt and completion, as of the last boundary
   ahead: bool  # for a coming step: a hint to its drafts, no result
   done: bool = False
@@ -35,14 +32,17 @@ class Sample:
     """Identifies the samples of one request."""
     return self.ahead, self.number
 
+  @property
+  def base(self) -> int:
+    """Tokens that its slot began with."""
+    return len(self.text.tokens)
+
 
 class Queue:
-  """Samples that wait, in order, and the texts they begin with."""
+  """Samples that wait, in order."""
 
   def __init__(self,
                requests: Sequence[Request],
-               size: int,
-               prefill: Callable[..., PromptBlock],
                *,
                most: int,
                ahead: bool = False,
@@ -52,36 +52,43 @@ class Queue:
 
     Args:
       requests: in the order in which they are sampled.
-      size: texts of one prefilled block.
-      prefill: (ahead, number of the first, texts) -> block.
       most: T, most tokens of a completion.
       ahead: whether they are requests of a coming step.
       earlier: what samples came to before, by `state.sample_key`.
       limit: most new tokens of each sample; None: up to T.
     """
     earlier = earlier or {}
-    texts: list[Text] = []
     self.samples: collections.deque[Sample] = collections.deque()
-    # Samples of a request that have not been collected, by its number.
-    self.counts: collections.Counter[int] = collections.Counter()
     for number, request in enumerate(requests):
-      # Blocks come once, in order: what begins with the prompt alone comes
-      # behind what goes on.
+      # What begins with the prompt alone comes behind what goes on: a text is
+      # prefilled once, for samples in a row.
       parts = [(_known(earlier, request, i), i) for i in range(request.samples)]
       going = [(known, i) for known, i in parts if known is not None]
+      prompt = Text(request.prompt, 0, number, request)
       for known, index in sorted(going, key=lambda part: part[0].size == 0):
-        if known.size or not self.counts[number] or texts[-1].known:
-          tokens = request.prompt
-          if known.size:
-            tokens = np.concatenate([tokens, known])
-          texts.append(Text(tokens, known.size, number, request))
-        self.counts[number] += 1
-        begin, rest = len(texts[-1].tokens), most - known.size
+        text = prompt
+        if known.size:
+          text = Text(np.concatenate([request.prompt, known]), known.size,
+                      number, request)
+        begin, rest = len(text.tokens), most - known.size
         self.samples.append(
-            Sample(len(self.samples), request, number, index,
-                   len(texts) - 1, begin, min(rest, limit or rest), begin,
-                   ahead))
-    self.blocks = PromptBlocks(texts, size, functools.partial(prefill, ahead))
+            Sample(len(self.samples), request, number, index, text, begin,
+                   min(rest, limit or rest), begin, ahead))
+
+  def claim(self, texts: int) -> list[Sample]:
+    """Takes the samples of the next texts out of the queue.
+
+    Args:
+      texts: how many, at most.
+    """
+    taken: list[Sample] = []
+    while self.samples:
+      if not taken or self.samples[0].text is not taken[-1].text:
+        if not texts:
+          break
+        texts -= 1
+      taken.append(self.samples.popleft())
+    return taken
 
 
 def _known(earlier: Mapping[tuple, Rollout], request: Request,
