@@ -6,7 +6,7 @@ every arm and seed of an experiment; it is kept in a file.
 
 import pathlib
 import tempfile
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 from absl import flags
 from flax import serialization
@@ -18,9 +18,12 @@ from experiments.srt import workload
 from rlax_llm import evaluate
 from rlax_llm import learner as learners
 from rlax_llm.config import Config
+from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.experience import Collector
 from rlax_llm.progression import Progression
 from rlax_llm.run import make_run
+from rlax_llm.run import Run
+from rlax_llm.states import drafter_params
 from rlax_llm.step import Loop
 from rlax_llm.step import train_step
 from rlax_llm.tasks.verifier import Verifier
@@ -71,12 +74,19 @@ def warm_params(config: Config, name: str) -> Params:
   return params
 
 
-def train(config: Config, warm: Params) -> Iterator[dict[str, Any]]:
+def train(
+    config: Config,
+    warm: Params,
+    *,
+    drafting: Callable[[Run], DrafterTraining] | None = None
+) -> Iterator[dict[str, Any]]:
   """Trains a run; yields the metrics of each step, the last with accuracy.
 
   Args:
     config: of the run.
     warm: from `warm_params`.
+    drafting: makes what trains the drafter, if the config has one; None: it
+      stays as it is.
   """
   run = make_run(config, clock=workload.clock())
   config = run.config
@@ -88,10 +98,15 @@ def train(config: Config, warm: Params) -> Iterator[dict[str, Any]]:
                           learner.score_samples)
     reference = run.states.reference(tempfile.mkdtemp(),
                                      states['policy'].params, 0)
-    loop = Loop(run, collector, learner, reference, Progression())
+    loop = Loop(run, collector, learner, reference, Progression(),
+                drafting(run) if drafting else None)
     for step in range(config.num_steps):
       states, values, _ = train_step(loop, step, states)
       if step + 1 == config.num_steps:
-        values |= evaluate.evaluate(run, engine, states['policy'].params,
-                                    verifier, evaluate.held_out_problems(run))
+        values |= evaluate.evaluate(run,
+                                    engine,
+                                    states['policy'].params,
+                                    verifier,
+                                    evaluate.held_out_problems(run),
+                                    drafter_params=drafter_params(states))
       yield values
