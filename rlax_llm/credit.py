@@ -1,6 +1,6 @@
 """From scored groups to training samples: who is praised, and for what."""
 
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -112,29 +112,36 @@ def group_advantages(run: Run, rewards: np.ndarray, lengths: np.ndarray,
   return np.where(unscorable, 0.0, jax.device_get(found)).astype(np.float32)
 
 
-def trained_samples(run: Run, groups: Sequence[Group],
-                    rewards: np.ndarray) -> np.ndarray:
+def trained_samples(run: Run, groups: Sequence[Group], rewards: np.ndarray,
+                    rehearsed: np.ndarray) -> np.ndarray:
   """Returns bool[B, G]: the samples that the preset's filter keeps.
 
   Args:
     run: names the filter.
     groups: of one step.
     rewards: float32[B, G], those that are learned from.
+    rehearsed: bool[B]: problems that the initial policy solved.
   """
   finished = [[r.finished for r in group.rollouts] for group in groups]
   unscorable = np.stack([group.unscorable for group in groups])
+  solved = np.broadcast_to(rehearsed[:, None], rewards.shape)
   return FILTERS[run.algorithm.filter](Outcomes(rewards, unscorable,
-                                                np.array(finished)))
+                                                np.array(finished), solved))
 
 
-def training_samples(groups: Sequence[Group], worth: np.ndarray,
-                     trained: np.ndarray) -> list[Sample]:
+def training_samples(
+    groups: Sequence[Group],
+    worth: np.ndarray,
+    trained: np.ndarray,
+    extra: Sequence[Mapping[str, np.ndarray]] = ()
+) -> list[Sample]:
   """Returns a training sample for each rollout, in order.
 
   Args:
     groups: of one step.
     worth: float32[B, G], advantages.
     trained: bool[B, G].
+    extra: by sample, what the objective reads of its tokens; (): nothing.
   """
   rollouts = [(i, rollout)
               for i, group in enumerate(groups)
@@ -147,6 +154,9 @@ def training_samples(groups: Sequence[Group], worth: np.ndarray,
              scored_logprobs=rollout.scored_logprobs,
              weight=rollout.weight,
              group=i,
-             trained=bool(keep)) for (i, rollout), advantage, keep in zip(
-                 rollouts, worth.reshape(-1), trained.reshape(-1))
+             trained=bool(keep),
+             extra=more)
+      for (i,
+           rollout), advantage, keep, more in zip(rollouts, worth.reshape(
+               -1), trained.reshape(-1), extra or [{}] * len(rollouts))
   ]

@@ -43,6 +43,19 @@ class Group:
     """Sorts groups by when they were requested."""
     return self.request.step, self.request.request
 
+  def only(self, chosen: np.ndarray) -> 'Group':
+    """Returns the group of some of its samples; chosen: bool[G]."""
+    pick = lambda items: tuple(x for x, keep in zip(items, chosen) if keep)
+    return dataclasses.replace(
+        self,
+        rollouts=pick(self.rollouts),
+        texts=pick(self.texts),
+        rewards=self.rewards[chosen],
+        unscorable=self.unscorable[chosen],
+        parts={
+            name: value[chosen] for name, value in self.parts.items()
+        })
+
   @property
   def has_signal(self) -> bool:
     """Whether the rewards differ."""
@@ -84,6 +97,8 @@ class Experience:
   # Batches of coming steps, the next one first.
   queue: tuple[tuple[Group, ...], ...] = ()
   past: tuple[Group, ...] = ()  # trained on, may be replayed; oldest first
+  # The initial policy's right samples of what it solved.
+  rehearsal: tuple[Group, ...] = ()
   head: QualityHead = dataclasses.field(default_factory=QualityHead)
   lengths: LengthHistory = dataclasses.field(default_factory=LengthHistory)
   sampled_tokens: int = 0
@@ -183,6 +198,7 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
       surplus=many('surplus'),
       queue=tuple(tuple(map(group, batch)) for batch in record['queue']),
       past=many('past'),
+      rehearsal=many('rehearsal'),
       lengths=LengthHistory.restore(record['lengths']),
       head=QualityHead(unpack(record['head']['weights']),
                        unpack(record['head']['moments']),
