@@ -14,6 +14,7 @@ from learning_helpers import pad_rows
 from learning_helpers import plain_logprobs
 from learning_helpers import poison
 from learning_helpers import random_samples
+from learning_helpers import rehearsed_samples
 from learning_helpers import sharp_params
 from learning_helpers import tiny_run
 import numpy as np
@@ -109,7 +110,8 @@ def _by_paper(name, logprobs, old, advantage):
     whole = np.exp(logprobs.astype(np.float64).sum())
     value = -advantage * np.log(-np.expm1(4 * np.log1p(-whole)))
     return np.full(len(ratio), value / len(ratio))
-  return -clip(ratio, 0.2, 0.28 if name in ('dapo', 'confucius3') else 0.2)
+  higher = ('dapo', 'confucius3', 'dph_forward_kl', 'dph_jensen_shannon')
+  return -clip(ratio, 0.2, 0.28 if name in higher else 0.2)
 
 
 def _reduced(algorithm, run, samples, losses):
@@ -244,10 +246,14 @@ def _updated(run, algorithm, samples=None, change=lambda batch: batch):
   learner = make_learner(run, algorithm)
   learner._teacher = _teacher(run)  # pylint: disable=protected-access
   critic = _critic_params(run) if algorithm.has_critic else None
+  rehearsed = []
+  if algorithm.rehearsal != 'none':
+    rehearsed = rehearsed_samples(run)
   prepared, _ = learner.prepare(sharp_params(run),
                                 samples or random_samples(),
                                 None,
-                                critic=critic)
+                                critic=critic,
+                                rehearsed=rehearsed)
   batch = change(jax.device_get(prepared[0]))
   state, values = learner.update(make_state(run), learner.put(batch))
   leaves = jax.tree.leaves(jax.device_get(state.opt_state))
@@ -265,6 +271,7 @@ def _mixed(run):
   return [
       dataclasses.replace(s,
                           group=i // 4,
+                          extra={'progress': np.cos(s.completion)},
                           scored_logprobs=None if i %
                           2 else plain_logprobs(run, params, s) +
                           np.random.default_rng(i).normal(
@@ -299,8 +306,10 @@ def test_no_preset_depends_on_the_layout(name):
   assert distance(padded, expected) < bound
 
 
-@pytest.mark.parametrize(
-    'name', ['decoupled_ppo', 'ppo', 'vcpo', 'echo', 'on_policy_distillation'])
+@pytest.mark.parametrize('name', [
+    'decoupled_ppo', 'ppo', 'vcpo', 'echo', 'on_policy_distillation',
+    'dph_forward_kl', 'mrt'
+])
 def test_nan_outside_the_mask_of_a_preset(name):
   """Law: values where no token is trained on are not read: NaN there changes
   no bit of the gradient and of the metrics.
@@ -609,12 +618,14 @@ def test_filters_by_hand():
   """Law: who is trained on. Mutant: `signal` by sample, not by group."""
   outcomes = filters.Outcomes(np.array([[1, 1], [0, 1]], np.float32),
                               np.array([[False, True], [False, False]]),
-                              np.array([[True, True], [True, False]]))
+                              np.array([[True, True], [True, False]]),
+                              np.array([[True, True], [False, False]]))
   get = lambda name: filters.FILTERS[name](outcomes).tolist()
   assert get('none') == [[True, True], [True, True]]
   assert get('scorable') == [[True, False], [True, True]]
   assert get('signal') == [[False, False], [True, True]]
   assert get('finished') == [[True, True], [True, False]]
+  assert get('unrehearsed') == [[False, False], [True, True]]
 
 
 def test_what_a_filter_drops_is_as_if_never_sampled():
@@ -770,7 +781,8 @@ def test_no_preset_slows_the_update_down():
                              optimizer=CAPTURE,
                              config=updates.UpdateConfig(
                                  algorithm, run.sampling, 2048, True))
-    lowered = jax.jit(step).lower(state, batch.replace(extra=extra))
+    lowered = jax.jit(step).lower(state,
+                                  batch.replace(extra=batch.extra | extra))
     flops[name] = lowered.cost_analysis()['flops']
   for name, count in flops.items():
     assert count < 1.05 * flops['grpo'], (name, count / flops['grpo'])
