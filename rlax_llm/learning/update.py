@@ -170,9 +170,9 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
                    batch.extra['entropy_slope'] * jnp.sum(above))
   rehearsal = jnp.zeros_like(logprobs)
   if algorithm.rehearsal != 'none':
-    rehearsal = f_divergences.F_DIVERGENCES[algorithm.rehearsal](select_masked(
-        rehearsed,
-        scores.logprobs), select_masked(rehearsed, batch.scored_logprobs))
+    apart = f_divergences.F_DIVERGENCES[algorithm.rehearsal]
+    initial = select_masked(rehearsed, batch.scored_logprobs)
+    rehearsal = apart(select_masked(rehearsed, scores.logprobs), initial)
     loss = loss + algorithm.rehearsal_coefficient * jnp.sum(
         select_masked(rehearsed, batch.weights) * rehearsal)
   total = lambda x: jnp.sum(select_masked(mask, x.astype(jnp.float32)))
