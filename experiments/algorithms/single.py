@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import app
 from absl import flags
+from absl import logging
 
 from experiments import common
 from experiments.algorithms import settings
@@ -78,6 +79,7 @@ def write_result(config: Config, workdir: pathlib.Path,
 def main(argv: list[str]) -> None:
   """Trains and evaluates one run, from its start."""
   del argv
+  logging.set_verbosity(logging.WARNING)  # checkpoints say much
   common.use_device()
   runs = pathlib.Path(_RUNS.value) / f'seed_{_SEED.value}'
   warm, teacher = runs / 'warm', runs / settings.Arm(settings.TEACHER).folder
