@@ -62,11 +62,11 @@ def sharp_params(run):
   return jax.tree.map(lambda x: x * 2, run.states.init_params())
 
 
-def make_state(run, optimizer=CAPTURE):
+def make_state(run, optimizer=CAPTURE, params=None):
   return run.pool(
       ('state', id(optimizer)),
       lambda p: updates.init_state(p, model=run.model, optimizer=optimizer),
-      sharp_params(run))
+      sharp_params(run) if params is None else params)
 
 
 def gradient_of(run,

@@ -241,7 +241,11 @@ def _critic_params(run):
   return params | {'value': {'kernel': kernel}}
 
 
-def _updated(run, algorithm, samples=None, change=lambda batch: batch):
+def _updated(run,
+             algorithm,
+             samples=None,
+             change=lambda batch: batch,
+             params=sharp_params):
   """Returns (flat gradient, metrics) of one update by way of `prepare`."""
   learner = make_learner(run, algorithm)
   learner._teacher = _teacher(run)  # pylint: disable=protected-access
@@ -249,13 +253,14 @@ def _updated(run, algorithm, samples=None, change=lambda batch: batch):
   rehearsed = []
   if algorithm.rehearsal != 'none':
     rehearsed = rehearsed_samples(run)
-  prepared, _ = learner.prepare(sharp_params(run),
+  prepared, _ = learner.prepare(params(run),
                                 samples or random_samples(),
                                 None,
                                 critic=critic,
                                 rehearsed=rehearsed)
   batch = change(jax.device_get(prepared[0]))
-  state, values = learner.update(make_state(run), learner.put(batch))
+  state, values = learner.update(make_state(run, params=params(run)),
+                                 learner.put(batch))
   leaves = jax.tree.leaves(jax.device_get(state.opt_state))
   return np.concatenate([x.ravel() for x in leaves]), jax.device_get(values)
 
@@ -265,9 +270,9 @@ def _captured(*args, **kwargs):
   return _updated(*args, **kwargs)[0]
 
 
-def _mixed(run):
+def _mixed(run, params=sharp_params):
   """Samples in groups of 4, half of them scored under another policy."""
-  params = sharp_params(run)
+  params = params(run)
   return [
       dataclasses.replace(s,
                           group=i // 4,
@@ -289,21 +294,19 @@ def test_no_preset_depends_on_the_layout(name):
   Mutant: advantages whitened by microbatch.
   """
   base = tiny_run()
-  samples = _mixed(base)
-  expected = _captured(base, PRESETS[name], samples)
+  # Of ordinary size: a weight has the absolute error of its log-probability,
+  # and that grows with the logits.
+  params = lambda run: run.states.init_params()
+  samples = _mixed(base, params)
+  capture = functools.partial(_captured, params=params)
+  expected = capture(base, PRESETS[name], samples)
   assert np.linalg.norm(expected) > 1e-6
-  # A weight has the absolute error of log-probabilities of some -10 nats, and
-  # confidences of five tokens among seven are whitened from hardly any spread.
-  preset = PRESETS[name]
-  weighted = preset.correction != 'none' or preset.credit in ('distillation',
-                                                              'uncertainty')
-  bound = 5e-5 if weighted else 1e-5
   for layout in (dict(microbatch_rows=1), dict(microbatch_rows=2),
                  dict(microbatch_rows=4, row_length=12), dict(data=8)):
-    found = _captured(tiny_run(**layout), PRESETS[name], samples)
-    assert distance(found, expected) < bound, layout
-  padded = _captured(base, PRESETS[name], samples, change=pad_rows)
-  assert distance(padded, expected) < bound
+    found = capture(tiny_run(**layout), PRESETS[name], samples)
+    assert distance(found, expected) < 1e-5, layout
+  padded = capture(base, PRESETS[name], samples, change=pad_rows)
+  assert distance(padded, expected) < 1e-5
 
 
 @pytest.mark.parametrize('name', [
