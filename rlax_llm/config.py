@@ -63,6 +63,18 @@ class AlgorithmConfig(Section):
   teacher: str | None = None
   distillation_coefficient: float | None = None
   distillation_discount: float | None = None
+  leaps: int | None = None
+  leap_problems: int | None = None
+  progress_coefficient: float | None = None
+  progress_episodes: int | None = None
+  progress_marker: str | None = None
+  progress_samples: int | None = None
+  progress_tokens: int | None = None
+  rehearsal: str | None = None
+  rehearsal_coefficient: float | None = None
+  rehearsal_prompts: int | None = None
+  rehearsal_least: float | None = None
+  rehearsal_share: float | None = None
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -4,7 +4,7 @@ What stands for each sample is a list with one array for each group: groups may
 differ in size.
 """
 
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -146,32 +146,40 @@ def group_advantages(run: Run, rewards: np.ndarray, lengths: np.ndarray,
 
 
 def trained_samples(run: Run, groups: Sequence[Group],
-                    rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+                    rewards: Sequence[np.ndarray],
+                    rehearsed: np.ndarray) -> list[np.ndarray]:
   """Returns bool[G] of each group: the samples that the preset's filter keeps.
 
   Args:
     run: names the filter.
     groups: of one step.
     rewards: float32[G] of each group, those that are learned from.
+    rehearsed: bool[B]: problems that the initial policy solved.
   """
   keep = FILTERS[run.algorithm.filter]
   return [
       keep(
           Outcomes(found, group.unscorable,
                    np.array([r.finished
-                             for r in group.rollouts])))
-      for group, found in zip(groups, rewards)
+                             for r in group.rollouts]),
+                   np.full(found.shape, solved)))
+      for group, found, solved in zip(groups, rewards, rehearsed)
   ]
 
 
-def training_samples(groups: Sequence[Group], worth: Sequence[np.ndarray],
-                     trained: Sequence[np.ndarray]) -> list[Sample]:
+def training_samples(
+    groups: Sequence[Group],
+    worth: Sequence[np.ndarray],
+    trained: Sequence[np.ndarray],
+    extra: Sequence[Mapping[str, np.ndarray]] = ()
+) -> list[Sample]:
   """Returns a training sample for each rollout, in order.
 
   Args:
     groups: of one step.
     worth: float32[G] of each group, advantages.
     trained: bool[G] of each group.
+    extra: by sample, what the objective reads of its tokens; (): nothing.
   """
   rollouts = [(i, rollout)
               for i, group in enumerate(groups)
@@ -184,6 +192,9 @@ def training_samples(groups: Sequence[Group], worth: Sequence[np.ndarray],
              scored_logprobs=rollout.scored_logprobs,
              weight=rollout.weight,
              group=i,
-             trained=bool(keep)) for (i, rollout), advantage, keep in zip(
-                 rollouts, np.concatenate(worth), np.concatenate(trained))
+             trained=bool(keep),
+             extra=more)
+      for (i,
+           rollout), advantage, keep, more in zip(rollouts, np.concatenate(
+               worth), np.concatenate(trained), extra or [{}] * len(rollouts))
   ]

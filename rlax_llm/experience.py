@@ -15,7 +15,9 @@ import numpy as np
 
 from rlax_llm import groups as records
 from rlax_llm import processes
+from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
+from rlax_llm.forced_answers import ForcedAnswers
 from rlax_llm.groups import Experience
 from rlax_llm.groups import Group
 from rlax_llm.groups import Pending
@@ -30,6 +32,7 @@ from rlax_llm.sampler import Demand
 from rlax_llm.sampler import GroupSampler
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import Params
+from rlax_llm.types import REHEARSE
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
 
@@ -58,6 +61,7 @@ class Collector:
     self._sampler = GroupSampler(run, engine, verifier, store)
     self._store = store
     self._score = score
+    self._force = ForcedAnswers(run, engine, verifier).progress
     self._state = Experience()  # after the last step that was learned
     self._next = self._state  # after the one under way
     self._values: dict[str, float] = {}  # of the last `collect`
@@ -95,6 +99,10 @@ class Collector:
     self._next, self._values = self._state, {'rollout/refills': 0}
     seen: list[Group] = []
     self._sampler.begin(drafter_params, idle)
+    if self._run.algorithm.rehearsal != 'none':
+      if not self._next.rehearsal:
+        self._update(rehearsal=self._solved(params, watch))
+      self._values['rollout/rehearsal_samples'] = len(self._rehearsal())
     while len(self._next.queue) <= self._control.staleness:
       batch, new = self._round(params, step, step + len(self._next.queue),
                                watch)
@@ -126,6 +134,56 @@ class Collector:
     }
     return groups
 
+  def solved_at_first(self, groups: Sequence[Group]) -> np.ndarray:
+    """Returns bool[B]: groups of problems that the initial policy solved."""
+    known = {group.problem.prompt_id for group in self._next.rehearsal}
+    return np.array([group.problem.prompt_id in known for group in groups])
+
+  def rehearsed(self, step: int) -> list[Sample]:
+    """Returns what a step rehearses: other samples of the kept in each step.
+
+    Args:
+      step: from 0.
+    """
+    kept, config = self._rehearsal(), self._run.config
+    share = self._run.algorithm.rehearsal_share
+    count = math.ceil(share * config.task.prompts_per_step *
+                      config.rollout.samples_per_prompt)
+    rng = np.random.default_rng([config.seed, REHEARSE, step])
+    return [
+        Sample(prompt=rollout.request.prompt,
+               completion=rollout.tokens,
+               scored_logprobs=rollout.scored_logprobs,
+               extra={'rehearsed': 1.0})
+        for rollout in (kept[i] for i in rng.permutation(len(kept))[:count])
+    ]
+
+  def progress(self,
+               params: Params,
+               step: int,
+               groups: Sequence[Group],
+               watch: Stopwatch,
+               *,
+               drafter_params: Params = ()) -> list[dict[str, np.ndarray]]:
+    """Returns what each episode of each sample added, where that is read.
+
+    Args:
+      params: the policy's.
+      step: from 0.
+      groups: of the step.
+      watch: told of the time.
+      drafter_params: see `RolloutEngine.generate`.
+    """
+    if self._run.algorithm.credit != 'progress':
+      return []
+    found, values = self._force(params,
+                                groups,
+                                step,
+                                drafter_params=drafter_params)
+    self._values |= values
+    watch.lap('progress')
+    return [{'progress': array} for array in found]
+
   def learned(self) -> None:
     """Says that the step of the last `collect` was learned."""
     self._state = self._next
@@ -141,6 +199,44 @@ class Collector:
 
   def _update(self, **changes: Any) -> None:
     self._next = dataclasses.replace(self._next, **changes)
+
+  # ---- Rehearsal -------------------------------------------------------------
+  def _rehearsal(self) -> list[Rollout]:
+    return [r for group in self._next.rehearsal for r in group.rollouts]
+
+  def _solved(self, params: Params, watch: Stopwatch) -> tuple[Group, ...]:
+    """Returns the right samples of what a policy solves, with their scores.
+
+    Raises:
+      ConfigError: it solves nothing.
+    """
+    algorithm = self._run.algorithm
+    solved = []
+    for group in self._sampler.sample_apart(params, algorithm.rehearsal_prompts,
+                                            REHEARSE, watch):
+      correct = group.parts['correct']
+      if correct.mean() >= algorithm.rehearsal_least and (correct == 1).any():
+        solved.append(group.only(correct == 1))
+    if not solved:
+      raise ConfigError(
+          f'the policy before RL solves none of {algorithm.rehearsal_prompts} '
+          f'problems with a mean score of {algorithm.rehearsal_least}, so that '
+          'there is nothing to rehearse; lower algorithm.rehearsal_least or '
+          'raise algorithm.rehearsal_prompts')
+    logprobs = iter(
+        self._score(params, [
+            Sample(prompt=r.request.prompt, completion=r.tokens)
+            for group in solved
+            for r in group.rollouts
+        ]))
+    watch.lap('score')
+    return tuple(
+        dataclasses.replace(group,
+                            rollouts=tuple(
+                                dataclasses.replace(
+                                    r, scored_logprobs=next(logprobs))
+                                for r in group.rollouts))
+        for group in solved)
 
   # ---- Who is taken ----------------------------------------------------------
   def _round(self, params: Params, step: int, number: int,

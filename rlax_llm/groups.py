@@ -51,6 +51,19 @@ class Group:
     """Sorts groups by when they were requested."""
     return self.request.step, self.request.request
 
+  def only(self, chosen: np.ndarray) -> 'Group':
+    """Returns the group of some of its samples; chosen: bool[G]."""
+    pick = lambda items: tuple(x for x, keep in zip(items, chosen) if keep)
+    return dataclasses.replace(
+        self,
+        rollouts=pick(self.rollouts),
+        texts=pick(self.texts),
+        rewards=self.rewards[chosen],
+        unscorable=self.unscorable[chosen],
+        parts={
+            name: value[chosen] for name, value in self.parts.items()
+        })
+
   @property
   def has_signal(self) -> bool:
     """Whether the rewards differ."""
@@ -92,6 +105,8 @@ class Experience:
   # Batches of coming steps, the next one first.
   queue: tuple[tuple[Group, ...], ...] = ()
   past: tuple[Group, ...] = ()  # trained on, may be replayed; oldest first
+  # The initial policy's right samples of what it solved.
+  rehearsal: tuple[Group, ...] = ()
   head: QualityHead = dataclasses.field(default_factory=QualityHead)
   lengths: LengthHistory = dataclasses.field(default_factory=LengthHistory)
   successes: SuccessHistory = dataclasses.field(default_factory=SuccessHistory)
@@ -192,6 +207,7 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
       surplus=many('surplus'),
       queue=tuple(tuple(map(group, batch)) for batch in record['queue']),
       past=many('past'),
+      rehearsal=many('rehearsal'),
       lengths=LengthHistory.restore(record['lengths']),
       successes=SuccessHistory.restore(record['successes']),
       head=QualityHead(unpack(record['head']['weights']),

@@ -91,13 +91,14 @@ class Learner:
     """
     keep = None
     if skip_without_signal and self._algorithm.linear_in_advantage:
-      keep = np.array([s.advantage != 0 for s in samples])
+      keep = np.array([s.advantage != 0 or s.rehearsed for s in samples])
     return batches.make_batch(samples,
                               reduction=self._algorithm.reduction,
                               constant=self._run.config.rollout.max_new_tokens,
                               row_length=self._run.row_length,
                               microbatch_rows=self._learning.microbatch_rows,
-                              keep=keep)
+                              keep=keep,
+                              extra=token_credit.carried(self._algorithm))
 
   def put(self, batch: Batch) -> Batch:
     """Puts a batch on the mesh."""
@@ -148,12 +149,15 @@ class Learner:
     """Returns the shardings of a state, those it came with."""
     return jax.tree.map(lambda x: x.sharding, state)
 
-  def prepare(self,
-              params: Params,
-              samples: Sequence[Sample],
-              reference: Params | None,
-              *,
-              critic: Params | None = None) -> tuple[list[Batch], float]:
+  def prepare(
+      self,
+      params: Params,
+      samples: Sequence[Sample],
+      reference: Params | None,
+      *,
+      critic: Params | None = None,
+      rehearsed: Sequence[Sample] = ()
+  ) -> tuple[list[Batch], float]:
     """Packs and scores the optimizer batches of one batch of rollouts.
 
     Args:
@@ -164,13 +168,15 @@ class Learner:
       reference: parameters for the KL term, or None; gaps stand for frozen
         ones, which are the policy's.
       critic: its parameters, where there is one.
+      rehearsed: of the initial policy, dealt to the optimizer steps.
 
     Returns:
       (batches on the mesh, share of the computed positions without a token).
     """
+    steps = self._learning.minibatches
     packed = [
-        self.pack(part, skip_without_signal=True)
-        for part in _split(samples, self._learning.minibatches)
+        self.pack([*part, *rehearsed[i::steps]], skip_without_signal=True)
+        for i, part in enumerate(_split(samples, steps))
     ]
     padding = float(np.mean([batches.padding_fraction(b) for b in packed]))
     placed = [self._score_old(params, self.put(b)) for b in packed]

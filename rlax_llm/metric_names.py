@@ -29,12 +29,16 @@ METRICS: dict[str, Metric] = {
         Metric('samples', _T, 'samples the verifier could not judge'),
     'reward/groups_with_signal':
         Metric('fraction', _T, 'groups whose rewards differ'),
+    'reward/forced':
+        Metric('1', _T, 'mean score of answers forced in the middle'),
     'reward/label_accuracy':
         Metric('fraction', _T, 'prompts whose majority answer is right'),
     'reward/label_agreement':
         Metric('fraction', _T, "pseudo-rewards that are the verifier's"),
     'learning/skipped':
         Metric('fraction', _T, 'optimizer steps skipped: not finite'),
+    'rollout/rehearsal_samples':
+        Metric('samples', _T, 'of the initial policy, kept for rehearsal'),
     'rollout/tokens':
         Metric('tokens', _T, 'completion tokens of the step'),
     'rollout/sampled_tokens':
@@ -87,6 +91,8 @@ METRICS: dict[str, Metric] = {
         Metric('1', _T, 'smallest probability ratio, new to old policy'),
     'policy/effective_tokens':
         Metric('fraction', _T, 'tokens left by weights new / sampling policy'),
+    'policy/rehearsal_divergence':
+        Metric('nats', _T, "of what is rehearsed, by the loss's divergence"),
     'policy/rejected_fraction':
         Metric('fraction', _T, 'trained tokens dropped for a stale sampler'),
     'policy/behaviour_gap_max':
@@ -103,6 +109,10 @@ METRICS: dict[str, Metric] = {
         Metric('1', _T, 'global norm of the gradient, before clipping'),
     'learning/learning_rate':
         Metric('1', _T, 'learning rate of the step'),
+    'learning/leap':
+        Metric('1', _T, 'how far a leap went, by what led to it; 0: none'),
+    'learning/leap_accuracy':
+        Metric('fraction', _T, "a leap's training problems solved, after it"),
     'learning/step_scale':
         Metric('1', _T, "factor of the optimizer's step"),
     'learning/trained_fraction':
@@ -169,6 +179,10 @@ METRICS: dict[str, Metric] = {
         Metric('s', _S, 'verifying the answers'),
     'time/score':
         Metric('s', _S, 'log-probabilities: old and reference policy'),
+    'time/progress':
+        Metric('s', _S, 'answers forced in the middle of samples'),
+    'time/leap':
+        Metric('s', _S, 'leaps and what judges them'),
     'time/update':
         Metric('s', _S, 'optimizer step'),
     'time/step':

@@ -144,6 +144,28 @@ class GroupSampler:
                                dropped_tokens=state.dropped_tokens +
                                pruned), rewarded
 
+  def sample_apart(self, params: Params, count: int, domain: int,
+                   watch: Stopwatch) -> list[Group]:
+    """Returns groups of the run's first problems that no step asks for.
+
+    Args:
+      params: the policy's.
+      count: how many problems.
+      domain: of the requests.
+      watch: told of rollout and reward.
+    """
+    requests = self._run.requests(
+        [self.problem(i) for i in range(count)],
+        samples=self._run.config.rollout.samples_per_prompt,
+        domain=domain,
+        step=0)
+    pending = [Pending(i, request) for i, request in enumerate(requests)]
+    groups = self._generate(params, pending, RolloutState())
+    watch.lap('rollout')
+    rewarded = self._reward(groups)
+    watch.lap('reward')
+    return rewarded
+
   def problem(self, number: int) -> Problem:
     """Returns a problem of the stream that the steps' problems make up."""
     count = self._run.config.task.prompts_per_step

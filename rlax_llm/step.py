@@ -10,6 +10,7 @@ from rlax_llm import executables
 from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.experience import Collector
 from rlax_llm.groups import Group
+from rlax_llm.leaps import Leaps
 from rlax_llm.learner import Learner
 from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
@@ -28,6 +29,7 @@ class Loop:
   reference: Params | None  # for the KL term
   progression: Progression  # updated in place
   drafter: DrafterTraining | None = None  # None: no network drafts
+  leaps: Leaps | None = None  # None: the objective takes none
 
 
 def train_step(
@@ -46,6 +48,10 @@ def train_step(
   run = loop.run
   watch = Stopwatch(run.clock)
   compiled = executables.compile_totals()
+  leaped: dict[str, float] = {}
+  if loop.leaps:
+    states, leaped = loop.leaps.before_step(step, states)
+    watch.lap('leap')
   params = states['policy'].params
   drafts: dict[str, Any] = {'drafter_params': drafter_params(states)}
   if loop.drafter:
@@ -53,14 +59,22 @@ def train_step(
   groups = loop.collector.collect(params, step, watch, **drafts)
   rewards = credit.group_rewards(run, groups, step)
   advantages = credit.advantages(run, groups, rewards)
-  trained = credit.trained_samples(run, groups, rewards)
+  trained = credit.trained_samples(run, groups, rewards,
+                                   loop.collector.solved_at_first(groups))
   watch.lap('reward')
-  samples = credit.training_samples(groups, advantages, trained)
+  progress = loop.collector.progress(params,
+                                     step,
+                                     groups,
+                                     watch,
+                                     drafter_params=drafter_params(states))
+  samples = credit.training_samples(groups, advantages, trained, progress)
   critic = states['critic'].params if 'critic' in states else None
-  prepared, padding = loop.learner.prepare(params,
-                                           samples,
-                                           loop.reference,
-                                           critic=critic)
+  prepared, padding = loop.learner.prepare(
+      params,
+      samples,
+      loop.reference,
+      critic=critic,
+      rehearsed=loop.collector.rehearsed(step))
   watch.lap('score')
   run.on_boundary()  # the last time: `learn_all` takes the states
   states, values = loop.learner.learn_all(states, prepared, step)
@@ -82,6 +96,7 @@ def train_step(
   after = executables.compile_totals()
   numbers: dict[str, Any] = {
       **values,
+      **leaped,
       **group_metrics(groups, rewards, step),
       **credit.label_metrics(run, groups, rewards),
       'learning/trained_fraction':

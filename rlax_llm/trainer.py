@@ -16,6 +16,7 @@ from rlax_llm.config import ConfigError
 from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.experience import Collector
+from rlax_llm.leaps import Leaps
 from rlax_llm.progress import Progress
 from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
@@ -89,6 +90,7 @@ class Trainer:
                                 self._learner.score_samples)
     learns = run.states.draft_model is not None
     self._drafter = DrafterTraining(run) if learns else None
+    self._leaps = Leaps(run, self._judged) if run.algorithm.leaps else None
     self.states: dict[str, TrainState] = {}
     self.progression = Progression()
     self._earlier = 0.0  # seconds, of the processes before this one
@@ -100,7 +102,10 @@ class Trainer:
     if not self._saved.steps():
       return None, []
     states = self.run.states
-    found = self._saved.restore(states.abstract_all(), optional=OPTIONAL)
+    abstract = states.abstract_all()
+    if self._leaps:
+      abstract |= self._leaps.abstract()
+    found = self._saved.restore(abstract, optional=OPTIONAL)
     assert found is not None
     step, restored, host = found
     self.states = states.completed(restored)
@@ -139,7 +144,7 @@ class Trainer:
       params = self.states['policy'].params
       reference = run.states.reference(self._workdir, params, first)
       loop = Loop(run, self._collector, self._learner, reference,
-                  self.progression, self._drafter)
+                  self.progression, self._drafter, self._leaps)
       if self._unwritten is not None:
         self._finish(first, **self._unwritten)
       self.progress.phase('reinforcement learning', config.num_steps)
@@ -194,6 +199,8 @@ class Trainer:
 
       params = warm_start(run, params, show)
     self.states = run.states.init_all(params)
+    if self._leaps:
+      self.states |= self._leaps.init(self.states)
     if self._drafter and run.config.drafter.warmup_updates:
       self._warm_up_drafter(self._drafter)
     self.progress.phase('evaluate', 0)
@@ -209,6 +216,17 @@ class Trainer:
 
     self.states['drafter'] = drafter.warm_up(self.states['drafter'],
                                              self.states['policy'].params, show)
+
+  def _judged(self, states: dict[str, TrainState],
+              problems: Sequence[tasks.Problem]) -> float:
+    """Returns the accuracy of a policy on some problems."""
+    return evaluation.evaluate(
+        self.run,
+        self._judge,
+        states['policy'].params,
+        self._verifier,
+        problems,
+        drafter_params=drafter_params(states))['evaluate/accuracy']
 
   def _finish(self, done: int, values: dict[str, Any],
               rows: list[dict]) -> None:

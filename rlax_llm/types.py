@@ -79,12 +79,14 @@ class Request:
   """
   prompt: np.ndarray  # int32[prompt_length]
   samples: int
-  domain: int  # TRAIN or EVALUATE
+  domain: int  # TRAIN, EVALUATE, REHEARSE or FORCE
   step: int  # the step in which it was requested
   request: int  # index of the request within the step
 
 
-TRAIN, EVALUATE = 0, 1  # Request.domain
+# Request.domain. REHEARSE: the initial policy's samples that are kept; FORCE:
+# answers asked for in the middle of a sample.
+TRAIN, EVALUATE, REHEARSE, FORCE = 0, 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True)

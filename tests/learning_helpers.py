@@ -1,5 +1,6 @@
 """Runs, samples and updates of the tests of learning."""
 
+import dataclasses
 import functools
 
 import jax
@@ -61,11 +62,11 @@ def sharp_params(run):
   return jax.tree.map(lambda x: x * 2, run.states.init_params())
 
 
-def make_state(run, optimizer=CAPTURE):
+def make_state(run, optimizer=CAPTURE, params=None):
   return run.pool(
       ('state', id(optimizer)),
       lambda p: updates.init_state(p, model=run.model, optimizer=optimizer),
-      sharp_params(run))
+      sharp_params(run) if params is None else params)
 
 
 def gradient_of(run,
@@ -125,6 +126,18 @@ def plain_logprobs(run, params, sample):
   tokens[0, first:first + count] = sample.completion
   law = np.asarray(_plain_law(run.model, params, tokens))
   return law[np.arange(first, first + count) - 1, sample.completion]
+
+
+def rehearsed_samples(run, count=6):
+  """Samples of another policy, the initial one, with its log-probabilities."""
+  initial = jax.tree.map(lambda x: x * 0.7, sharp_params(run))
+  return [
+      dataclasses.replace(s,
+                          advantage=0.0,
+                          scored_logprobs=plain_logprobs(run, initial, s),
+                          extra={'rehearsed': 1.0})
+      for s in random_samples(count, seed=7)
+  ]
 
 
 SGD = optax.sgd(0.5)

@@ -57,7 +57,8 @@ ALLOWED = {
 TOP = {
     'states', 'run', 'learner', 'experience', 'groups', 'pruning', 'sampler',
     'early_stop', 'credit', 'step', 'warm_start', 'drafter_training', 'train',
-    'trainer', 'evaluate', 'sample', 'report', 'export', 'testing', 'teacher'
+    'trainer', 'evaluate', 'sample', 'report', 'export', 'testing', 'teacher',
+    'forced_answers', 'leaps'
 }
 NO_JIT = ('ops', 'models', 'drafting', 'learning', 'rollout/segment.py')
 OPTIONAL = ('grain', 'tensorflow_datasets', 'array_record', 'reasoning_gym',

@@ -41,6 +41,7 @@ from rlax_llm.models import kv_cache
 from rlax_llm.ops import advantages as advantage_ops
 from rlax_llm.ops import batch_advantages
 from rlax_llm.ops import divergences
+from rlax_llm.ops import f_divergences
 from rlax_llm.ops import losses
 from rlax_llm.ops import masking
 from rlax_llm.ops import metrics as metric_ops
@@ -743,6 +744,7 @@ def test_choices_of_the_algorithms_are_implemented():
     assert preset.labels in filters.LABELS
     assert preset.reduction in masking.REDUCTIONS
     assert preset.divergence in divergences.DIVERGENCES
+    assert preset.rehearsal in ('none', *f_divergences.F_DIVERGENCES)
   assert algorithms.PRESETS['grpo'].reduction == 'sequence_mean'
   assert algorithms.PRESETS['rloo'].advantage == 'leave_one_out'
   assert (algorithms.PRESETS['dr_grpo'].reduction ==

@@ -41,6 +41,20 @@ class Algorithm:
     distillation_coefficient: of the teacher's log-ratio.
     distillation_discount: of later log-ratios.
     teacher: a folder of published weights, or a run's workdir.
+    leaps: how many leaps along the last direction are tried before steps 1, 2,
+      4, 8, ...: twice, four times, ... as far; 0: none.
+    leap_problems: training problems by which a leap is judged.
+    progress_coefficient: of what an episode of a sample added to its success.
+    progress_episodes: a sample is cut into so many at most.
+    progress_marker: the text that ends an episode; '': they are equally long.
+    progress_samples: answers by which the success after an episode is judged.
+    progress_tokens: the longest such answer.
+    rehearsal: divergence from the initial policy on what that solved, in the
+      loss; `f_divergences.F_DIVERGENCES`.
+    rehearsal_coefficient: of it.
+    rehearsal_prompts: first problems of the run that the initial policy tries.
+    rehearsal_least: mean score from which on a problem counts as solved.
+    rehearsal_share: samples that are rehearsed in a step, by those of the step.
   """
   advantage: str = 'group'
   credit: str = 'sample'
@@ -72,6 +86,18 @@ class Algorithm:
   distillation_coefficient: float = 1.0
   distillation_discount: float = 0.0
   teacher: str = ''
+  leaps: int = 0
+  leap_problems: int = 50
+  progress_coefficient: float = 0.5
+  progress_episodes: int = 4
+  progress_marker: str = ''
+  progress_samples: int = 1
+  progress_tokens: int = 8
+  rehearsal: str = 'none'
+  rehearsal_coefficient: float = 0.01
+  rehearsal_prompts: int = 256
+  rehearsal_least: float = 0.75
+  rehearsal_share: float = 0.25
 
   @property
   def linear_in_advantage(self) -> bool:

@@ -21,8 +21,10 @@ from rlax_llm.learning.objectives import LOSSES
 from rlax_llm.learning.objectives import REJECTIONS
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.learning.token_credit import CREDITS
+from rlax_llm.learning.token_credit import is_shaped
 from rlax_llm.learning.token_credit import STEP_SCALES
 from rlax_llm.ops.divergences import DIVERGENCES
+from rlax_llm.ops.f_divergences import F_DIVERGENCES
 from rlax_llm.ops.masking import REDUCTIONS
 
 _NOT_NONE = 'any but none'
@@ -46,6 +48,16 @@ _READ_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
     'distillation_coefficient': ('credit', ('distillation',)),
     'distillation_discount': ('credit', ('distillation',)),
     'teacher': ('credit', ('distillation',)),
+    'leap_problems': ('leaps', _NOT_NONE),
+    'progress_coefficient': ('credit', ('progress',)),
+    'progress_episodes': ('credit', ('progress',)),
+    'progress_marker': ('credit', ('progress',)),
+    'progress_samples': ('credit', ('progress',)),
+    'progress_tokens': ('credit', ('progress',)),
+    'rehearsal_coefficient': ('rehearsal', _NOT_NONE),
+    'rehearsal_prompts': ('rehearsal', _NOT_NONE),
+    'rehearsal_least': ('rehearsal', _NOT_NONE),
+    'rehearsal_share': ('rehearsal', _NOT_NONE),
 }
 
 
@@ -62,6 +74,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
       'filter': tuple(FILTERS),
       'labels': tuple(LABELS),
       'step_scale': tuple(STEP_SCALES),
+      'rehearsal': ('none', *F_DIVERGENCES),
   }
 
 
@@ -85,6 +98,16 @@ _RANGES = (
     ('coverage_samples', 1, _LARGEST),
     ('distillation_coefficient', 0, _LARGEST),
     ('distillation_discount', 0, 1),
+    ('leaps', 0, 16),
+    ('leap_problems', 1, _LARGEST),
+    ('progress_coefficient', 0, _LARGEST),
+    ('progress_episodes', 2, _LARGEST),
+    ('progress_samples', 1, _LARGEST),
+    ('progress_tokens', 1, _LARGEST),
+    ('rehearsal_coefficient', 0, _LARGEST),
+    ('rehearsal_prompts', 1, _LARGEST),
+    ('rehearsal_least', 0, 1),
+    ('rehearsal_share', 0, 1),
 )
 
 
@@ -92,7 +115,7 @@ def _check_read(algorithm: Algorithm, given: dict[str, object]) -> None:
   """Refuses what is set and has no effect."""
   for field, (selector, readers) in _READ_BY.items():
     value = getattr(algorithm, selector)
-    if field not in given or (value != 'none'
+    if field not in given or (value not in ('none', 0)
                               if readers == _NOT_NONE else value in readers):
       continue
     remedy = (f'set algorithm.{selector}' if readers == _NOT_NONE else
@@ -109,6 +132,15 @@ def _check_read(algorithm: Algorithm, given: dict[str, object]) -> None:
                                            } & set(given):
     raise ConfigError('algorithm.clip_low and clip_high are set, but the '
                       "credit 'uncertainty' adapts the range; remove them")
+  if algorithm.filter == 'unrehearsed' and algorithm.rehearsal == 'none':
+    raise ConfigError("algorithm.filter='unrehearsed' leaves out what is "
+                      'rehearsed, and algorithm.rehearsal is none; set it')
+  if algorithm.rehearsal != 'none' and is_shaped(algorithm):
+    raise ConfigError(
+        f'algorithm.rehearsal={algorithm.rehearsal!r} puts samples of another '
+        f'policy into the batch that credit={algorithm.credit!r}, step_scale='
+        f'{algorithm.step_scale!r} or entropy_target reads as a whole; use '
+        "credit='sample' and neither of the others")
 
 
 def resolve(config: AlgorithmConfig) -> Algorithm:
@@ -188,6 +220,22 @@ def check(algorithm: Algorithm, config: Config) -> None:
     raise ConfigError(
         f'algorithm.advantage={algorithm.advantage!r} reads each reward by '
         'itself; task.permute_rewards shuffles their sum: set it to False')
+  verified = [
+      name for name, used in (('credit', algorithm.credit == 'progress'),
+                              ('rehearsal', algorithm.rehearsal != 'none'))
+      if used
+  ]
+  if verified and (algorithm.labels != 'verifier' or
+                   config.task.permute_rewards):
+    raise ConfigError(
+        f'algorithm.{verified[0]}={getattr(algorithm, verified[0])!r} asks the '
+        'verifier, whom algorithm.labels and task.permute_rewards pass by; use '
+        "labels='verifier' and permute_rewards=False")
+  if algorithm.leaps and config.model.lora.rank:
+    raise ConfigError(
+        f'algorithm.leaps={algorithm.leaps} goes on along a line of parameters,'
+        f' and model.lora.rank={config.model.lora.rank} trains two factors '
+        'whose product does not; set one of them to 0')
   if algorithm.critic_warmup and algorithm.critic_warmup >= config.num_steps:
     raise ConfigError(
         f'algorithm.critic_warmup={algorithm.critic_warmup} leaves no step of '

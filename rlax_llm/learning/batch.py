@@ -1,7 +1,7 @@
 """From samples to packed microbatches. Host side, numpy, deterministic."""
 
 import dataclasses
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,14 @@ class Sample:
   weight: float = 1.0  # of its loss, as the inverse of a survival probability
   group: int = 0  # samples of one prompt share it; from 0
   trained: bool = True  # False: out of the loss and of its denominators
+  # By name, what the objective reads of its tokens: float32[c], or one number
+  # for all of them; see `token_credit.carried`.
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def rehearsed(self) -> bool:
+    """Whether it is the initial policy's, for the rehearsal's term alone."""
+    return 'rehearsed' in self.extra
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -84,13 +92,15 @@ def unpack(values: np.ndarray, sequences: Sequence[Sample]) -> list[np.ndarray]:
   return [found[i] for i in range(len(sequences))]
 
 
-def make_batch(sequences: Sequence[Sample],
-               *,
-               reduction: str,
-               constant: int,
-               row_length: int,
-               microbatch_rows: int,
-               keep: np.ndarray | None = None) -> Batch:
+def make_batch(
+    sequences: Sequence[Sample],
+    *,
+    reduction: str,
+    constant: int,
+    row_length: int,
+    microbatch_rows: int,
+    keep: np.ndarray | None = None,
+    extra: Sequence[str] = ()) -> Batch:
   """Packs sequences into microbatches of fixed shape.
 
   Args:
@@ -102,6 +112,8 @@ def make_batch(sequences: Sequence[Sample],
     microbatch_rows: R, rows of one forward and backward pass.
     keep: bool[len(sequences)]; what is not kept counts in the denominators
       but is not computed. None keeps all.
+    extra: names of `Sample.extra` that the batch holds, 0 where a sample lacks
+      them.
 
   Returns:
     Batch of numpy arrays [M, R, L]. M is the next power of two, so that few
@@ -110,10 +122,12 @@ def make_batch(sequences: Sequence[Sample],
   Raises:
     ValueError: if a sequence is longer than a row.
   """
-  weights = masking.token_weights(np.array(
-      [len(s.completion) * s.trained for s in sequences]),
-                                  reduction=reduction,
-                                  constant=constant)
+  # What is rehearsed has denominators of its own.
+  rehearsed = np.array([s.rehearsed for s in sequences])
+  lengths = np.array([len(s.completion) * s.trained for s in sequences])
+  weigh = lambda part: masking.token_weights(
+      lengths * part, reduction=reduction, constant=constant)
+  weights = np.where(rehearsed, weigh(rehearsed), weigh(~rehearsed))
   kept = [
       i for i, s in enumerate(sequences)
       if s.trained and (keep is None or keep[i])
@@ -122,13 +136,13 @@ def make_batch(sequences: Sequence[Sample],
   groups: dict[int, int] = {}
   for i in kept:
     groups.setdefault(sequences[i].group, len(groups) + 1)
-  lengths = [
+  sizes = [
       len(sequences[i].prompt) + len(sequences[i].completion) for i in kept
   ]
-  if max(lengths, default=0) > row_length:
-    raise ValueError(f'a sequence of {max(lengths)} tokens exceeds '
+  if max(sizes, default=0) > row_length:
+    raise ValueError(f'a sequence of {max(sizes)} tokens exceeds '
                      f'learning.row_length={row_length}; raise it')
-  rows = pack(lengths, row_length)
+  rows = pack(sizes, row_length)
   count = max(1, -(-len(rows) // microbatch_rows))
   microbatches = 1 << (count - 1).bit_length()
   flat = (microbatches * microbatch_rows, row_length)
@@ -140,7 +154,7 @@ def make_batch(sequences: Sequence[Sample],
       name: np.zeros(flat, np.float32)
       for name in ('weights', 'advantages', 'old_logprobs',
                    'behaviour_logprobs', 'reference_logprobs',
-                   'scored_logprobs')
+                   'scored_logprobs', *extra)
   }
   bools = {name: np.zeros(flat, bool) for name in ('targets', 'scored')}
   for row, members in deal(rows, microbatch_rows):
@@ -163,11 +177,14 @@ def make_batch(sequences: Sequence[Sample],
       if s.scored_logprobs is not None:
         floats['scored_logprobs'][row, middle:end] = s.scored_logprobs
         bools['scored'][row, middle:end] = True
+      for name in extra:
+        floats[name][row, middle:end] = s.extra.get(name, 0.0)
       start = end
   shape = (microbatches, microbatch_rows, row_length)
   host: dict[str, Any] = {**ints, **floats, **bools}
   host = {name: array.reshape(shape) for name, array in host.items()}
   host['count'] = np.int32(count)
+  host['extra'] = {name: host.pop(name) for name in extra}
   return Batch(**host)
 
 

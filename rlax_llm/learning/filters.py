@@ -13,6 +13,7 @@ class Outcomes(NamedTuple):
   rewards: np.ndarray  # float32
   unscorable: np.ndarray  # bool: the verifier gave no reward
   finished: np.ndarray  # bool: emitted EOS
+  rehearsed: np.ndarray  # bool: of a problem that the initial policy solved
 
 
 def _signal(outcomes: Outcomes) -> np.ndarray:
@@ -27,6 +28,7 @@ FILTERS: dict[str, Callable[[Outcomes], np.ndarray]] = {
     'scorable': lambda outcomes: ~outcomes.unscorable,
     'signal': _signal,
     'finished': lambda outcomes: outcomes.finished,
+    'unrehearsed': lambda outcomes: ~outcomes.rehearsed,
 }
 
 

@@ -110,6 +110,27 @@ PRESETS: dict[str, Algorithm] = {
     # https://arxiv.org/abs/2306.13649: the teacher's log-ratio, by token.
     'on_policy_distillation':
         Algorithm(advantage='none', credit='distillation', loss='surrogate'),
+    # EffOPD, https://arxiv.org/abs/2605.11739: the same with leaps ahead.
+    'effopd':
+        Algorithm(advantage='none',
+                  credit='distillation',
+                  loss='surrogate',
+                  leaps=5),
+    # The Choice of Divergence (DPH-RL), https://arxiv.org/abs/2509.07430: what
+    # the initial policy solved is rehearsed.
+    'dph_forward_kl':
+        Algorithm(clip_high=0.28,
+                  filter='unrehearsed',
+                  rehearsal='forward_kl',
+                  rehearsal_coefficient=0.01),
+    'dph_jensen_shannon':
+        Algorithm(clip_high=0.28,
+                  filter='unrehearsed',
+                  rehearsal='jensen_shannon',
+                  rehearsal_coefficient=0.05),
+    # MRT, https://arxiv.org/abs/2503.07572: each episode's own progress.
+    'mrt':
+        Algorithm(credit='progress', reduction='sequence_mean'),
 }
 
 # The warm start, through the same update as everything else.

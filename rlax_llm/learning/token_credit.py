@@ -119,12 +119,20 @@ def _uncertainty(algorithm: Algorithm, batch: Batch) -> Batch:
                        {'clip': entropy_terms.confidence_clip(tail)})
 
 
+def _progress(algorithm: Algorithm, batch: Batch) -> Batch:
+  """MRT: plus what the token's episode added to the success."""
+  gain = masking.select_masked(batch.targets, batch.extra['progress'])
+  return batch.replace(advantages=batch.advantages +
+                       algorithm.progress_coefficient * gain)
+
+
 CREDITS: dict[str, Callable[[Algorithm, Batch], Batch]] = {
     'sample': _sample,
     'gae': _gae,
     'minimum_variance': _minimum_variance,
     'distillation': _distillation,
     'uncertainty': _uncertainty,
+    'progress': _progress,
 }
 # What a credit reads besides the samples; each is a pass over the batch.
 _READS: dict[str, tuple[str, ...]] = {
@@ -133,6 +141,7 @@ _READS: dict[str, tuple[str, ...]] = {
     'minimum_variance': ('old_logprobs', 'squared_norms'),
     'distillation': ('old_logprobs', 'teacher_logprobs'),
     'uncertainty': ('entropy', 'confidence'),
+    'progress': (),
 }
 
 
@@ -161,6 +170,16 @@ def reads(algorithm: Algorithm) -> frozenset[str]:
   if algorithm.entropy_target:
     names.add('entropy')
   return frozenset(names)
+
+
+def carried(algorithm: Algorithm) -> tuple[str, ...]:
+  """Returns what samples bring along, by the names of `Sample.extra`."""
+  names = []
+  if algorithm.credit == 'progress':
+    names.append('progress')
+  if algorithm.rehearsal != 'none':
+    names.append('rehearsed')
+  return tuple(names)
 
 
 def is_shaped(algorithm: Algorithm) -> bool:

@@ -17,6 +17,7 @@ from rlax_llm.models import language_model
 from rlax_llm.models import lora
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops import divergences
+from rlax_llm.ops import f_divergences
 from rlax_llm.ops import losses
 from rlax_llm.ops.masking import select_masked
 from rlax_llm.ops.sampling import Sampling
@@ -56,6 +57,8 @@ class _Totals(flax.struct.PyTreeNode):
   weight: Array  # pi / pi_behaviour
   weight_squared: Array
   gap_max: Array
+  rehearsed: Array  # tokens of the initial policy
+  rehearsal: Array  # divergence on them
 
 
 def _no_totals() -> _Totals:
@@ -126,7 +129,10 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
                                        model=model,
                                        sampling=config.sampling,
                                        chunk=config.chunk)
-  mask = batch.targets
+  mask, rehearsed = batch.targets, jnp.zeros_like(batch.targets)
+  if algorithm.rehearsal != 'none':
+    rehearsed = mask & (batch.extra['rehearsed'] > 0)
+    mask = mask & ~rehearsed
   # Masked before any arithmetic: garbage behind the mask, NaN included,
   # reaches neither the loss nor the gradient.
   logprobs = select_masked(mask, scores.logprobs)
@@ -162,6 +168,13 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
     above = select_masked(mask, entropy - algorithm.entropy_target)
     loss = loss + (algorithm.entropy_coefficient *
                    batch.extra['entropy_slope'] * jnp.sum(above))
+  rehearsal = jnp.zeros_like(logprobs)
+  if algorithm.rehearsal != 'none':
+    apart = f_divergences.F_DIVERGENCES[algorithm.rehearsal]
+    initial = select_masked(rehearsed, batch.scored_logprobs)
+    rehearsal = apart(select_masked(rehearsed, scores.logprobs), initial)
+    loss = loss + algorithm.rehearsal_coefficient * jnp.sum(
+        select_masked(rehearsed, batch.weights) * rehearsal)
   total = lambda x: jnp.sum(select_masked(mask, x.astype(jnp.float32)))
   k3 = jnp.zeros_like(logprobs)
   if algorithm.has_reference:
@@ -183,7 +196,9 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
                    ratio_min=jnp.min(select_masked(mask, token.ratio, jnp.inf)),
                    weight=total(weight),
                    weight_squared=total(jnp.square(weight)),
-                   gap_max=jnp.max(jnp.abs(sampler - trainer)))
+                   gap_max=jnp.max(jnp.abs(sampler - trainer)),
+                   rehearsed=jnp.sum(rehearsed, dtype=jnp.float32),
+                   rehearsal=jnp.sum(rehearsal))
   return loss, jax.lax.stop_gradient(totals)
 
 
@@ -313,6 +328,9 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
     metrics['policy/kl_reference'] = mean(totals.divergence)
   if algorithm.has_reference:
     metrics['policy/kl_reference_k3'] = mean(totals.divergence_k3)
+  if algorithm.rehearsal != 'none':
+    metrics['policy/rehearsal_divergence'] = (
+        totals.rehearsal / jnp.maximum(totals.rehearsed, 1.0))
   if scale is not None:
     metrics['learning/step_scale'] = scale
   return state, metrics

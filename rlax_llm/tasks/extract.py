@@ -12,6 +12,14 @@ _CLOSE = '</answer>'
 _HASHES = '####'
 # A box, an escaped brace or backslash, a brace. A doubled backslash before a
 # box is a model's way of escaping it, no line break.
+_OPENINGS = {
+    'tag': _OPEN,
+    'scratchpad': ')',
+    'last_line': '\n',
+    'after_equals': '=',
+    'boxed': '\\boxed{',
+    'hashes': f'\n{_HASHES} ',
+}
 _BRACE = re.compile(r'\\boxed *\{|\\[{}]|\\\\(?!boxed)|[{}]')
 
 
@@ -74,6 +82,15 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
     raise ValueError(f'task.answer_format {answer_format!r} is unknown; '
                      f'use one of {", ".join(FORMATS)}')
   return answer.strip() or None
+
+
+def opening(answer_format: str) -> str:
+  """Returns the text behind which an answer stands; '': anywhere.
+
+  Args:
+    answer_format: as for `extract_answer`.
+  """
+  return _OPENINGS.get(answer_format, '')
 
 
 def wrap_answer(steps: str, answer: str, answer_format: str) -> str:
