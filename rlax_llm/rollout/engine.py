@@ -31,7 +31,7 @@ from rlax_llm.rollout.control import StopPolicy
 from rlax_llm.rollout.executor import Executor
 from rlax_llm.rollout.generation import Generation
 from rlax_llm.rollout.generation import IdleWork
-from rlax_llm.rollout.replica import Parts
+from rlax_llm.rollout.parts import Parts
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.types import DraftParams

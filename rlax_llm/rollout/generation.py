@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from rlax_llm.rollout import control
 from rlax_llm.rollout.outcomes import Outcomes
-from rlax_llm.rollout.replica import Parts
+from rlax_llm.rollout.parts import Parts
 from rlax_llm.rollout.replica import Replica
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
