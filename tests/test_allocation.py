@@ -167,8 +167,10 @@ def test_groups_of_different_sizes_are_judged_one_by_one():
       np.testing.assert_allclose(mine, want, rtol=1e-6)
     assert all(np.ptp(x) > 0 for x in found[:2]) and not found[2].any()
   signal = dataclasses.replace(run, algorithm=PRESETS['confucius3'])
-  assert [x.all() for x in credit.trained_samples(signal, groups, rewards)
-         ] == [True, True, False, True]
+  assert [
+      x.all() for x in credit.trained_samples(signal, groups, rewards,
+                                              np.zeros(len(groups), bool))
+  ] == [True, True, False, True]
   shuffled = credit.permuted(rewards, 0, 0)
   assert [len(x) for x in shuffled] == [4, 6, 4, 5]
   assert sum(x.sum() for x in shuffled) == sum(x.sum() for x in rewards)

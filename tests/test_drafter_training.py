@@ -42,9 +42,9 @@ RANDOM = CHAIN | dict(rollout__width=0, control__widths=(1, 3, 4))
 
 
 @pytest.mark.parametrize('changes', [
-    pytest.param(CHAIN, id='chain'),
+    pytest.param(CHAIN, marks=pytest.mark.slow, id='chain'),
     pytest.param(TREE, marks=pytest.mark.slow, id='tree'),
-    pytest.param(RANDOM, id='random'),
+    pytest.param(RANDOM, marks=pytest.mark.slow, id='random'),
 ])
 def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
   """Law: 40 steps, drafted by a network that is trained meanwhile, and in one

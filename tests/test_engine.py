@@ -249,7 +249,9 @@ def test_speed_values_change_no_token(name):
     assert r.length - r.drafted.sum() in (r.forwards, r.forwards - 1)
 
 
-@pytest.mark.parametrize('drafter', ['chain', 'tree', 'cache'])
+@pytest.mark.parametrize(
+    'drafter', ['chain', 'tree',
+                pytest.param('cache', marks=pytest.mark.slow)])
 def test_order_and_company_change_no_token(drafter):
   """Shuffled, reversed, repeated and lonely requests give the same tokens.
 
@@ -275,7 +277,8 @@ def test_order_and_company_change_no_token(drafter):
 
 @pytest.mark.parametrize('drafter', [
     pytest.param(None, marks=pytest.mark.slow),
-    pytest.param('chain', marks=pytest.mark.slow), 'tree', 'cache'
+    pytest.param('chain', marks=pytest.mark.slow),
+    pytest.param('tree', marks=pytest.mark.slow), 'cache'
 ])
 def test_devices_change_no_token(drafter):
   """Rows over eight devices give the tokens of one device.
@@ -423,6 +426,7 @@ def test_running_ahead_changes_no_token():
     assert [h.tolist() for h in store.history(request)] == known
 
 
+@pytest.mark.slow
 def test_running_ahead_does_not_keep_the_batch_wide():
   """Above `run_ahead_rows` the batch is compacted as without run-ahead.
 

@@ -92,7 +92,10 @@ BOUNDARIES = {
 }
 
 
-@pytest.mark.parametrize('name', BOUNDARIES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if 'growth' in name else name
+    for name in BOUNDARIES
+])
 def test_a_policy_that_drafts_for_itself_is_always_right(name):
   """Law: drafted by the policy itself, every forward commits W tokens, up to
   EOS and the limit.
@@ -220,6 +223,7 @@ def test_nothing_is_stale_after_segments_without_drafts(ways, monkeypatch):
   assert sum(count for width, count in seen if width == 4) > 30
 
 
+@pytest.mark.slow
 def test_the_state_is_a_function_of_the_text(monkeypatch):
   """Law: at every boundary the drafter's keys, values and feature are those
   that are computed from the rows' texts alone.
@@ -367,8 +371,11 @@ def test_merge_keeps_one_node_of_each_line():
 # --- The hybrid.
 
 
-@pytest.mark.parametrize('sources', [('tree_cache', 'model'), ('model',),
-                                     ('tree_cache',)],
+@pytest.mark.parametrize('sources',
+                         [('tree_cache', 'model'),
+                          pytest.param(('model',), marks=pytest.mark.slow),
+                          pytest.param(
+                              ('tree_cache',), marks=pytest.mark.slow)],
                          ids='+'.join)
 def test_the_hybrid_changes_no_token(sources):
   """Law: merged drafts, or those of either source, change no token."""

@@ -234,6 +234,7 @@ def test_a_run_with_replicas_is_the_run_without(tmp_path, replicas, drafter):
     assert sum(idle) > 10 and idle[0] == 0  # nothing to learn from at first
 
 
+@pytest.mark.slow
 def test_drafter_is_that_of_the_parts():
   """Law: a drafter of one's own works in every replica."""
   world = _world(2)

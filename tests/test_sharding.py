@@ -63,14 +63,11 @@ class _Margins(helpers.World):
     self.seed, self.sampling = run.config.seed, run.sampling
 
 
-@pytest.mark.parametrize('mesh, gather', [
-    ((2, 2, 2), True),
-    *(pytest.param(m, g, marks=pytest.mark.slow)
-      for m in MESHES
-      for g in (True, False)
-      if (g or m[1] > 1) and (m, g) != ((2, 2, 2), True)),
-],
-                         ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'mesh, gather',
+    [(m, g) for m in MESHES for g in (True, False) if g or m[1] > 1],
+    ids=str)
 def test_no_mesh_changes_a_token(mesh, gather):
   """Law: the tokens of one device, near ties apart.
 

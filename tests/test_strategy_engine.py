@@ -130,7 +130,8 @@ class _Recorder:
     self.seen.append(seen)
 
 
-@pytest.mark.parametrize('branching', [1, 2])
+@pytest.mark.parametrize('branching',
+                         [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_counters_add_up(branching):
   """Law: every committed token stands behind a node that was reached; the root
   is reached in every row forward; n and N are those of the table.

@@ -188,6 +188,7 @@ def _plain(tmp_path_factory):
                  id='tree'),
     pytest.param(dict(
         rollout__width=0, control__run_ahead_rows=4, control__widths=(1, 3, 4)),
+                 marks=pytest.mark.slow,
                  id='random'),
 ])
 def test_the_tree_cache_changes_nothing(plain, tmp_path, monkeypatch, changes):
