@@ -31,15 +31,29 @@ def pytest_addoption(parser):
                    help='the long forms of the crash and soak tests')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _drop_executables(request):
-  """Unloads what a module compiled.
+# Every executable takes some maps of the process, of which Linux allows 65,530;
+# beyond them loading or keeping the next one aborts.
+_MOST_MAPS = 25_000
 
-  Every executable takes some maps of the process, of which Linux allows
-  65,530; beyond them loading the next one is a segmentation fault.
-  """
-  yield
-  for value in vars(request.module).values():
+
+def _drop(module):
+  """Unloads what a module compiled."""
+  for value in vars(module).values():
     getattr(value, 'cache_clear', lambda: None)()
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _drop_executables(request):
+  yield
+  _drop(request.module)
+
+
+@pytest.fixture(autouse=True)
+def _stay_below_the_limit(request):
+  """For modules that compile more than a process can hold."""
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > _MOST_MAPS:
+    _drop(request.module)
