@@ -28,7 +28,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 def pytest_addoption(parser):
   parser.addoption('--full',
                    action='store_true',
-                   help='the long forms of the crash and soak tests')
+                   help='the long forms of the crash, soak and replica tests')
 
 
 # Every executable takes some maps of the process, of which Linux allows 65,530;

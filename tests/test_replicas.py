@@ -160,13 +160,16 @@ def test_a_part_of_the_mesh_holds_the_same_numbers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('replicas', [2, 8])
-def test_drafts_and_any_arm_change_no_token(replicas, moves, monkeypatch):
+def test_drafts_and_any_arm_change_no_token(replicas, moves, monkeypatch,
+                                            request):
   """Law: with the tree cache, run-ahead, and arms and lengths of segments drawn
   at every boundary, tokens are those of plain sampling by one replica.
 
   Mutant: the place of a prompt in the cache is not freed when its samples are
   handed over.
   """
+  if replicas == 8 and not request.config.getoption('--full'):
+    pytest.skip('eight times the programs; --full runs it')
   world = _world(8)
   want, _ = _generate(world, 1, slots=16)
   arms = [PLAIN, *(Arm(w, 1, ('tree_cache',)) for w in (3, 4))]
