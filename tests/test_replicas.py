@@ -164,9 +164,6 @@ def test_drafts_and_any_arm_change_no_token(replicas, moves, monkeypatch,
                                             request):
   """Law: with the tree cache, run-ahead, and arms and lengths of segments drawn
   at every boundary, tokens are those of plain sampling by one replica.
-
-  Mutant: the place of a prompt in the cache is not freed when its samples are
-  handed over.
   """
   if replicas == 8 and not request.config.getoption('--full'):
     pytest.skip('eight times the programs; --full runs it')
@@ -207,8 +204,6 @@ def test_a_run_with_replicas_is_the_run_without(tmp_path, replicas, drafter):
   """Law: 40 steps with replicas, and with hybrid drafts by a drafter that is
   trained where they idle, have the tokens and parameters of W = 1 on one
   replica, bit for bit.
-
-  Mutant: samples of a step are booked by the replica's own order.
   """
   plain = {
       'rollout__drafter': 'none',
