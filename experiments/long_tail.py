@@ -6,13 +6,14 @@ every arm and seed of an experiment; it is kept in a file.
 
 import pathlib
 import tempfile
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 from absl import flags
 from flax import serialization
 import jax
 import numpy as np
 
+from experiments import common
 from experiments.srt import settings
 from experiments.srt import workload
 from rlax_llm import evaluate
@@ -110,3 +111,30 @@ def train(
                                     evaluate.held_out_problems(run),
                                     drafter_params=drafter_params(states))
       yield values
+
+
+def run_arms(arms: Sequence[str], seeds: int, run_arm: Callable[[str, int],
+                                                                dict[str, Any]],
+             summarize: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+             out: pathlib.Path) -> None:
+  """Runs every seed and arm; writes runs.csv and arms.csv after each seed.
+
+  So a command that is stopped leaves what it has.
+
+  Args:
+    arms: in order.
+    seeds: of each.
+    run_arm: (arm, seed) -> what the run comes to.
+    summarize: runs -> a row for each arm.
+    out: where the tables go.
+  """
+  rows: list[dict[str, Any]] = []
+  for seed in range(seeds):
+    for arm in arms:
+      rows.append(run_arm(arm, seed))
+      print(rows[-1], flush=True)
+    table = summarize(rows)
+    common.write_csv(out / 'runs.csv', rows)
+    common.write_csv(out / 'arms.csv', table)
+    for row in table:
+      print(row, flush=True)

@@ -5,6 +5,7 @@ import io
 import json
 import types
 
+from config_helpers import tiny_config
 import jax
 import jax.numpy as jnp
 from learning_helpers import distance
@@ -21,7 +22,6 @@ import pytest
 
 from rlax_llm import forced_answers
 from rlax_llm import leaps
-from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import ConfigError
@@ -38,19 +38,6 @@ from rlax_llm.types import FORCE
 from rlax_llm.types import REHEARSE
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
-
-
-def _config(**changes):
-  """The tiny config on one device, with dotted changes ('a__b' is a.b)."""
-  config = testing.tiny_config()
-  config.mesh.data = 1
-  for path, value in changes.items():
-    *sections, name = path.split('__')
-    section = config
-    for part in sections:
-      section = getattr(section, part)
-    setattr(section, name, value)
-  return config
 
 
 # ---- DPH-RL ------------------------------------------------------------------
@@ -159,10 +146,10 @@ def test_what_is_rehearsed():
   Mutants: wrong samples kept; the draw without the step; not in the checkpoint.
   """
   run = make_run(
-      _config(algorithm__name='dph_forward_kl',
-              algorithm__rehearsal_least=0.15,
-              algorithm__rehearsal_prompts=4,
-              algorithm__rehearsal_share=0.1))
+      tiny_config(algorithm__name='dph_forward_kl',
+                  algorithm__rehearsal_least=0.15,
+                  algorithm__rehearsal_prompts=4,
+                  algorithm__rehearsal_share=0.1))
   params = run.states.init_params()
   seen = []
   with Verifier(run.config.task, run.config.seed) as verifier:
@@ -249,12 +236,12 @@ def test_progress_by_hand():
   left out.
   """
   run = make_run(
-      _config(algorithm__name='mrt',
-              algorithm__progress_tokens=2,
-              algorithm__progress_samples=2,
-              algorithm__progress_episodes=3,
-              task__answer_format='after_equals',
-              model__tokenizer='abcd=.'))
+      tiny_config(algorithm__name='mrt',
+                  algorithm__progress_tokens=2,
+                  algorithm__progress_samples=2,
+                  algorithm__progress_episodes=3,
+                  task__answer_format='after_equals',
+                  model__tokenizer='abcd=.'))
   asked = []
 
   def generate(params, requests, state, *, limit, drafter_params):
@@ -400,7 +387,7 @@ def test_such_a_run_continues(tmp_path):
               algorithm__rehearsal_least=0.0,
               algorithm__filter='none',
               algorithm__leaps=2)
-  go = lambda name, **more: train.train(_config(**both, **more),
+  go = lambda name, **more: train.train(tiny_config(**both, **more),
                                         str(tmp_path / name),
                                         display=Progress(io.StringIO()))
   whole = go('whole')
@@ -439,19 +426,19 @@ def test_a_field_without_its_objective_is_refused(changes, words):
 def test_such_an_objective_that_does_not_fit_is_refused(changes, words):
   """One line that names the fields that disagree."""
   with pytest.raises(ConfigError) as error:
-    make_run(_config(**changes))
+    make_run(tiny_config(**changes))
   assert all(word in str(error.value) for word in words), error.value
 
 
 def test_what_cannot_be_rehearsed_or_forced_is_refused():
   """One line that names the limit and the remedy."""
-  run = make_run(_config(algorithm__name='mrt'))
+  run = make_run(tiny_config(algorithm__name='mrt'))
   with pytest.raises(ConfigError, match='progress_tokens=8 .*max_new_tokens=8'):
     forced_answers.ForcedAnswers(run, None, None)
   run = make_run(
-      _config(algorithm__name='dph_forward_kl',
-              algorithm__rehearsal_least=1.0,
-              algorithm__rehearsal_prompts=2))
+      tiny_config(algorithm__name='dph_forward_kl',
+                  algorithm__rehearsal_least=1.0,
+                  algorithm__rehearsal_prompts=2))
   with Verifier(run.config.task, run.config.seed) as verifier:
     collector = _collector(run, verifier, [])
     with pytest.raises(ConfigError, match='lower algorithm.rehearsal_least'):

@@ -6,6 +6,7 @@ import io
 import json
 import random
 
+from config_helpers import tiny_config
 import numpy as np
 import pytest
 import rollout_helpers
@@ -17,7 +18,6 @@ from rlax_llm import early_stop
 from rlax_llm import evaluate
 from rlax_llm import groups
 from rlax_llm import run as runs
-from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm import trainer
 from rlax_llm.config import ConfigError
@@ -373,19 +373,10 @@ def test_sequence_weights_undo_partial_rollouts():
 
 # ---- The collector -----------------------------------------------------------
 def _config(**changes):
-  """The tiny config on one device, with dotted changes ('a__b' is a.b)."""
-  config = testing.tiny_config()
-  config.mesh.data = 1
-  config.rollout.max_new_tokens = 12
-  config.rollout.drafter = 'none'
-  config.rollout.width = 1
-  for path, value in changes.items():
-    *sections, name = path.split('__')
-    section = config
-    for part in sections:
-      section = getattr(section, part)
-    setattr(section, name, value)
-  return config
+  """Plain sampling of up to 12 tokens, with dotted changes."""
+  return tiny_config(**dict(
+      rollout__max_new_tokens=12, rollout__drafter='none', rollout__width=1) |
+                     changes)
 
 
 @pytest.fixture(name='collect_with')

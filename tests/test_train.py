@@ -8,13 +8,13 @@ import random
 import shutil
 import types
 
+from config_helpers import tiny_config
 import file_helpers
 import numpy as np
 import pytest
 
 from rlax_llm import evaluate
 from rlax_llm import executables
-from rlax_llm import testing
 from rlax_llm import train
 from rlax_llm import trainer
 from rlax_llm.config import ConfigError
@@ -32,24 +32,11 @@ VALUES = ('tokens_sampled', 'tokens_sha256', 'parameters_sha256',
           'reward_first', 'reward_last', 'accuracy_before', 'accuracy_after')
 
 
-def _config(**changes):
-  """The tiny config on one device, with dotted changes ('a__b' is a.b)."""
-  config = testing.tiny_config()
-  config.mesh.data = 1
-  for path, value in changes.items():
-    *sections, name = path.split('__')
-    section = config
-    for part in sections:
-      section = getattr(section, part)
-    setattr(section, name, value)
-  return config
-
-
 def _train(folder, clock=None, **changes):
   """Returns (summary, what was shown)."""
   shown = io.StringIO()
   clocks = {'clock': clock} if clock else {}
-  summary = train.train(_config(**changes),
+  summary = train.train(tiny_config(**changes),
                         str(folder),
                         display=Progress(shown),
                         **clocks)
@@ -337,7 +324,7 @@ def test_a_full_disk_stops_a_run_that_goes_on(base, tmp_path, name):
   }[name]
   with contextlib.ExitStack() as stack:
     with pytest.raises(WriteError, match=f'{name} cannot be written'):
-      train.train(_config(), str(tmp_path), display=_FillingUp(stack, size))
+      train.train(tiny_config(), str(tmp_path), display=_FillingUp(stack, size))
   summary, _ = _train(tmp_path)
   _assert_same_run(tmp_path, summary, base)
 
@@ -454,7 +441,7 @@ def _evaluate(monkeypatch, capsys, folder, **changes):
   flag = lambda value: types.SimpleNamespace(value=value)
   monkeypatch.setattr(evaluate,
                       '_CONFIG',
-                      flag(_config(**changes)),
+                      flag(tiny_config(**changes)),
                       raising=False)
   monkeypatch.setattr(evaluate, '_WORKDIR', flag(str(folder)), raising=False)
   evaluate.main([])
@@ -518,7 +505,7 @@ def test_main_prints_one_line(base, monkeypatch, capsys):
   Mutant: before and after exchanged.
   """
   flag = lambda value: types.SimpleNamespace(value=value)
-  monkeypatch.setattr(train, '_CONFIG', flag(_config()), raising=False)
+  monkeypatch.setattr(train, '_CONFIG', flag(tiny_config()), raising=False)
   monkeypatch.setattr(train, '_WORKDIR', flag(str(base[0])), raising=False)
   monkeypatch.setattr(train, '_PROFILE', flag(None), raising=False)
   train.main([])

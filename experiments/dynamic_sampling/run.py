@@ -8,6 +8,7 @@ samples for hard prompts (DARS, https://arxiv.org/abs/2508.13755), and both.
 Writes runs.csv and arms.csv into --out.
 """
 
+import functools
 import pathlib
 import statistics
 from typing import Any, Mapping, Sequence
@@ -127,20 +128,9 @@ def main(argv: list[str]) -> None:
   common.use_device()
   executables.enable_compilation_cache()
   warm = long_tail.warm_params(long_tail.make_config(0, _SIZE.value), 'tally')
-  out = pathlib.Path(_OUT.value)
-  rows: list[dict[str, Any]] = []
-  for seed in range(_SEEDS.value):
-    for arm in ARMS:
-      if arm not in _ARMS.value:
-        continue
-      rows.append(run_arm(arm, seed, warm))
-      print(rows[-1], flush=True)
-    # After every seed: a command that is stopped leaves what it has.
-    table = summarize(rows)
-    common.write_csv(out / 'runs.csv', rows)
-    common.write_csv(out / 'arms.csv', table)
-    for row in table:
-      print(row, flush=True)
+  arms = [arm for arm in ARMS if arm in _ARMS.value]
+  long_tail.run_arms(arms, _SEEDS.value, functools.partial(run_arm, warm=warm),
+                     summarize, pathlib.Path(_OUT.value))
 
 
 if __name__ == '__main__':
