@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 
+from config_helpers import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_continued_run_goes_on_with_its_drafter(tmp_path):
   settings = CHAIN | dict(drafter__share=0.9, drafter__every=1)
   folder = tmp_path / 'run'
   runs._train(folder, num_steps=2, **settings)
-  run = make_run(runs._config(**settings))
+  run = make_run(tiny_config(**settings))
   _, before, _ = run.states.restore_all(str(folder))
   taken = int(before['drafter'].step)
   assert taken > 0
@@ -128,7 +129,7 @@ def test_a_continued_run_goes_on_with_its_drafter(tmp_path):
 
 @functools.cache
 def _run():
-  config = runs._config(**CHAIN)
+  config = tiny_config(**CHAIN)
   return make_run(config)
 
 
@@ -237,7 +238,7 @@ def test_the_budget_is_kept(monkeypatch):
     spent[0] += next(costs)
     return None, jnp.zeros(())
 
-  run = make_run(runs._config(drafter__share=0.1, **CHAIN))
+  run = make_run(tiny_config(drafter__share=0.1, **CHAIN))
   run = dataclasses.replace(run, clock=lambda: spent[0])
   training = drafter_training.DrafterTraining(run)
   monkeypatch.setattr(training, '_update', update)
