@@ -50,6 +50,16 @@ def make_config(seed: int, size: str, **changes: Any) -> Config:
   return config
 
 
+def _show(phase: str) -> Callable[[int, float], None]:
+  """Returns what prints the loss now and then."""
+
+  def show(done: int, loss: float) -> None:
+    if not done % 100:
+      print(f'{phase}: step {done}, loss {loss:.3f}', flush=True)
+
+  return show
+
+
 def warm_params(config: Config, name: str) -> Params:
   """Returns the parameters after the warm start, on the host.
 
@@ -64,11 +74,7 @@ def warm_params(config: Config, name: str) -> Params:
     return serialization.from_bytes(jax.tree.map(np.array, params),
                                     path.read_bytes())
 
-  def show(done: int, loss: float) -> None:
-    if not done % 100:
-      print(f'warm start: step {done}, loss {loss:.3f}', flush=True)
-
-  params = jax.tree.map(np.array, warm_start(run, params, show))
+  params = jax.tree.map(np.array, warm_start(run, params, _show('warm start')))
   if path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(serialization.to_bytes(params))
@@ -86,8 +92,8 @@ def train(
   Args:
     config: of the run.
     warm: from `warm_params`.
-    drafting: makes what trains the drafter, if the config has one; None: it
-      stays as it is.
+    drafting: makes what trains the drafter, if the config has one; None: what
+      a run has.
   """
   run = make_run(config, clock=workload.clock())
   config = run.config
@@ -99,8 +105,14 @@ def train(
                           learner.score_samples)
     reference = run.states.reference(tempfile.mkdtemp(),
                                      states['policy'].params, 0)
-    loop = Loop(run, collector, learner, reference, Progression(),
-                drafting(run) if drafting else None)
+    drafter = None
+    if run.states.draft_model is not None:
+      drafter = (drafting or DrafterTraining)(run)
+    if drafter and config.drafter.warmup_updates:
+      states['drafter'] = drafter.warm_up(states['drafter'],
+                                          states['policy'].params,
+                                          _show('warm-up of the drafter'))
+    loop = Loop(run, collector, learner, reference, Progression(), drafter)
     for step in range(config.num_steps):
       states, values, _ = train_step(loop, step, states)
       if step + 1 == config.num_steps:

@@ -216,7 +216,8 @@ class RolloutConfig(Section):
   # N: rows decoded together. With control.over_provision it also says who is
   # late, unless control.logical_slots does.
   slots: int = 64
-  # none | prompt_lookup | tree_cache | model | hybrid (those two, merged)
+  # none | prompt_lookup | tree_cache | model | hybrid: those two, merged; with
+  # width=0 control.strategy chooses which of them drafts a segment.
   drafter: str = 'tree_cache'
   # W: nodes verified in one forward; 1: no speculation; 0: control.strategy
   # chooses for every segment.

@@ -1,6 +1,7 @@
 """What spans the config's sections of rollout, control and drafter."""
 
 import dataclasses
+from typing import Sequence
 
 from rlax_llm.config import BRANCHING
 from rlax_llm.config import check_positions
@@ -13,10 +14,10 @@ from rlax_llm.config import FROM_ROLLOUTS
 from rlax_llm.config import largest_group
 from rlax_llm.config import LEARNED
 from rlax_llm.config import list_widths
-from rlax_llm.config import ModelConfig
 from rlax_llm.config import nearest
 from rlax_llm.config import RolloutConfig
 from rlax_llm.config import SOURCES
+from rlax_llm.drafting.arms import arms_of_width
 
 # Nodes verified in one forward: the mask alone takes W^2 per row.
 _WIDEST = 64
@@ -29,15 +30,15 @@ def validate_rollout(config: Config) -> None:
   Raises:
     ConfigError: one line that names the value, the limit and the way out.
   """
-  _validate_rollout(config.rollout, config.control, config.model)
+  _validate_rollout(config)
   _validate_control(config.control, config.task.prompts_per_step,
                     config.rollout)
   _validate_drafter(config)
 
 
-def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
-                      model: ModelConfig) -> None:
-  width = _check_widths(rollout, control)
+def _validate_rollout(config: Config) -> None:
+  rollout = config.rollout
+  width = _check_widths(rollout, config.control, config.drafter.sources)
   if not rollout.temperature > 0:
     raise ConfigError(
         f'rollout.temperature={rollout.temperature} cannot train: a greedy '
@@ -49,7 +50,7 @@ def _validate_rollout(rollout: RolloutConfig, control: ControlConfig,
         f'min_p={rollout.min_p}: training needs 1, 0, 0, because a truncated '
         'law gives tokens outside of it log-probability -inf as soon as the '
         'policy moves; use evaluate.top_p for evaluation')
-  check_positions(rollout, width, model.max_positions)
+  check_positions(rollout, width, config.model.max_positions)
 
 
 def _validate_control(control: ControlConfig, prompts: int,
@@ -127,7 +128,8 @@ def _validate_drafter(config: Config) -> None:
         'set every to 0 to keep the drafter as it is')
 
 
-def _check_strategy(rollout: RolloutConfig, control: ControlConfig) -> None:
+def _check_strategy(rollout: RolloutConfig, control: ControlConfig,
+                    sources: Sequence[str]) -> None:
   """Refuses choices that cannot be made, and fields that nothing would read."""
   for name in ('widths', 'branchings'):
     for value in getattr(control, name):
@@ -164,13 +166,14 @@ def _check_strategy(rollout: RolloutConfig, control: ControlConfig) -> None:
                       'but control.branchings is empty; list some, for '
                       'instance (1, 2)')
   if control.strategy != 'cost_model':
-    _check_buckets(rollout, control)
+    _check_buckets(rollout, control, sources)
   elif not control.widths:
     raise ConfigError('rollout.width=0 leaves the choice to the engine, but '
                       'control.widths is empty; list some, for instance (1, 4)')
 
 
-def _check_buckets(rollout: RolloutConfig, control: ControlConfig) -> None:
+def _check_buckets(rollout: RolloutConfig, control: ControlConfig,
+                   sources: Sequence[str]) -> None:
   buckets = control.buckets
   example = ('((4, 1, 8), (32, 1, 4))'
              if control.strategy == 'bandit' else '((4, 8), (32, 4))')
@@ -184,11 +187,12 @@ def _check_buckets(rollout: RolloutConfig, control: ControlConfig) -> None:
           f'control.buckets={buckets}: {bucket!r} is no bucket of '
           f'whole numbers from 1{remedy}')
     limits.append(bucket[0])
-    shapes = (rollout.branching,) if rollout.branching else control.branchings
-    # As `arms_of_width` makes them.
-    arms = {(width, min(shape, width - 1))
-            for width in bucket[1:]
-            for shape in shapes}
+    # A table takes all sources.
+    arms = {
+        arm._replace(sources=()) if control.strategy == 'table' else arm
+        for width in bucket[1:]
+        for arm in arms_of_width(rollout, control, width, sources)
+    }
     if (len(arms) == 1) != (control.strategy == 'table'):
       wants = ('one width and one shape'
                if control.strategy == 'table' else 'two arms or more')
@@ -201,9 +205,10 @@ def _check_buckets(rollout: RolloutConfig, control: ControlConfig) -> None:
                       f'rows{remedy}')
 
 
-def _check_widths(rollout: RolloutConfig, control: ControlConfig) -> int:
+def _check_widths(rollout: RolloutConfig, control: ControlConfig,
+                  sources: Sequence[str]) -> int:
   """Returns the largest W; refuses what cannot be drafted or held."""
-  _check_strategy(rollout, control)
+  _check_strategy(rollout, control, sources)
   width = max(list_widths(rollout, control))
   chosen = 'widths' if control.strategy == 'cost_model' else 'buckets'
   name = 'rollout.width' if rollout.width else f'control.{chosen}'

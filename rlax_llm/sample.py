@@ -24,11 +24,13 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import from_dict
+from rlax_llm.config import list_widths
 from rlax_llm.config import MeshConfig
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
+from rlax_llm.tasks.task import with_instruction
 from rlax_llm.tokenizer import TextTokenizer
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Params
@@ -160,7 +162,7 @@ def _resized(run: Run, rows: int, max_new_tokens: int | None) -> Run:
   if max_new_tokens < 1:
     raise ConfigError(f'max_new_tokens={max_new_tokens} must be at least 1')
   check_positions(dataclasses.replace(rollout, max_new_tokens=max_new_tokens),
-                  rollout.width or max(run.config.control.widths),
+                  max(list_widths(rollout, run.config.control)),
                   run.config.model.max_positions)
   rollout = dataclasses.replace(rollout,
                                 slots=min(rollout.slots,
@@ -247,14 +249,16 @@ def main(argv: list[str]) -> None:
   sampling = run.sampling._replace(top_p=top_p)
   if temperature is not None:
     sampling = sampling._replace(temperature=temperature)
+  # As the run's own prompts are put.
+  prompts = [with_instruction(text, run.config.task) for text in _PROMPT.value]
   # A mistake ends the program before the weights are read.
-  _make_requests(run, _PROMPT.value, _SAMPLES.value)
+  _make_requests(run, prompts, _SAMPLES.value)
   _resized(run, 1, _MAX_NEW_TOKENS.value)
   executables.enable_compilation_cache()
   _, states, _ = run.states.restore_all(_WORKDIR.value)
   completions = sample_texts(run,
                              states['policy'].params,
-                             _PROMPT.value,
+                             prompts,
                              samples=_SAMPLES.value,
                              sampling=sampling,
                              max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -265,8 +269,9 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_workdir()
-  _PROMPT = absl_flags.DEFINE_multi_string('prompt', None,
-                                           'text to complete; may be repeated')
+  _PROMPT = absl_flags.DEFINE_multi_string(
+      'prompt', None, 'text to complete; may be repeated; '
+      "the task's instruction is added")
   _SAMPLES = absl_flags.DEFINE_integer('samples', 1, 'completions per prompt')
   _TEMPERATURE = absl_flags.DEFINE_float(
       'temperature', None, "0 is greedy; the run's own when absent")

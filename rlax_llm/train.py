@@ -42,7 +42,8 @@ def train(config: Config,
           *,
           clock: Callable[[], float] = time.perf_counter,
           display: Progress | None = None,
-          profile: tuple[int, int] | None = None) -> dict[str, Any]:
+          profile: tuple[int, int] | None = None,
+          with_report: bool = True) -> dict[str, Any]:
   """Trains, or continues a run that was stopped.
 
   Args:
@@ -51,6 +52,8 @@ def train(config: Config,
     clock: seconds; read for timing only.
     display: where to show progress; None: stderr.
     profile: the first and the last step to trace into workdir/profile.
+    with_report: write report.html and its plots at the end; they can be made
+      later, by `rlax_llm.report`.
 
   Returns:
     The summary, as in summary.json.
@@ -120,7 +123,8 @@ def train(config: Config,
   summary = trainer.summary(compiled)
   if processes.is_writer():
     metrics.write_summary(workdir, summary)
-    report.build_report(workdir)
+    if with_report:
+      report.build_report(workdir)
   return summary
 
 

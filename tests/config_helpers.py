@@ -1,6 +1,10 @@
-"""Configs of tests."""
+"""Configs of tests, and runs of them."""
+
+import io
 
 from rlax_llm import testing
+from rlax_llm import train
+from rlax_llm.progress import Progress
 
 
 def tiny_config(**changes):
@@ -14,3 +18,15 @@ def tiny_config(**changes):
       section = getattr(section, part)
     setattr(section, name, value)
   return config
+
+
+def train_quietly(config, folder, **options):
+  """Trains without a report, which takes longer than most runs of tests.
+
+  Args:
+    config: of the run.
+    folder: the run's.
+    **options: as `train.train`.
+  """
+  options.setdefault('display', Progress(io.StringIO()))
+  return train.train(config, str(folder), with_report=False, **options)

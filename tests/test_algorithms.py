@@ -1,11 +1,11 @@
 """Objectives that take more than a batch: rehearsal, progress, leaps."""
 
 import dataclasses
-import io
 import json
 import types
 
 from config_helpers import tiny_config
+from config_helpers import train_quietly
 import jax
 import jax.numpy as jnp
 from learning_helpers import distance
@@ -22,14 +22,12 @@ import pytest
 
 from rlax_llm import forced_answers
 from rlax_llm import leaps
-from rlax_llm import train
 from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import ConfigError
 from rlax_llm.experience import Collector
 from rlax_llm.groups import Group
 from rlax_llm.learning import algorithms
 from rlax_llm.learning.presets import PRESETS
-from rlax_llm.progress import Progress
 from rlax_llm.progression import Stopwatch
 from rlax_llm.run import make_run
 from rlax_llm.tasks import extract
@@ -387,9 +385,8 @@ def test_such_a_run_continues(tmp_path):
               algorithm__rehearsal_least=0.0,
               algorithm__filter='none',
               algorithm__leaps=2)
-  go = lambda name, **more: train.train(tiny_config(**both, **more),
-                                        str(tmp_path / name),
-                                        display=Progress(io.StringIO()))
+  go = lambda name, **more: train_quietly(tiny_config(**both, **more), tmp_path
+                                          / name)
   whole = go('whole')
   go('parts', num_steps=1)  # leaps are due before steps 1 and 2
   parts = go('parts')

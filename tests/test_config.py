@@ -15,7 +15,6 @@ from rlax_llm import testing
 from rlax_llm import validation
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
-from rlax_llm.drafting import arms
 from rlax_llm.drafting import drafters
 from rlax_llm.learning import algorithms
 from rlax_llm.run import make_run
@@ -128,9 +127,7 @@ def test_choices_name_what_is_implemented():
 
   Mutant: a drafter entered in one place only.
   """
-  assert tuple(arms.SOURCES) == config_lib.DRAFTERS
-  sources = {each for found in arms.SOURCES.values() for each in found}
-  assert sources == set(drafters.DRAFTERS)
+  assert tuple(drafters.DRAFTERS) == config_lib.DRAFTERS
   assert Config().algorithm.name in algorithms.PRESETS
   fields = {f.name for f in dataclasses.fields(config_lib.AlgorithmConfig)}
   static = {f.name for f in dataclasses.fields(algorithms.Algorithm)}

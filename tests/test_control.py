@@ -2,11 +2,11 @@
 
 import contextlib
 import functools
-import io
 import json
 import random
 
 from config_helpers import tiny_config
+from config_helpers import train_quietly
 import numpy as np
 import pytest
 import rollout_helpers
@@ -18,7 +18,6 @@ from rlax_llm import early_stop
 from rlax_llm import evaluate
 from rlax_llm import groups
 from rlax_llm import run as runs
-from rlax_llm import train
 from rlax_llm import trainer
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.arms import Arm
@@ -29,7 +28,6 @@ from rlax_llm.experience import Collector
 from rlax_llm.learning import length_ranker
 from rlax_llm.learning import quality_head
 from rlax_llm.ops import pruning
-from rlax_llm.progress import Progress
 from rlax_llm.progression import Stopwatch
 from rlax_llm.rollout import control
 from rlax_llm.rollout.state import RolloutState
@@ -565,10 +563,7 @@ COMBINATIONS = {
 
 def _train(folder, clock=None, **changes):
   clocks = {'clock': clock} if clock else {}
-  return train.train(_config(**changes),
-                     str(folder),
-                     display=Progress(io.StringIO()),
-                     **clocks)
+  return train_quietly(_config(**changes), folder, **clocks)
 
 
 @pytest.mark.slow

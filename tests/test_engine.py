@@ -275,11 +275,8 @@ def test_order_and_company_change_no_token(drafter):
     np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
-@pytest.mark.parametrize('drafter', [
-    pytest.param(None, marks=pytest.mark.slow),
-    pytest.param('chain', marks=pytest.mark.slow),
-    pytest.param('tree', marks=pytest.mark.slow), 'cache'
-])
+@pytest.mark.slow
+@pytest.mark.parametrize('drafter', [None, 'chain', 'tree', 'cache'])
 def test_devices_change_no_token(drafter):
   """Rows over eight devices give the tokens of one device.
 

@@ -1,12 +1,12 @@
 """Published weights: config.json, safetensors, folders that do not fit."""
 
-import io
 import json
 import pathlib
 import re
 import shutil
 import types
 
+from config_helpers import train_quietly
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -22,7 +22,6 @@ from rlax_llm import safetensors_files
 from rlax_llm import sample
 from rlax_llm import sharding
 from rlax_llm import testing
-from rlax_llm import train
 from rlax_llm.checkpoint import digest_arrays
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
@@ -31,7 +30,6 @@ from rlax_llm.config import ModelConfig
 from rlax_llm.config import PrecisionConfig
 from rlax_llm.models import hugging_face
 from rlax_llm.models.transformer import make_transformer
-from rlax_llm.progress import Progress
 from rlax_llm.run import make_run
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -744,6 +742,7 @@ def test_the_default_tokenizer_depends_on_the_folder(folder):
     make_run(_tiny(folder, tokenizer='bytes'))
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   """Law: step 0 has the folder's parameters; the manifest records what they
   were; a continued run needs no weights; the export of step 0 is the folder.
@@ -754,7 +753,7 @@ def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   workdir = str(tmp_path / 'run')
   config = _tiny(folder)
   config.checkpoint.keep = 9
-  train.train(config, workdir, display=Progress(io.StringIO()))
+  train_quietly(config, workdir)
   facts = manifest.read_manifest(workdir)['runs'][0]['pretrained']
   assert facts == pretrained.fingerprint(str(folder))
   run = make_run(config)
@@ -774,11 +773,11 @@ def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   for path in folder.glob('*.safetensors*'):
     path.unlink()
   config.num_steps = 3
-  summary = train.train(config, workdir, display=Progress(io.StringIO()))
+  summary = train_quietly(config, workdir)
   assert summary['steps'] == 3
   assert sample.load_config(workdir).model.pretrained == str(folder)
   with pytest.raises(ConfigError, match='no safetensors file'):
-    train.train(config, str(tmp_path / 'other'))
+    train_quietly(config, tmp_path / 'other')
   assert not (tmp_path / 'other').exists()
 
 
@@ -838,7 +837,7 @@ def test_the_export_command(tmp_path, folder, monkeypatch, capsys):
   workdir = str(tmp_path / 'run')
   config = _tiny(folder)
   config.num_steps = 0
-  train.train(config, workdir, display=Progress(io.StringIO()))
+  train_quietly(config, workdir)
   values = dict(workdir=workdir,
                 out=None,
                 step=None,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+from config_helpers import train_quietly
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,6 @@ import safetensors.numpy
 from rlax_llm import export
 from rlax_llm import learner as learners
 from rlax_llm import testing
-from rlax_llm import train
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import LORA_TARGETS
@@ -149,11 +149,11 @@ def test_a_stopped_run_continues(tmp_path):
   """Law: killed and continued, a run with adapters has the same bits."""
   config = _config(rank=2)
   config.num_steps = 3
-  whole = train.train(config, str(tmp_path / 'whole'))
+  whole = train_quietly(config, tmp_path / 'whole')
   config.num_steps = 1
-  train.train(config, str(tmp_path / 'parts'))
+  train_quietly(config, tmp_path / 'parts')
   config.num_steps = 3
-  parts = train.train(config, str(tmp_path / 'parts'))
+  parts = train_quietly(config, tmp_path / 'parts')
   assert parts['parameters_sha256'] == whole['parameters_sha256']
 
 

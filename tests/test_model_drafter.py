@@ -13,9 +13,14 @@ from rollout_helpers import strict_precision  # noqa: F401
 from rollout_helpers import World
 import rollout_helpers as helpers
 
+from rlax_llm.config import ControlConfig
+from rlax_llm.config import freeze
+from rlax_llm.config import RolloutConfig
+from rlax_llm.drafting import corpus as corpora
 from rlax_llm.drafting import hybrid as hybrids
 from rlax_llm.drafting import model_drafter as drafting
 from rlax_llm.drafting.arms import Arm
+from rlax_llm.drafting.arms import list_arms
 from rlax_llm.drafting.arms import PLAIN
 from rlax_llm.drafting.drafters import Learned
 from rlax_llm.drafting.store import RolloutStore
@@ -93,8 +98,10 @@ BOUNDARIES = {
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow) if 'growth' in name else name
-    for name in BOUNDARIES
+    pytest.param('refill, compaction, growth', marks=pytest.mark.slow),
+    pytest.param('N = 4', marks=pytest.mark.slow),
+    'refill at once',
+    'segments of 1',
 ])
 def test_a_policy_that_drafts_for_itself_is_always_right(name):
   """Law: drafted by the policy itself, every forward commits W tokens, up to
@@ -175,17 +182,16 @@ def test_nodes_are_what_the_policy_says_of_their_lines(monkeypatch):
   assert checked == [22, 22, 22]
 
 
-def _watch_widths(monkeypatch, widths, seed, branching=1):
-  """Random widths and segment lengths; returns what segments did, by width."""
+def _watch_arms(monkeypatch, arms, seed):
+  """Random arms and segment lengths; returns (arm, row forwards) of each."""
   rng, seen = random.Random(seed), []
-  arms = [Arm(w, branching, ('model',)) if w > 1 else PLAIN for w in widths]
   monkeypatch.setattr(
       CostModel, 'choose', lambda self, occupancy, forwards: Choice(
           rng.choice(arms), rng.randint(1, 3), True))
   observe = CostModel.observe
 
   def watched(self, occupancy, arm, spent):
-    seen.append((arm.width, spent.row_forwards))
+    seen.append((arm, spent.row_forwards))
     return observe(self, occupancy, arm, spent)
 
   monkeypatch.setattr(CostModel, 'observe', watched)
@@ -202,7 +208,7 @@ def test_nothing_is_stale_after_segments_without_drafts(ways, monkeypatch):
   left the row; it stops after one chunk.
   """
   world = _world(ways=ways) if ways > 1 else _world()
-  seen = _watch_widths(monkeypatch, (1, 1, 4), 3)
+  seen = _watch_arms(monkeypatch, [PLAIN, PLAIN, Arm(4, 1, ('model',))], 3)
   got, _ = world.generate(helpers.make_requests(),
                           learned=Learned(_self_draft(world), chunk=4),
                           drafts_by='model',
@@ -219,54 +225,89 @@ def test_nothing_is_stale_after_segments_without_drafts(ways, monkeypatch):
       assert run in (0, 3)
       alone += run == 0
       run = 0
-  assert alone == sum(count for width, count in seen if width == 1)
-  assert sum(count for width, count in seen if width == 4) > 30
+  assert alone == sum(count for arm, count in seen if arm.width == 1)
+  assert sum(count for arm, count in seen if arm.width == 4) > 30
 
 
 @pytest.mark.slow
-def test_the_state_is_a_function_of_the_text(monkeypatch):
+@pytest.mark.parametrize('drafts_by', ['model', 'hybrid'])
+def test_the_state_is_a_function_of_the_text(monkeypatch, drafts_by):
   """Law: at every boundary the drafter's keys, values and feature are those
-  that are computed from the rows' texts alone.
+  that are computed from the rows' texts alone; where the hybrid's sources vary
+  too, the corpus lacks nothing, and what was counted of a source changes in
+  segments that it drafts for, and only there.
 
   With a network that reads features. Mutants: the feature is that of the last
-  drafted node; features are not shifted; `observe` ignores the path.
+  drafted node; features are not shifted; `observe` ignores the path, or passes
+  over a source that is left out; all that are on draft.
   """
-  world, checked = _world(), []
+  world, checked, calibrations = _world(), [], []
   own = world.draft_params()
   config = drafting.ModelDrafterConfig(world.model, world.draft_model,
                                        world.sampling)
   sync = jax.jit(functools.partial(drafting.sync, config=config))
-  take = Drafts.take
+  copy_rows = jax.jit(corpora.copy_rows, static_argnums=2)
+  take, hybrid = Drafts.take, drafts_by == 'hybrid'
+  rollout = freeze(RolloutConfig(drafter=drafts_by, width=0, branching=2))
+  control = dict(widths=(1, 4, 6))
+  arms = list_arms(rollout, freeze(ControlConfig(**control)))
+  assert len(arms) == (7 if hybrid else 3)
 
   def watched(self, width, slots):
     state = take(self, width, slots)
     if width > 1:
-      clean = jax.tree.map(jnp.zeros_like, state)
-      want = sync(self._params, clean, slots)
-      lengths = np.asarray(slots.length) - 1
-      for row in np.flatnonzero(~np.asarray(slots.done)):
-        end = lengths[row]
-        assert state.cache.length[row] == end
-        for a, b in ((state.cache.keys[0][row, ..., :end],
+      draft = state.draft if hybrid else state
+      clean = jax.tree.map(jnp.zeros_like, draft)
+      want, draft, held = jax.device_get((sync(self._params, clean,
+                                               slots), draft, slots))
+      rows = np.flatnonzero(~held.done)
+      for row in rows:
+        end = held.length[row] - 1
+        assert draft.cache.length[row] == end
+        for a, b in ((draft.cache.keys[0][row, ..., :end],
                       want.cache.keys[0][row, ..., :end]),
-                     (state.cache.values[0][row, :, :end],
-                      want.cache.values[0][row, :, :end]), (state.feature[row],
+                     (draft.cache.values[0][row, :, :end],
+                      want.cache.values[0][row, :, :end]), (draft.feature[row],
                                                             want.feature[row])):
           np.testing.assert_allclose(a, b, atol=2e-5)
         checked.append(end)
+      if hybrid:
+        whole, corpus = jax.device_get(
+            (copy_rows(state.corpus, slots,
+                       self._drafter.corpus), state.corpus))
+        for row in rows:
+          at = held.prompt[row], 8 + held.index[row]
+          end = held.length[row]
+          assert corpus.length[at] == whole.length[at]
+          np.testing.assert_array_equal(corpus.texts[at][:end],
+                                        whole.texts[at][:end])
+        calibrations.append((len(seen), np.asarray(state.calibration.expected)))
     return state
 
   monkeypatch.setattr(Drafts, 'take', watched)
-  _watch_widths(monkeypatch, (1, 4, 6), 1, branching=2)
-  got, _ = world.generate(helpers.make_requests(),
-                          learned=Learned(world.draft_model),
-                          own=own,
-                          drafts_by='model',
-                          branching=2,
-                          width=0,
-                          control=dict(widths=(1, 4, 6)))
+  seen = _watch_arms(monkeypatch, arms, 1)
+  store = RolloutStore(history=8, megabytes=1, tokenizer='')
+  store.add(_plain()[1:20:2])
+  got, _ = world.generate(
+      helpers.make_requests(),
+      learned=Learned(world.draft_model),
+      own=own,
+      store=store,
+      drafts_by=drafts_by,
+      samples_per_prompt=20,  # Nobody shares a text.
+      branching=2,
+      width=0,
+      control=control)
   helpers.assert_same_tokens(world, _plain(), got)
   assert len(checked) > 50 and max(checked) > 16
+  changes = set()
+  for (i, before), (j, after) in zip(calibrations, calibrations[1:]):
+    drafted = {s for arm, _ in seen[i:j] for s in arm.sources}
+    assert j > i
+    for name, old, new in zip(('tree_cache', 'model'), before, after):
+      assert np.array_equal(old, new) == (name not in drafted)
+      changes.add((name, name in drafted))
+  assert len(changes) == (4 if hybrid else 0)
 
 
 # --- It changes no token.
@@ -371,11 +412,9 @@ def test_merge_keeps_one_node_of_each_line():
 # --- The hybrid.
 
 
-@pytest.mark.parametrize('sources',
-                         [('tree_cache', 'model'),
-                          pytest.param(('model',), marks=pytest.mark.slow),
-                          pytest.param(
-                              ('tree_cache',), marks=pytest.mark.slow)],
+@pytest.mark.slow
+@pytest.mark.parametrize('sources', [('tree_cache', 'model'), ('model',),
+                                     ('tree_cache',)],
                          ids='+'.join)
 def test_the_hybrid_changes_no_token(sources):
   """Law: merged drafts, or those of either source, change no token."""

@@ -1,4 +1,4 @@
-"""The experiments on boundary policies run, on a model that knows nothing."""
+"""Experiments on a long-tailed task run, on a model that knows nothing."""
 
 import csv
 import subprocess
@@ -10,15 +10,20 @@ from experiments import common
 
 _TINY = ('--size=smoke', '--seeds=1', '--problems=4')
 COMMANDS = {
-    'april': (
+    'april.run': (
         ('--trained', '--steps=2', '--ratios=1,1.5', *_TINY), 'trained.csv', 2),
-    'arrol': (('--steps=2', '--samples=4', '--arms=whole groups,head weighted',
-               *_TINY), 'arms.csv', 2),
-    'dynamic_sampling': (
+    'arrol.run': (('--steps=2', '--samples=4',
+                   '--arms=whole groups,head weighted', *_TINY), 'arms.csv', 2),
+    'dynamic_sampling.run': (
         ('--steps=2', '--arms=what comes,both', *_TINY), 'arms.csv', 2),
-    'early_stop': (('--settings=1x4', '--tasks=tally', *_TINY), 'stops.csv', 2),
-    'length_order': (('--trained', '--epochs=2', '--prompts=4', '--seeds=1',
-                      '--size=smoke'), 'trained.csv', 6),
+    'early_stop.run': (
+        ('--settings=1x4', '--tasks=tally', *_TINY), 'stops.csv', 2),
+    'length_order.run': (('--trained', '--epochs=2', '--prompts=4', '--seeds=1',
+                          '--size=smoke'), 'trained.csv', 6),
+    'tlt.drift': (('--steps=2', '--every=1', '--warmup=2', '--size=smoke'),
+                  'drift.csv', 3),
+    'tlt.end_to_end': (
+        ('--steps=2', '--warmup=2', '--size=smoke'), 'end_to_end.csv', 4),
 }
 
 
@@ -41,8 +46,7 @@ def test_the_command_writes_its_table(name, tmp_path):
   """
   flags, file, rows = COMMANDS[name]
   done = subprocess.run([
-      sys.executable, '-m', f'experiments.{name}.run', f'--out={tmp_path}',
-      *flags
+      sys.executable, '-m', f'experiments.{name}', f'--out={tmp_path}', *flags
   ],
                         check=False,
                         capture_output=True,

@@ -1,9 +1,9 @@
 """Replicas: parts of the mesh that decode independently from one queue."""
 
 import functools
-import io
 import json
 
+from config_helpers import train_quietly
 import jax
 import numpy as np
 import pytest
@@ -13,14 +13,12 @@ import rollout_helpers as helpers
 
 from rlax_llm import sharding
 from rlax_llm import testing
-from rlax_llm import train
 from rlax_llm.config import MeshConfig
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.arms import PLAIN
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.drafting.strategy.cost_model import CostModel
-from rlax_llm.progress import Progress
 from rlax_llm.rollout.control import stop_at_groups
 from rlax_llm.rollout.replica import Replica
 from rlax_llm.rollout.state import RolloutState
@@ -195,7 +193,7 @@ def _train(folder, **changes):
   for name, value in changes.items():
     section, name = name.split('__')
     setattr(getattr(config, section), name, value)
-  return train.train(config, str(folder), display=Progress(io.StringIO()))
+  return train_quietly(config, folder)
 
 
 @pytest.mark.slow

@@ -1,19 +1,17 @@
 """Rewards: by hand, weighted, of the user's own, and in a run."""
 
-import io
 import itertools
 import json
 import textwrap
 
+from config_helpers import train_quietly
 import numpy as np
 import pytest
 
 from rlax_llm import config as config_lib
 from rlax_llm import metric_names
 from rlax_llm import testing
-from rlax_llm import train
 from rlax_llm import validation
-from rlax_llm.progress import Progress
 from rlax_llm.tasks import rewards as rewards_lib
 from rlax_llm.tasks import task as task_lib
 from rlax_llm.tasks import verifier as verifier_lib
@@ -272,7 +270,7 @@ def test_a_run_logs_every_reward(tmp_path):
   config.mesh.data, config.num_steps = 1, 1
   config.task.rewards = weights
   config.task.length_limit, config.task.length_cache = 8, 7
-  train.train(config, str(tmp_path), display=Progress(io.StringIO()))
+  train_quietly(config, tmp_path)
   rows = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   row = json.loads(rows[-1])
   expected = sum(w * row[f'reward/{name}'] for name, w in weights.items())

@@ -6,16 +6,15 @@ import re
 import shutil
 import types
 
+from config_helpers import train_quietly
 import numpy as np
 import pytest
 
 from rlax_llm import sample
 from rlax_llm import testing
 from rlax_llm import tokenizer as tokenizers
-from rlax_llm import train
 from rlax_llm.config import ConfigError
 from rlax_llm.ops.sampling import Sampling
-from rlax_llm.progress import Progress
 from rlax_llm.run import make_run
 
 
@@ -24,7 +23,7 @@ def _workdir(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp('sample'))
   config = testing.tiny_config()
   config.num_steps = 1
-  train.train(config, folder, display=Progress(io.StringIO()))
+  train_quietly(config, folder)
   return folder
 
 
@@ -177,6 +176,18 @@ def test_drafting_changes_no_token(trained):
                                params, ['a', 'a'],
                                sampling=Sampling(temperature=0))
   assert greedy[0].completion == greedy[1].completion
+
+
+def test_the_instruction_is_added(monkeypatch, capsys, workdir):
+  """Law: a prompt is put as the task puts its own, the instruction below it.
+
+  The tokenizer of this run has no line break. Mutant: the text as it is.
+  """
+  config = sample.load_config(workdir)
+  config.task.instruction = 'b'
+  monkeypatch.setattr(sample, 'load_config', lambda folder: config)
+  with pytest.raises(ConfigError, match=r"'\\n' is not in the alphabet"):
+    _main(monkeypatch, capsys, workdir)
 
 
 def test_errors(monkeypatch, capsys, workdir, trained, tmp_path):

@@ -8,11 +8,11 @@ import gc
 import io
 import statistics
 
+from config_helpers import train_quietly
 import jax
 import pytest
 
 from rlax_llm import testing
-from rlax_llm import train
 from rlax_llm.progress import Progress
 
 _LIBC = ctypes.CDLL(None)
@@ -72,7 +72,7 @@ def test_memory_and_step_time_stay_flat(tmp_path, request):
   config.checkpoint.every = 50
   config.evaluate.every = 100
   watch = _Watch()
-  train.train(config, str(tmp_path), display=watch)
+  train_quietly(config, tmp_path, display=watch)
   half = config.num_steps // 2
   assert len(watch.seconds) == config.num_steps
   assert not any(watch.compiling[half:])

@@ -11,6 +11,7 @@ import sys
 import time
 import types
 
+from config_helpers import train_quietly
 import jax
 from jax._src import array as jax_array
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ import pytest
 from rlax_llm import executables
 from rlax_llm import guards
 from rlax_llm import testing
-from rlax_llm import train
 from rlax_llm import trainer
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
@@ -49,11 +49,11 @@ def _config(**learning):
 def _train(folder, clock=time.perf_counter, **options):
   shown = io.StringIO()
   learning = options.pop('learning', {})
-  summary = train.train(_config(**learning),
-                        str(folder),
-                        clock=clock,
-                        display=Progress(shown),
-                        **options)
+  summary = train_quietly(_config(**learning),
+                          folder,
+                          clock=clock,
+                          display=Progress(shown),
+                          **options)
   return summary, shown.getvalue()
 
 

@@ -9,12 +9,14 @@ import shutil
 import types
 
 from config_helpers import tiny_config
+from config_helpers import train_quietly
 import file_helpers
 import numpy as np
 import pytest
 
 from rlax_llm import evaluate
 from rlax_llm import executables
+from rlax_llm import report
 from rlax_llm import train
 from rlax_llm import trainer
 from rlax_llm.config import ConfigError
@@ -36,10 +38,10 @@ def _train(folder, clock=None, **changes):
   """Returns (summary, what was shown)."""
   shown = io.StringIO()
   clocks = {'clock': clock} if clock else {}
-  summary = train.train(tiny_config(**changes),
-                        str(folder),
-                        display=Progress(shown),
-                        **clocks)
+  summary = train_quietly(tiny_config(**changes),
+                          folder,
+                          display=Progress(shown),
+                          **clocks)
   return summary, shown.getvalue()
 
 
@@ -61,7 +63,9 @@ def _assert_same_run(folder, summary, base):
 @pytest.fixture(name='base', scope='module')
 def _base(tmp_path_factory):
   folder = tmp_path_factory.mktemp('base')
-  return folder, *_train(folder)
+  made = _train(folder)
+  report.build_report(folder)
+  return folder, *made
 
 
 def test_files(base):
@@ -324,7 +328,7 @@ def test_a_full_disk_stops_a_run_that_goes_on(base, tmp_path, name):
   }[name]
   with contextlib.ExitStack() as stack:
     with pytest.raises(WriteError, match=f'{name} cannot be written'):
-      train.train(tiny_config(), str(tmp_path), display=_FillingUp(stack, size))
+      train_quietly(tiny_config(), tmp_path, display=_FillingUp(stack, size))
   summary, _ = _train(tmp_path)
   _assert_same_run(tmp_path, summary, base)
 
@@ -344,7 +348,13 @@ def test_another_configs_run_is_refused(base):
   assert (base[0] / 'metrics.jsonl').read_bytes() == metrics
 
 
-def _check_kl_resume(tmp_path, divergence):
+@pytest.mark.slow
+@pytest.mark.parametrize('divergence', ['k1', 'k2', 'k3'])
+def test_the_reference_is_that_of_the_start(tmp_path, divergence):
+  """Law: with a KL term a continued run has the reference of step 0.
+
+  Mutant: the restored policy taken as the reference.
+  """
   changes = dict(algorithm__kl_coefficient=0.5,
                  algorithm__divergence=divergence)
   whole, _ = _train(tmp_path / 'whole', **changes)
@@ -358,21 +368,6 @@ def _check_kl_resume(tmp_path, divergence):
   shutil.rmtree(tmp_path / 'parts' / 'reference')
   with pytest.raises(ConfigError, match='reference is missing'):
     _train(tmp_path / 'parts', num_steps=5, **changes)
-
-
-def test_the_reference_is_that_of_the_start(tmp_path):
-  """Law: with a KL term a continued run has the reference of step 0.
-
-  Mutant: the restored policy taken as the reference.
-  """
-  _check_kl_resume(tmp_path, 'k3')
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('divergence', ['k1', 'k2'])
-def test_the_reference_is_that_of_the_start_slow(tmp_path, divergence):
-  """Law: as above for the other estimators. Mutant: as above."""
-  _check_kl_resume(tmp_path, divergence)
 
 
 def test_impossible_tasks_are_refused_before_any_work(tmp_path):

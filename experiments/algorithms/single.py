@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
     config = settings.make_warm_config(_SEED.value, _SIZE.value)
   shutil.rmtree(workdir, ignore_errors=True)
   start = time.perf_counter()
-  train.train(dataclasses.replace(config), str(workdir))
+  train.train(dataclasses.replace(config), str(workdir), with_report=False)
   seconds = time.perf_counter() - start
   if workdir == warm:
     export.export(str(workdir), str(workdir / 'weights'))

@@ -42,8 +42,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 MODEL = flags.DEFINE_enum('model', 'tiny', list(MODELS), 'Shape of the model.')
-DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu', 'tpu'],
-                           'Where to run.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'],
                           'Of parameters and of the maths; head in float32.')
 PROMPT = flags.DEFINE_integer('prompt', 32, 'Prompt length, tokens.')
@@ -59,12 +57,6 @@ NO_EOS = (-1,)  # fixed work: no token stops a sample
 def model_config() -> ModelConfig:
   """Returns the shape that the flags name."""
   return ModelConfig(**MODELS[MODEL.value])
-
-
-def use_device() -> None:
-  """Chooses the platform; call before anything touches a device."""
-  platform = {'gpu': 'cuda'}.get(DEVICE.value, DEVICE.value)
-  jax.config.update('jax_platforms', platform)
 
 
 def random_prompts(count: int, vocabulary: int) -> list[np.ndarray]:

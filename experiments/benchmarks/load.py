@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import common
+from experiments.common import use_device
 from rlax_llm import pretrained
 from rlax_llm import safetensors_files
 from rlax_llm import sharding
@@ -96,7 +97,7 @@ def read(folder: str) -> None:
 def main(argv: list[str]) -> None:
   """Writes, then loads, in new processes."""
   del argv
-  common.use_device()
+  use_device()
   if _PART.value == 'write':
     write(pathlib.Path(_FOLDER.value))
   elif _PART.value == 'read':

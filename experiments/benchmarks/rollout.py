@@ -13,6 +13,7 @@ from absl import flags
 import jax
 
 from experiments.benchmarks import common
+from experiments.common import use_device
 from rlax_llm import sharding
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import DRAFTERS
@@ -38,7 +39,7 @@ _DRAFTER = flags.DEFINE_enum('drafter', 'prompt_lookup',
 def main(argv: list[str]) -> None:
   """Times generate."""
   del argv
-  common.use_device()
+  use_device()
   dtype = common.DTYPE.value
   config = freeze(common.model_config())
   model = make_transformer(config, freeze(PrecisionConfig(dtype, dtype)))

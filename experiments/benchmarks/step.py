@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import common
+from experiments.common import use_device
 from rlax_llm import credit
 from rlax_llm import learner as learners
 from rlax_llm import run as runs
@@ -50,7 +51,7 @@ def make_config() -> Config:
 def main(argv: list[str]) -> None:
   """Times the step's parts."""
   del argv
-  common.use_device()
+  use_device()
   run = runs.make_run(make_config())
   # No EOS: fixed work.
   engine = run.engine(run.sampling, eos_ids=common.NO_EOS)

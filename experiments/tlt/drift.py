@@ -14,7 +14,7 @@ drift.csv into --out.
 
 import dataclasses
 import pathlib
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from absl import app
 from absl import flags
@@ -81,16 +81,13 @@ class Drafters(DrafterTraining):
     self._totals = dict.fromkeys(ARMS, (0, 0.0))  # updates, seconds
     self.rows: list[dict[str, Any]] = []
 
-  def begin(self, policy: Params) -> None:
+  def warm_up(self, state: TrainState, policy: Params,
+              show: Callable[[int, float], None]) -> TrainState:
     """Warms one drafter up, copies it, and measures."""
-    run = self._run
-    print('warm-up of the drafter', flush=True)
-    state = self.warm_up(
-        run.states.init_drafter(), policy,
-        lambda done, loss: print(f'{done}: {loss:.3f}', flush=True)
-        if not done % 100 else None)
+    state = super().warm_up(state, policy, show)
     self._states = {name: jax.tree.map(jnp.copy, state) for name in ARMS}
     self._measure(0, policy)
+    return state
 
   def after_step(self, state: TrainState, policy: Params, step: int,
                  rollouts: Sequence[Rollout],
@@ -134,7 +131,6 @@ def main(argv: list[str]) -> None:
 
   def drafting(run: Run) -> DrafterTraining:
     made.append(Drafters(run))
-    made[0].begin(jax.tree.map(jnp.asarray, warm))
     return made[0]
 
   seconds, shown = 0.0, 0

@@ -70,27 +70,34 @@ def _model_config(setting: Setting) -> models.ModelDrafterConfig:
                                    learned.chunk)
 
 
+def enabled_sources(learned: Learned | None) -> tuple[str, ...]:
+  """Returns the sources of the hybrid that are on."""
+  return learned.sources if learned else SOURCES
+
+
 def _hybrid(setting: Setting) -> Drafter:
-  sources = setting.learned.sources if setting.learned else SOURCES
+  sources = enabled_sources(setting.learned)
   return hybrids.hybrid(
-      setting.arm.width,
+      setting.arm.width, setting.arm.sources,
       hybrids.HybridConfig(
           cache=_cache_config(setting) if 'tree_cache' in sources else None,
           model=_model_config(setting) if 'model' in sources else None,
           deepest=setting.widest - 1))
 
 
-# By what an arm drafts from.
-DRAFTERS: dict[tuple[str, ...], Callable[[Setting], Drafter]] = {
-    ('prompt_lookup',):
+# By `rollout.drafter`. All arms of one share their state.
+DRAFTERS: dict[str, Callable[[Setting], Drafter]] = {
+    'none':
+        lambda setting: drafting.no_drafter(),
+    'prompt_lookup':
         lambda setting: drafting.prompt_lookup(setting.arm.width),
-    ('tree_cache',):
+    'tree_cache':
         lambda setting: trees.tree_cache(setting.arm.width,
                                          _cache_config(setting)),
-    ('model',):
+    'model':
         lambda setting: models.model_drafter(setting.arm.width,
                                              _model_config(setting)),
-    ('tree_cache', 'model'):
+    'hybrid':
         _hybrid,
 }
 
@@ -129,10 +136,10 @@ def make_drafters(rollout: RolloutConfig,
                       group=group,
                       hints=group if hinted else 0)
   made = {arms.PLAIN: drafting.no_drafter()}
-  listed = arms.list_arms(rollout, control)
+  listed = arms.list_arms(rollout, control, enabled_sources(learned))
   widest = max(arm.width for arm in listed)
   for arm in listed:
     if arm != arms.PLAIN:
-      made[arm] = DRAFTERS[arm.sources](Setting(rollout, arm, widest, shape,
-                                                target, learned))
+      made[arm] = DRAFTERS[rollout.drafter](Setting(rollout, arm, widest, shape,
+                                                    target, learned))
   return made

@@ -9,7 +9,8 @@ depth, and each is multiplied by
   accepted(source, depth) / expected(source, depth)
 
 The nodes are merged, a node of both has the larger estimate, and the W - 1 most
-probable lines are drafted.
+probable lines are drafted. A segment may leave a source out: then its drafts
+cost nothing, and it goes on learning what is sampled.
 """
 
 import functools
@@ -45,9 +46,10 @@ class HybridConfig(NamedTuple):
   deepest: int  # tokens of the longest line over all widths
 
   @property
-  def sources(self) -> int:
-    """How many are on."""
-    return (self.cache is not None) + (self.model is not None)
+  def sources(self) -> tuple[str, ...]:
+    """Returns the names of those that are on, in the order of the counts."""
+    on = dict(tree_cache=self.cache, model=self.model)
+    return tuple(name for name, config in on.items() if config is not None)
 
 
 class Calibration(flax.struct.PyTreeNode):
@@ -69,14 +71,18 @@ class HybridState(flax.struct.PyTreeNode):
 
 
 class Proposed(flax.struct.PyTreeNode):
-  """What was drafted, remembered until it is verified."""
+  """What was drafted, remembered until it is verified.
+
+  Q are the sources that are on; one that did not draft has estimates of 0.
+  """
   parents: Array  # int32[N, W - 1]
   depth: Array  # int32[N, W - 1]
   conditional: Array  # float32[N, Q, W - 1], not calibrated
 
 
 def draft(params: DraftParams, state: HybridState, slots: Slots,
-          config: HybridConfig, width: int) -> tuple[Array, Proposed]:
+          config: HybridConfig, width: int,
+          sources: tuple[str, ...]) -> tuple[Array, Proposed]:
   """Returns (tokens int32[N, W - 1], what is to be remembered).
 
   Args:
@@ -85,9 +91,11 @@ def draft(params: DraftParams, state: HybridState, slots: Slots,
     slots: N rows.
     config: static.
     width: W; static.
+    sources: that draft, of those that are on; static.
   """
   found: list[models.Nodes] = []
-  if config.cache:
+  if 'tree_cache' in sources:
+    assert config.cache
     grow = functools.partial(caches.draft_tree,
                              nodes=width - 1,
                              branching=config.cache.branching)
@@ -95,7 +103,8 @@ def draft(params: DraftParams, state: HybridState, slots: Slots,
                                                      config.cache, width - 1,
                                                      grow)
     found.append(models.Nodes(tokens, parents, jnp.log(probability)))
-  if config.model:
+  if 'model' in sources:
+    assert config.model
     depth = min(config.model.depth or width - 1, width - 1)
     found.append(
         models.draft_nodes(params, state.draft, slots, config.model, depth))
@@ -108,14 +117,16 @@ def draft(params: DraftParams, state: HybridState, slots: Slots,
         jnp.where(nodes.parents > 0, nodes.parents + start, nodes.parents)
         for nodes, start in zip(found, starts)
     ])
-    rows = []
-    for nodes, start, count in zip(found, starts, counts):
+    silent = jnp.zeros(len(tokens))
+    rows = dict.fromkeys(config.sources, silent)
+    for name, nodes, start, count in zip(sources, found, starts, counts):
       above = nodes.logprobs[jnp.maximum(nodes.parents - 1, 0)]
       above = jnp.where(nodes.parents > 0, above, 0.0)
       real = (nodes.logprobs > -jnp.inf) & (nodes.parents != UNUSED)
       given = jnp.where(real, jnp.exp(nodes.logprobs - above), 0.0)
-      rows.append(jnp.pad(given, (start, sum(counts) - start - count)))
-    merged = trees.merge(tokens, parents, jnp.stack(rows), width - 1)
+      rows[name] = jnp.pad(given, (start, sum(counts) - start - count))
+    merged = trees.merge(tokens, parents, jnp.stack([*rows.values()]),
+                         width - 1)
     calibrated = merged.conditional * state.calibration.ratio(merged.depth)
     own = jnp.log(jnp.minimum(jnp.max(calibrated, axis=0), 1.0))
     logprobs = trees.fold(lambda above: above + own, merged.parents,
@@ -129,8 +140,11 @@ def draft(params: DraftParams, state: HybridState, slots: Slots,
   return jax.vmap(one)(*found)
 
 
-def learn(calibration: Calibration, proposed: Proposed, slots: Slots,
-          path: Path) -> Calibration:
+def learn(calibration: Calibration,
+          proposed: Proposed,
+          slots: Slots,
+          path: Path,
+          memory: Array | float = _MEMORY) -> Calibration:
   """Counts what came of a draft.
 
   A node was tried if its parent was taken. Rows that ended within the path tell
@@ -141,6 +155,7 @@ def learn(calibration: Calibration, proposed: Proposed, slots: Slots,
     proposed: the draft.
     slots: N rows, after the commit.
     path: what was committed.
+    memory: float32[Q, 1] or one for all: what remains of the counts so far.
   """
   node = jnp.arange(proposed.parents.shape[1] + 1)[None, None]
   order = jnp.arange(path.nodes.shape[1])
@@ -154,15 +169,15 @@ def learn(calibration: Calibration, proposed: Proposed, slots: Slots,
   level = jnp.arange(1, deepest + 1)[None, None]
   at = (jnp.minimum(proposed.depth, deepest)[..., None] == level)
   count = lambda x: jnp.einsum('nqi,nid->qd', x, at.astype(jnp.float32))
-  return Calibration(accepted=_MEMORY * calibration.accepted +
+  return Calibration(accepted=memory * calibration.accepted +
                      count(hit.astype(jnp.float32)),
-                     expected=_MEMORY * calibration.expected + count(estimate))
+                     expected=memory * calibration.expected + count(estimate))
 
 
 def _init(params: DraftParams, slots: Slots,
           config: HybridConfig) -> HybridState:
   del params
-  zeros = jnp.zeros((config.sources, config.deepest), jnp.float32)
+  zeros = jnp.zeros((len(config.sources), config.deepest), jnp.float32)
   return HybridState(
       corpus=corpora.empty_corpus(config.cache.shape) if config.cache else (),
       draft=models.init_state(slots, config.model.draft_model)
@@ -170,9 +185,9 @@ def _init(params: DraftParams, slots: Slots,
       calibration=Calibration(zeros, zeros))
 
 
-def _observe(params: DraftParams, state: tuple[HybridState,
-                                               Proposed], slots: Slots,
-             path: Path, hidden: Array, config: HybridConfig) -> HybridState:
+def _observe(params: DraftParams, state: tuple[HybridState, Proposed],
+             slots: Slots, path: Path, hidden: Array, config: HybridConfig,
+             sources: tuple[str, ...]) -> HybridState:
   before, proposed = state
   corpus, drafted = before.corpus, before.draft
   if config.cache:
@@ -180,8 +195,11 @@ def _observe(params: DraftParams, state: tuple[HybridState,
   if config.model:
     drafted = models.observe(params, drafted, slots, path, hidden,
                              config.model.draft_model)
+  # Nothing is forgotten of a source while it is left out.
+  memory = jnp.asarray(
+      [[_MEMORY if name in sources else 1.0] for name in config.sources])
   return HybridState(corpus, drafted,
-                     learn(before.calibration, proposed, slots, path))
+                     learn(before.calibration, proposed, slots, path, memory))
 
 
 def _sync(params: DraftParams, state: HybridState, slots: Slots,
@@ -196,17 +214,19 @@ def _sync(params: DraftParams, state: HybridState, slots: Slots,
 
 
 @functools.cache
-def hybrid(width: int, config: HybridConfig) -> Drafter:
+def hybrid(width: int, sources: tuple[str, ...],
+           config: HybridConfig) -> Drafter:
   """Returns the drafter of merged sources; its state is a HybridState.
 
   Args:
     width: W >= 2.
-    config: static; the same for every width.
+    sources: that draft, of those that are on, in their order.
+    config: static; the same for every width and all sources.
   """
 
   def propose(params: DraftParams, state: HybridState,
               slots: Slots) -> tuple[DraftTree, Any]:
-    tokens, proposed = draft(params, state, slots, config, width)
+    tokens, proposed = draft(params, state, slots, config, width, sources)
     root = last_tokens(slots)[:, None]
     tree = DraftTree(
         jnp.concatenate([root, tokens], axis=1),
@@ -240,7 +260,9 @@ def hybrid(width: int, config: HybridConfig) -> Drafter:
   return Drafter(init=functools.partial(_init, config=config),
                  load=load,
                  propose=propose,
-                 observe=functools.partial(_observe, config=config),
+                 observe=functools.partial(_observe,
+                                           config=config,
+                                           sources=sources),
                  sync=functools.partial(_sync, config=config),
                  width=width,
                  corpus=config.cache.shape if config.cache else None,

@@ -115,8 +115,11 @@ class RolloutEngine:
                                             pool=self.pool)
     self._executor = self._make_executor(model, mesh=mesh)
     if strategy is None:
-      strategy = (table.fixed(max(drafters.given(drafter)))
-                  if drafter else make_strategy(rollout, control, seed=seed))
+      strategy = (table.fixed(max(drafters.given(drafter))) if drafter else
+                  make_strategy(rollout,
+                                control,
+                                seed=seed,
+                                sources=drafters.enabled_sources(learned)))
     self.strategy = strategy
     own = freeze(dataclasses.replace(rollout, slots=rollout.slots // replicas))
     self._parts = []

@@ -1,6 +1,7 @@
 """What a task is, how one is made, and which prompts a step trains on."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -193,8 +194,7 @@ def problems_for_step(
   count = config.prompts_per_step
   available = task.num_problems('train')
   if available is not None:
-    indices = _epoch_indices(available, count, seed, step)
-    return make([int(i) for i in indices])
+    return make(_epoch_indices(available, count, seed, step))
   chosen = make(range(step * count, (step + 1) * count))
   seen: set[str] = set()
   for i in range(count):
@@ -208,9 +208,11 @@ def problems_for_step(
   return chosen
 
 
+# Grain takes 10 ms and more to place one of very few problems.
+@functools.lru_cache(maxsize=4096)
 def _epoch_indices(available: int, count: int, seed: int,
-                   step: int) -> np.ndarray:
-  """Returns int64[count] indices into `available` problems."""
+                   step: int) -> tuple[int, ...]:
+  """Returns `count` indices into `available` problems."""
   import grain  # pylint: disable=g-import-not-at-top
   if available < 1:
     raise ValueError('the task has no training problems; add some')
@@ -219,7 +221,7 @@ def _epoch_indices(available: int, count: int, seed: int,
   batches = grain.MapDataset.range(available).seed(
       seed % 2**32).shuffle().batch(size, drop_remainder=True).repeat()
   rows = [batches[step * per_step + k] for k in range(per_step)]
-  return np.concatenate(rows)[:count]
+  return tuple(np.concatenate(rows)[:count].tolist())
 
 
 def make_task(config: config_lib.TaskConfig, seed: int) -> Task:
