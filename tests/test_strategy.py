@@ -20,6 +20,7 @@ from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
 from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.drafting.strategy.make import make_strategy
+from rlax_llm.rollout_validation import validate_rollout
 
 COMPUTE_BOUND = lambda n, arm: 1e-4 + 2e-5 * n * arm.width
 MEMORY_BOUND = lambda n, arm: 1e-3 + 1e-6 * n * arm.width
@@ -373,6 +374,36 @@ def test_the_published_table():
   assert [a.width for a in strategy.reachable(5, 21)] == [8, 16]
   assert [a.width for a in strategy.reachable(33, 64)] == [1]
   assert [a.width for a in strategy.reachable(17, 64)] == [1, 8, 16]
+
+
+def test_the_sources_of_the_hybrid_are_chosen():
+  """A table takes all that are on, the others choose among every combination;
+  and such configs are valid.
+
+  Mutants: sources that are off are drafted from; a table refuses its one width
+  for having three arms.
+  """
+  both, widths = ('tree_cache', 'model'), dict(widths=(1, 4))
+  fixed = dict(strategy='table', buckets=((32, 4),))
+  drawn = dict(strategy='bandit', buckets=((32, 4),))
+  for control, sources, want in (
+      (widths, both, [('tree_cache',), ('model',), both]),
+      (widths, ('model',), [('model',)]),
+      (drawn, both, [('tree_cache',), ('model',), both]),
+      (fixed, both, [both]),
+      (fixed, ('tree_cache',), [('tree_cache',)]),
+  ):
+    config = Config()
+    config.rollout.drafter, config.drafter.sources = 'hybrid', sources
+    for name, value in control.items():
+      setattr(config.control, name, value)
+    validate_rollout(config)
+    strategy = make_strategy(freeze(config.rollout),
+                             freeze(config.control),
+                             seed=0,
+                             sources=sources)
+    found = {arm for arm in strategy.reachable(1, 32) if arm != PLAIN}
+    assert found == {Arm(4, 1, each) for each in want}
 
 
 # --- The bandit.
