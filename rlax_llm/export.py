@@ -306,6 +306,7 @@ def _sync(path: pathlib.Path) -> None:
 def export(workdir: str,
            out: str,
            *,
+           base: str | None = None,
            step: int | None = None,
            adapter: bool = False,
            drafter: bool = False) -> int:
@@ -314,6 +315,7 @@ def export(workdir: str,
   Args:
     workdir: the run's folder.
     out: the folder to make; missing or empty.
+    base: see `sample.load_config`.
     step: which checkpoint; None: the newest.
     adapter: write the adapters alone.
     drafter: write the drafter.
@@ -322,7 +324,7 @@ def export(workdir: str,
     ConfigError: whatever the user got wrong.
   """
   check_target(out)
-  run = make_run(sample.load_config(workdir))
+  run = make_run(sample.load_config(workdir, base))
   model = run.states.model_config
   if adapter and drafter:
     raise ConfigError('--adapter and --drafter are two exports; give one')
@@ -354,6 +356,7 @@ def main(argv: list[str]) -> None:
     raise ConfigError('--out is missing: the folder to write')
   step = export(_WORKDIR.value,
                 _OUT.value,
+                base=_BASE.value,
                 step=_STEP.value,
                 adapter=_ADAPTER.value,
                 drafter=_DRAFTER.value)
@@ -363,6 +366,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_workdir()
+  _BASE = flags.DEFINE_base()
   _OUT = absl_flags.DEFINE_string('out', None, 'the folder to write')
   _STEP = absl_flags.DEFINE_integer('step', None,
                                     'which checkpoint; the newest when absent')

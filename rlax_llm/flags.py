@@ -138,6 +138,12 @@ def DEFINE_workdir(
   return holder
 
 
+def DEFINE_base() -> flags.FlagHolder:
+  """Defines `--base=FOLDER`: where `model.pretrained` of a run lies now."""
+  return flags.DEFINE_string(
+      'base', None, 'where the weights that the run began with lie, if moved')
+
+
 def DEFINE_processes() -> None:
   """Defines how a process finds the others of its run; `run` joins them."""
   flags.DEFINE_string('coordinator', None,

@@ -20,6 +20,7 @@ from typing import Any, Mapping, Sequence
 
 import jax
 
+from rlax_llm import pretrained
 from rlax_llm import processes
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
@@ -47,6 +48,8 @@ MAY_DIFFER = EXTENT_FIELDS + SPEED_FIELDS + MESH_FIELDS
 # What training values depend on; the last three verify answers.
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
              'reasoning-gym', 'sympy', 'math-verify')
+# The folder of the weights: what it holds counts, not where it lies.
+_BASE = 'model.pretrained'
 _NAMED = 3  # differing fields named in one message
 
 
@@ -105,6 +108,8 @@ def check_workdir(workdir: str | os.PathLike[str],
       name for name in sorted(old.keys() | new.keys())
       if old.get(name, '(absent)') != new.get(name, '(absent)')
   ]
+  if _BASE in differing and _same_weights(manifest, new.get(_BASE)):
+    differing.remove(_BASE)
   refused = [
       name for name in differing
       if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
@@ -131,6 +136,16 @@ def check_workdir(workdir: str | os.PathLike[str],
         'run differs from one of that length from the start'
     ]
   return warnings
+
+
+def _same_weights(manifest: Mapping[str, Any], folder: Any) -> bool:
+  """Whether a folder holds the weights that a run began with: they moved."""
+  began = manifest['runs'][0].get('pretrained')
+  if not began or not folder or not pathlib.Path(folder).is_dir():
+    return False
+  found = pretrained.fingerprint(folder)
+  return all(
+      found[name] == began.get(name) for name in found if name != 'folder')
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from typing import IO, Sequence
 
@@ -26,6 +27,7 @@ from rlax_llm.config import freeze
 from rlax_llm.config import from_dict
 from rlax_llm.config import list_widths
 from rlax_llm.config import MeshConfig
+from rlax_llm.config import to_dict
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
@@ -215,20 +217,29 @@ def write_text(completions: Sequence[Completion], stream: IO[str]) -> None:
                 style='dim')
 
 
-def load_config(workdir: str) -> Config:
+def load_config(workdir: str, base: str | None = None) -> Config:
   """Returns the config that a run was made with, for one device.
 
   Args:
     workdir: the run's folder.
+    base: where the weights that the run began with lie now; None: where they
+      lay then.
 
   Raises:
-    ConfigError: the folder holds no run.
+    ConfigError: the folder holds no run, or the base is another one.
   """
   recorded = manifest.read_manifest(workdir)
   if recorded is None:
     raise ConfigError(f'{workdir!r} holds no run ({manifest.MANIFEST_FILE} is '
                       'missing); run rlax_llm.train with this --workdir first')
   config = from_dict(recorded['config'])
+  if base is not None:
+    config.model.pretrained = base
+    manifest.check_workdir(workdir, to_dict(config), allow=())
+  folder = config.model.pretrained
+  if folder and not os.path.isdir(folder):
+    raise ConfigError(f'the run began with model.pretrained={folder!r}, which '
+                      'is not there; say with --base where it lies now')
   # A few rows do not need the devices that the run was trained on.
   config.mesh = MeshConfig(data=1)
   return config
@@ -245,7 +256,7 @@ def main(argv: list[str]) -> None:
     raise ConfigError(f'--temperature={temperature} must be at least 0')
   if not 0 < top_p <= 1:
     raise ConfigError(f'--top_p={top_p} must be in (0, 1]')
-  run = make_run(load_config(_WORKDIR.value))
+  run = make_run(load_config(_WORKDIR.value, _BASE.value))
   sampling = run.sampling._replace(top_p=top_p)
   if temperature is not None:
     sampling = sampling._replace(temperature=temperature)
@@ -269,6 +280,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_workdir()
+  _BASE = flags.DEFINE_base()
   _PROMPT = absl_flags.DEFINE_multi_string(
       'prompt', None, 'text to complete; may be repeated; '
       "the task's instruction is added")

@@ -781,6 +781,35 @@ def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   assert not (tmp_path / 'other').exists()
 
 
+@pytest.mark.slow
+def test_weights_may_move(tmp_path, folder):
+  """Law: a run goes on with its weights in another place, and is exported with
+  them there; other weights are refused.
+
+  Mutants: the folder's name counts; any folder will do.
+  """
+  workdir, moved = str(tmp_path / 'run'), tmp_path / 'moved'
+  config = _tiny(folder)
+  config.num_steps = 1
+  train_quietly(config, workdir)
+  folder.rename(moved)
+  with pytest.raises(ConfigError, match='say with --base where'):
+    export.export(workdir, str(tmp_path / 'out'))
+  assert export.export(workdir, str(tmp_path / 'out'), base=str(moved)) == 1
+  config.model.pretrained = str(moved)
+  config.num_steps = 2
+  assert train_quietly(config, workdir)['steps'] == 2
+  tensors = _tensors(_read({}))
+  _save(tmp_path / 'another', _config({}), {
+      k: v + 1 for k, v in tensors.items()
+  })
+  config.model.pretrained = str(tmp_path / 'another')
+  with pytest.raises(ConfigError, match='model.pretrained .*another'):
+    train_quietly(config, workdir)
+  with pytest.raises(ConfigError, match='model.pretrained .*another'):
+    sample.load_config(workdir, config.model.pretrained)
+
+
 def test_a_published_tokenizer_is_exported_too(tmp_path, folder):
   """Law: with the folder's tokenizer its files and token ids go along, byte for
   byte, and nothing else of the folder; with another tokenizer none do.

@@ -39,7 +39,8 @@ def _main(monkeypatch, capsys, workdir, **flags):
                 temperature=None,
                 top_p=1.0,
                 max_new_tokens=None,
-                json=False) | flags
+                json=False,
+                base=None) | flags
   for name, value in (values | {'workdir': workdir}).items():
     monkeypatch.setattr(sample,
                         f'_{name.upper()}',
@@ -185,7 +186,7 @@ def test_the_instruction_is_added(monkeypatch, capsys, workdir):
   """
   config = sample.load_config(workdir)
   config.task.instruction = 'b'
-  monkeypatch.setattr(sample, 'load_config', lambda folder: config)
+  monkeypatch.setattr(sample, 'load_config', lambda *_: config)
   with pytest.raises(ConfigError, match=r"'\\n' is not in the alphabet"):
     _main(monkeypatch, capsys, workdir)
 

@@ -41,6 +41,8 @@ _STEPS = flags.DEFINE_integer('steps', 150, 'RL steps.')
 _EVERY = flags.DEFINE_integer('every', 15, 'Steps between two measurements.')
 _WARMUP = flags.DEFINE_integer('warmup', 300, 'Updates of a drafter before RL.')
 _RATE = flags.DEFINE_float('rate', 3e-4, "The policy's learning rate.")
+_SHARE = flags.DEFINE_float('share', 0.05,
+                            "Of the run's time, for training each drafter.")
 _DEPTH = flags.DEFINE_integer('depth', 7, 'Tokens that are drafted in a line.')
 
 # Name -> `drafter.every`; the first drafts the run's own rollouts.
@@ -56,6 +58,7 @@ def make_config(**changes: Any) -> Config:
                                rollout__drafter='model',
                                rollout__width=_DEPTH.value + 1,
                                drafter__warmup_updates=_WARMUP.value,
+                               drafter__share=_SHARE.value,
                                evaluate__problems=_PROBLEMS,
                                learning__learning_rate=_RATE.value,
                                algorithm__kl_coefficient=1e-6,
