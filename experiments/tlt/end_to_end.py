@@ -7,7 +7,9 @@ source of drafts; drafts change no token, so every run trains on the same
 samples, and the command stops if one does not. "Taming the Long Tail: Efficient
 Reasoning RL Training with Adaptive Drafter", https://arxiv.org/abs/2511.16665.
 Writes end_to_end.csv into --out: forwards per trained token and the seconds of
-rollouts against those without drafts, and what the drafter's training took.
+a step's rollouts (the median) against those without drafts, and what share of
+the time the drafter's training took. Steps in which something was compiled
+count for the tokens and forwards only.
 """
 
 import pathlib
@@ -69,15 +71,25 @@ def run_arm(drafter: str, warm: Params) -> tuple[dict[str, Any], list[float]]:
   column = lambda name: np.array([float(r.get(name, 0.0)) for r in rows])
   total = lambda name: float(np.sum(column(name)))
   tokens = total('rollout/trained_tokens')
+  warm_steps = column('compile/seconds') == 0
   return {
-      'trained_tokens': int(tokens),
-      'reward_last': round(float(column('reward/mean')[-1]), 4),
-      'forwards': int(total('rollout/forwards')),
-      'forwards_per_token': total('rollout/forwards') / tokens,
-      'accept_length': round(float(column('rollout/accept_length').mean()), 3),
-      'rollout_seconds': round(total('time/rollout'), 2),
-      'drafter_seconds': round(total('time/drafter'), 2),
-      'step_seconds': round(total('time/step') - total('compile/seconds'), 2),
+      'trained_tokens':
+          int(tokens),
+      'reward_last':
+          round(float(column('reward/mean')[-1]), 4),
+      'forwards':
+          int(total('rollout/forwards')),
+      'forwards_per_token':
+          total('rollout/forwards') / tokens,
+      'accept_length':
+          round(float(column('rollout/accept_length').mean()), 3),
+      'rollout_seconds':
+          float(np.median(column('time/rollout')[warm_steps])),
+      'drafter_share':
+          round(
+              float(
+                  np.sum(column('time/drafter')[warm_steps]) /
+                  np.sum(column('time/step')[warm_steps])), 4),
   }, [float(r['learning/loss']) for r in rows]
 
 
@@ -105,7 +117,8 @@ def main(argv: list[str]) -> None:
         'forwards_ratio': ratio('forwards_per_token'),
         'rollout_ratio': ratio('rollout_seconds')
     })
-    rows[-1]['forwards_per_token'] = round(row['forwards_per_token'], 4)
+    for key in ('forwards_per_token', 'rollout_seconds'):
+      rows[-1][key] = round(row[key], 4)
     print(rows[-1], flush=True)
   common.write_csv(pathlib.Path(_OUT.value) / 'end_to_end.csv', rows)
 
