@@ -30,10 +30,10 @@ def validate_rollout(config: Config) -> None:
   Raises:
     ConfigError: one line that names the value, the limit and the way out.
   """
+  _validate_drafter(config)
   _validate_rollout(config)
   _validate_control(config.control, config.task.prompts_per_step,
                     config.rollout)
-  _validate_drafter(config)
 
 
 def _validate_rollout(config: Config) -> None:
