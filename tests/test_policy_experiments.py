@@ -20,10 +20,11 @@ COMMANDS = {
         ('--settings=1x4', '--tasks=tally', *_TINY), 'stops.csv', 2),
     'length_order.run': (('--trained', '--epochs=2', '--prompts=4', '--seeds=1',
                           '--size=smoke'), 'trained.csv', 6),
-    'tlt.drift': (('--steps=2', '--every=1', '--warmup=2', '--size=smoke'),
-                  'drift.csv', 3),
+    'tlt.drift': (('--steps=2', '--every=1', '--warmup=2', '--depth=2',
+                   '--size=smoke'), 'drift.csv', 3),
     'tlt.end_to_end': (
-        ('--steps=2', '--warmup=2', '--size=smoke'), 'end_to_end.csv', 4),
+        ('--steps=2', '--warmup=2', '--width=3', '--branching=1',
+         '--arms=none,hybrid', '--size=smoke'), 'end_to_end.csv', 2),
 }
 
 

@@ -34,13 +34,14 @@ _WIDTH = flags.DEFINE_integer('width', 8, 'Nodes verified in one forward.')
 _BRANCHING = flags.DEFINE_integer('branching', 2, 'Children of a node at most.')
 _WARMUP = flags.DEFINE_integer('warmup', 300, 'Updates of a drafter before RL.')
 
-# Name -> `rollout.drafter`.
+# Name -> `rollout.drafter`; the first is the yardstick.
 ARMS = {
     'none': 'none',
     'past rollouts': 'tree_cache',
     'network': 'model',
     'hybrid': 'hybrid',
 }
+_ARMS = flags.DEFINE_list('arms', list(ARMS), 'Which to run, the first too.')
 
 
 def make_config(drafter: str) -> Config:
@@ -106,8 +107,8 @@ def main(argv: list[str]) -> None:
                                'tally')
   rows: list[dict[str, Any]] = []
   plain: list[float] | None = None
-  for name, drafter in ARMS.items():
-    row, losses = run_arm(drafter, warm)
+  for name in [arm for arm in ARMS if arm in _ARMS.value]:
+    row, losses = run_arm(ARMS[name], warm)
     plain = plain or losses
     if losses != plain:
       raise RuntimeError(f'drafts by {name} changed the losses')
