@@ -869,6 +869,7 @@ def test_the_export_command(tmp_path, folder, monkeypatch, capsys):
   train_quietly(config, workdir)
   values = dict(workdir=workdir,
                 out=None,
+                base=None,
                 step=None,
                 adapter=False,
                 drafter=False)

@@ -100,7 +100,7 @@ BOUNDARIES = {
 @pytest.mark.parametrize('name', [
     pytest.param('refill, compaction, growth', marks=pytest.mark.slow),
     pytest.param('N = 4', marks=pytest.mark.slow),
-    'refill at once',
+    pytest.param('refill at once', marks=pytest.mark.slow),
     'segments of 1',
 ])
 def test_a_policy_that_drafts_for_itself_is_always_right(name):

@@ -86,6 +86,7 @@ def _assert_equal(want, got):
                                                   b.index)
 
 
+@pytest.mark.slow
 def test_two_replicas_change_no_token(moves):
   """Law: tokens, ends and log-probabilities are those of one replica, also of
   samples that are handed over in the middle; each is sampled once.
