@@ -35,6 +35,30 @@ WARM = flags.DEFINE_string(
     'warm', None, 'Folder of warm starts; what it lacks is written there.')
 
 
+def DEFINE_arms(arms: Sequence[str]) -> flags.FlagHolder:
+  """Defines `--arms=A,B`: which of the arms are run.
+
+  Args:
+    arms: all; the others are compared with the first, which must be run.
+
+  Returns:
+    The holder; its `.value` are the names as given.
+  """
+
+  def check(given: Sequence[str]) -> bool:
+    unknown = [name for name in given if name not in arms]
+    if unknown or arms[0] not in given:
+      raise flags.ValidationError(
+          f'{unknown[0] if unknown else given!r}: name some of '
+          f'{", ".join(arms)}, the first among them')
+    return True
+
+  holder = flags.DEFINE_list('arms', list(arms),
+                             'Which to run, the first among them.')
+  flags.register_validator('arms', check)
+  return holder
+
+
 def make_config(seed: int, size: str, **changes: Any) -> Config:
   """Returns the config of a run: GRPO, without speculation.
 

@@ -141,7 +141,9 @@ def check_workdir(workdir: str | os.PathLike[str],
 def _same_weights(manifest: Mapping[str, Any], folder: Any) -> bool:
   """Whether a folder holds the weights that a run began with: they moved."""
   began = manifest['runs'][0].get('pretrained')
-  if not began or not folder or not pathlib.Path(folder).is_dir():
+  if not began or not folder:
+    return False
+  if not (pathlib.Path(folder) / pretrained.CONFIG_FILE).is_file():
     return False
   found = pretrained.fingerprint(folder)
   return all(

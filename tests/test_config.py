@@ -127,7 +127,7 @@ def test_choices_name_what_is_implemented():
 
   Mutant: a drafter entered in one place only.
   """
-  assert tuple(drafters.DRAFTERS) == config_lib.DRAFTERS
+  assert ('none', *drafters.DRAFTERS) == config_lib.DRAFTERS
   assert Config().algorithm.name in algorithms.PRESETS
   fields = {f.name for f in dataclasses.fields(config_lib.AlgorithmConfig)}
   static = {f.name for f in dataclasses.fields(algorithms.Algorithm)}

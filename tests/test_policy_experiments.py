@@ -38,6 +38,25 @@ def test_lower_bound_by_hand():
   assert common.lower_bound([0.5]) == (0.5, 0.5)
 
 
+@pytest.mark.parametrize('given, words', [
+    ('whole groups,haed', "'haed': name some of whole groups"),
+    ('random half', "['random half']: name some of whole groups"),
+])
+def test_a_wrong_arm_is_one_error(given, words):
+  """Law: a name that is none, or the yardstick left out, ends the command in
+  one line that names what there is, before anything is run.
+
+  Mutant: what is unknown is left out.
+  """
+  done = subprocess.run(
+      [sys.executable, '-m', 'experiments.arrol.run', f'--arms={given}'],
+      check=False,
+      capture_output=True,
+      text=True)
+  assert done.returncode == 1
+  assert words in done.stderr and 'Traceback' not in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', COMMANDS)
 def test_the_command_writes_its_table(name, tmp_path):

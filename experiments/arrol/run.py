@@ -41,7 +41,7 @@ ARMS: Mapping[str, dict[str, Any]] = {
         dict(control__prune_steps=4, control__prune_weights=False),
 }
 
-_ARMS = flags.DEFINE_list('arms', list(ARMS), 'Which to run, the first too.')
+_ARMS = long_tail.DEFINE_arms(list(ARMS))
 
 
 def run_arm(arm: str, seed: int, warm: Params) -> dict[str, Any]:

@@ -39,7 +39,7 @@ ARMS: Mapping[str, dict[str, Any]] = {
     'both': _SIGNAL | _EXTRA,
 }
 
-_ARMS = flags.DEFINE_list('arms', list(ARMS), 'Which to run, the first too.')
+_ARMS = long_tail.DEFINE_arms(list(ARMS))
 
 
 def run_arm(arm: str, seed: int, warm: Params) -> dict[str, Any]:

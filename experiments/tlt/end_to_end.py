@@ -41,7 +41,7 @@ ARMS = {
     'network': 'model',
     'hybrid': 'hybrid',
 }
-_ARMS = flags.DEFINE_list('arms', list(ARMS), 'Which to run, the first too.')
+_ARMS = long_tail.DEFINE_arms(list(ARMS))
 
 
 def make_config(drafter: str) -> Config:
@@ -72,7 +72,7 @@ def run_arm(drafter: str, warm: Params) -> tuple[dict[str, Any], list[float]]:
   column = lambda name: np.array([float(r.get(name, 0.0)) for r in rows])
   total = lambda name: float(np.sum(column(name)))
   tokens = total('rollout/trained_tokens')
-  warm_steps = column('compile/seconds') == 0
+  settled = column('compile/seconds') == 0
   return {
       'trained_tokens':
           int(tokens),
@@ -85,12 +85,12 @@ def run_arm(drafter: str, warm: Params) -> tuple[dict[str, Any], list[float]]:
       'accept_length':
           round(float(column('rollout/accept_length').mean()), 3),
       'rollout_seconds':
-          float(np.median(column('time/rollout')[warm_steps])),
+          float(np.median(column('time/rollout')[settled])),
       'drafter_share':
           round(
               float(
-                  np.sum(column('time/drafter')[warm_steps]) /
-                  np.sum(column('time/step')[warm_steps])), 4),
+                  np.sum(column('time/drafter')[settled]) /
+                  np.sum(column('time/step')[settled])), 4),
   }, [float(r['learning/loss']) for r in rows]
 
 

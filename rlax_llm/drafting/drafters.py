@@ -85,10 +85,8 @@ def _hybrid(setting: Setting) -> Drafter:
           deepest=setting.widest - 1))
 
 
-# By `rollout.drafter`. All arms of one share their state.
+# By `rollout.drafter`, but for none. All arms of one share their state.
 DRAFTERS: dict[str, Callable[[Setting], Drafter]] = {
-    'none':
-        lambda setting: drafting.no_drafter(),
     'prompt_lookup':
         lambda setting: drafting.prompt_lookup(setting.arm.width),
     'tree_cache':
