@@ -6,7 +6,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy import stats
 
 from rlax_llm import sharding
@@ -32,13 +31,6 @@ from rlax_llm.types import TRAIN
 from rlax_llm.types import UNUSED
 
 NEAR_TIE = 1e-4  # a race won by less is excused, if shown
-
-
-@pytest.fixture(scope='module', autouse=True)
-def strict_precision():
-  """Matmul precision `highest`, under which equality is promised."""
-  with jax.default_matmul_precision('highest'):
-    yield
 
 
 def _noise(slots, salt):
@@ -319,16 +311,32 @@ def assert_law(world, prompt, longest, rollouts):
   assert stats.chisquare(observed, expected).pvalue > 1e-4
 
 
-def all_primitives(jaxpr):
-  """Yields the names of all primitives of a jaxpr, nested ones included."""
+def all_equations(jaxpr):
+  """Yields all equations of a jaxpr, nested ones included."""
   for equation in jaxpr.eqns:
-    yield equation.primitive.name
+    yield equation
     for value in jax.tree.leaves(
         list(equation.params.values()),
         is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')):
       inner = getattr(value, 'jaxpr', value)
       if hasattr(inner, 'eqns'):
-        yield from all_primitives(inner)
+        yield from all_equations(inner)
+
+
+def all_primitives(jaxpr):
+  """Yields the names of all primitives of a jaxpr, nested ones included."""
+  for equation in all_equations(jaxpr):
+    yield equation.primitive.name
+
+
+def rounded_products(jaxpr):
+  """Returns the float32 products whose factors a device may round."""
+  return [
+      equation for equation in all_equations(jaxpr)
+      if equation.primitive.name == 'dot_general' and
+      equation.invars[0].aval.dtype == jnp.float32 and
+      equation.params['precision'] != (jax.lax.Precision.HIGHEST,) * 2
+  ]
 
 
 def sequence_grid(vocabulary, length):

@@ -38,8 +38,6 @@ from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 from rlax_llm.validation import validate
 
-strict_precision = rollout_helpers.strict_precision
-
 
 # ---- Logical time ------------------------------------------------------------
 def _ticks(numbers, lengths, slots):

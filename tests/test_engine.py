@@ -8,7 +8,6 @@ from jax._src import array as jax_array
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollout_helpers import strict_precision  # noqa: F401
 from rollout_helpers import World
 import rollout_helpers as helpers
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollout_helpers import strict_precision  # noqa: F401
 
 from rlax_llm import export
 from rlax_llm import pretrained

@@ -7,7 +7,6 @@ from config_helpers import train_quietly
 import jax
 import numpy as np
 import pytest
-from rollout_helpers import strict_precision  # noqa: F401
 from rollout_helpers import World
 import rollout_helpers as helpers
 

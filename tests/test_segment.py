@@ -7,7 +7,6 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollout_helpers import strict_precision  # noqa: F401
 import rollout_helpers as helpers
 
 from rlax_llm import testing

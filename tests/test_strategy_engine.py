@@ -6,7 +6,6 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollout_helpers import strict_precision  # noqa: F401
 from rollout_helpers import World
 import rollout_helpers as helpers
 

@@ -168,7 +168,10 @@ def learn(calibration: Calibration,
   deepest = calibration.expected.shape[1]
   level = jnp.arange(1, deepest + 1)[None, None]
   at = (jnp.minimum(proposed.depth, deepest)[..., None] == level)
-  count = lambda x: jnp.einsum('nqi,nid->qd', x, at.astype(jnp.float32))
+  count = lambda x: jnp.einsum('nqi,nid->qd',
+                               x,
+                               at.astype(jnp.float32),
+                               precision=jax.lax.Precision.HIGHEST)
   return Calibration(accepted=memory * calibration.accepted +
                      count(hit.astype(jnp.float32)),
                      expected=memory * calibration.expected + count(estimate))

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from rlax_llm.models import precision
 from rlax_llm.types import Array
 
 # Finite, so that a row that may attend to nothing (padding) gives a mean of
@@ -35,6 +36,7 @@ def _scores(queries: Array, keys: Array, mask: Array) -> Array:
   scores = jnp.einsum('nkqd,nkds->nkqs',
                       queries,
                       keys,
+                      precision=precision.of_products(queries.dtype),
                       preferred_element_type=jnp.float32)
   mask = jnp.tile(mask, (1, scores.shape[2] // mask.shape[1], 1))
   return jnp.where(mask[:, None], scores, _MASKED)
@@ -45,6 +47,7 @@ def _mix(weights: Array, values: Array) -> Array:
   return jnp.einsum('nkqs,nksd->nkqd',
                     weights.astype(values.dtype),
                     values,
+                    precision=precision.of_products(values.dtype),
                     preferred_element_type=jnp.float32)
 
 

@@ -27,6 +27,7 @@ from rlax_llm.config import LoRAConfig
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import PrecisionConfig
 from rlax_llm.models import kv_cache
+from rlax_llm.models import precision as precisions
 from rlax_llm.models.kv_cache import KVCache
 from rlax_llm.models.kv_cache import KVNodes
 from rlax_llm.models.language_model import LanguageModel
@@ -87,6 +88,7 @@ class Draft(nn.Module):
                          use_bias=False,
                          dtype=dtype,
                          param_dtype=param_dtype,
+                         precision=precisions.of_products(dtype),
                          kernel_init=nn.initializers.variance_scaling(
                              1.0, 'fan_in', 'normal'))
     self.layer = Layer(c, self.precision, self.constrain)

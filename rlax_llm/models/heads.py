@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlax_llm.models import language_model
+from rlax_llm.models import precision as precisions
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.types import Array
 from rlax_llm.types import Params
@@ -38,7 +39,9 @@ def make_critic(model: LanguageModel) -> LanguageModel:
     return model.hidden(params['trunk'], *rows)
 
   def logits(params: Params, hidden: Array) -> Array:
-    return jnp.dot(hidden.astype(jnp.float32), params['value']['kernel'])
+    return jnp.dot(hidden.astype(jnp.float32),
+                   params['value']['kernel'],
+                   precision=precisions.of_products(jnp.float32))
 
   def each(of_trunk: Any, head: Any) -> Any:
     return lambda params: {

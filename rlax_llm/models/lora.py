@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from rlax_llm.config import LoRAConfig
+from rlax_llm.models import precision as precisions
 from rlax_llm.types import Array
 from rlax_llm.types import Params
 
@@ -39,9 +40,13 @@ class Adapter(nn.Module):
     init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
     a = self.param('a', init, (width, rank), jnp.float32)
     b = self.param('b', nn.initializers.zeros, (rank, *self.shape), jnp.float32)
-    low = jnp.matmul(x, a.astype(self.dtype))
+    precision = precisions.of_products(self.dtype)
+    low = jnp.matmul(x, a.astype(self.dtype), precision=precision)
     scale = jnp.asarray(self.config.alpha / rank, self.dtype)
-    return jnp.tensordot(low * scale, b.astype(self.dtype), axes=1)
+    return jnp.tensordot(low * scale,
+                         b.astype(self.dtype),
+                         axes=1,
+                         precision=precision)
 
 
 def trainable(params: Params) -> Any:

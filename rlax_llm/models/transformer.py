@@ -17,6 +17,7 @@ from rlax_llm.config import PrecisionConfig
 from rlax_llm.models import attention
 from rlax_llm.models import kv_cache
 from rlax_llm.models import lora
+from rlax_llm.models import precision as precisions
 from rlax_llm.models.kv_cache import KVCache
 from rlax_llm.models.kv_cache import KVNodes
 from rlax_llm.models.language_model import LanguageModel
@@ -110,7 +111,8 @@ class Layer(nn.Module):
     # residual stream keeps its variance.
     dense = functools.partial(nn.DenseGeneral,
                               dtype=dtype,
-                              param_dtype=param_dtype)
+                              param_dtype=param_dtype,
+                              precision=precisions.of_products(dtype))
     init = nn.initializers.variance_scaling(c.init_scale, 'fan_in', 'normal')
     init_out = nn.initializers.variance_scaling(c.init_scale / (2 * c.layers),
                                                 'fan_in', 'normal')
@@ -288,6 +290,7 @@ class Transformer(nn.Module):
     head = self.embedding.T if self.config.tied_head else self.head
     return jnp.matmul(hidden.astype(dtype),
                       head.astype(dtype),
+                      precision=precisions.of_products(dtype),
                       preferred_element_type=jnp.float32)
 
   def __call__(self, tokens: Array, positions: Array, segments: Array) -> Array:
