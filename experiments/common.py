@@ -8,17 +8,42 @@ from typing import Any, Mapping, Sequence
 
 from absl import flags
 import jax
+import jax.numpy as jnp
 from scipy import stats
+
+from rlax_llm.drafting import drafter as drafting
+from rlax_llm.drafting.drafter import Drafter
+from rlax_llm.run import make_deterministic
+from rlax_llm.types import DraftTree
+from rlax_llm.types import Slots
 
 DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu', 'tpu'],
                            'Where to run.')
 
 
-def use_device() -> str:
-  """Chooses the platform; call before anything touches a device."""
+def use_device(*, exact: bool = False) -> str:
+  """Chooses the platform; call before anything touches a device.
+
+  Args:
+    exact: equal programs are to give equal bits on a GPU, too.
+  """
+  if exact:
+    make_deterministic()
   platform = {'gpu': 'cuda'}.get(DEVICE.value, DEVICE.value)
   jax.config.update('jax_platforms', platform)
   return jax.devices()[0].device_kind
+
+
+def constant_drafter(width: int) -> Drafter:
+  """Returns a drafter that costs nothing and is hardly ever right."""
+
+  def propose(slots: Slots) -> DraftTree:
+    root = drafting.last_tokens(slots)[:, None]
+    wrong = jnp.full((root.shape[0], width - 1), 1, jnp.int32)
+    return DraftTree(jnp.concatenate([root, wrong], axis=1),
+                     drafting.chain_parents(width))
+
+  return drafting.stateless(propose, width)
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -216,7 +216,7 @@ _DETERMINISTIC = ('--xla_gpu_deterministic_ops=true',
                   '--xla_gpu_autotune_level=0')
 
 
-def _make_deterministic() -> None:
+def make_deterministic() -> None:
   """Sets XLA's flags; takes effect if no device was used before."""
   given = os.environ.get('XLA_FLAGS', '')
   missing = [f for f in _DETERMINISTIC if f.split('=')[0] not in given]
@@ -260,7 +260,7 @@ def make_run(config: Config,
   """
   config = validate(pretrained.resolve(config))
   if config.deterministic:
-    _make_deterministic()
+    make_deterministic()
   algorithm = algorithms.resolve(config.algorithm)
   algorithms.check(algorithm, config)
   try:

@@ -8,7 +8,18 @@ from absl import flags
 import jax
 import numpy as np
 
+from rlax_llm import sharding
+from rlax_llm.config import ControlConfig
+from rlax_llm.config import freeze
+from rlax_llm.config import MeshConfig
 from rlax_llm.config import ModelConfig
+from rlax_llm.config import PrecisionConfig
+from rlax_llm.config import RolloutConfig
+from rlax_llm.models.language_model import LanguageModel
+from rlax_llm.ops.sampling import Sampling
+from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.types import Request
+from rlax_llm.types import TRAIN
 
 # Shapes, by name. `tiny` is 1.1 M parameters.
 MODELS: dict[str, dict[str, Any]] = {
@@ -27,6 +38,15 @@ MODELS: dict[str, dict[str, Any]] = {
              kv_heads=4,
              mlp_width=1536,
              vocabulary=4096,
+             tied_head=True),
+    # That of SmolLM2-135M.
+    '135m':
+        dict(layers=30,
+             width=576,
+             heads=9,
+             kv_heads=3,
+             mlp_width=1536,
+             vocabulary=49152,
              tied_head=True),
     '0.5b':
         dict(layers=24,
@@ -57,6 +77,48 @@ NO_EOS = (-1,)  # fixed work: no token stops a sample
 def model_config() -> ModelConfig:
   """Returns the shape that the flags name."""
   return ModelConfig(**MODELS[MODEL.value])
+
+
+def precision() -> PrecisionConfig:
+  """Returns the dtypes that the flags name."""
+  return freeze(PrecisionConfig(DTYPE.value, DTYPE.value))
+
+
+def make_engine(model: LanguageModel, rows: int, samples: int,
+                **options: Any) -> RolloutEngine:
+  """Returns an engine that samples --new tokens in one segment.
+
+  Args:
+    model: whose random parameters sample.
+    rows: N.
+    samples: of each prompt.
+    **options: fields of RolloutConfig; and `own_drafter`, the engine's
+      `drafter`, or `learned`.
+  """
+  given = {name: options.pop(name, None) for name in ('own_drafter', 'learned')}
+  rollout = RolloutConfig(slots=rows,
+                          samples_per_prompt=samples,
+                          prompt_length=PROMPT.value,
+                          max_new_tokens=NEW.value,
+                          segment_forwards=NEW.value,
+                          **options)
+  return RolloutEngine(model,
+                       rollout=freeze(rollout),
+                       control=freeze(ControlConfig()),
+                       sampling=Sampling(),
+                       eos_ids=NO_EOS,
+                       seed=SEED.value,
+                       mesh=sharding.make_mesh(MeshConfig(data=1)),
+                       drafter=given['own_drafter'],
+                       learned=given['learned'])
+
+
+def make_requests(rows: int, samples: int, vocabulary: int) -> list[Request]:
+  """Returns requests that fill `rows` slots once."""
+  return [
+      Request(prompt, samples, TRAIN, 0, i)
+      for i, prompt in enumerate(random_prompts(rows // samples, vocabulary))
+  ]
 
 
 def random_prompts(count: int, vocabulary: int) -> list[np.ndarray]:

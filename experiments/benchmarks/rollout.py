@@ -14,20 +14,11 @@ import jax
 
 from experiments.benchmarks import common
 from experiments.common import use_device
-from rlax_llm import sharding
-from rlax_llm.config import ControlConfig
 from rlax_llm.config import DRAFTERS
 from rlax_llm.config import freeze
 from rlax_llm.config import LEARNED
-from rlax_llm.config import MeshConfig
-from rlax_llm.config import PrecisionConfig
-from rlax_llm.config import RolloutConfig
 from rlax_llm.models.transformer import make_transformer
-from rlax_llm.ops.sampling import Sampling
-from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
-from rlax_llm.types import Request
-from rlax_llm.types import TRAIN
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Rows decoded together.')
 _WIDTH = flags.DEFINE_integer('width', 1, 'Nodes verified in one forward.')
@@ -40,32 +31,16 @@ def main(argv: list[str]) -> None:
   """Times generate."""
   del argv
   use_device()
-  dtype = common.DTYPE.value
-  config = freeze(common.model_config())
-  model = make_transformer(config, freeze(PrecisionConfig(dtype, dtype)))
+  model = make_transformer(freeze(common.model_config()), common.precision())
   params = jax.jit(model.init)(jax.random.key(common.SEED.value))
-  mesh = sharding.make_mesh(MeshConfig(data=1))
   for rows in map(int, _ROWS.value):
     samples = min(common.SAMPLES.value, rows)
-    engine = RolloutEngine(model,
-                           rollout=freeze(
-                               RolloutConfig(
-                                   slots=rows,
-                                   samples_per_prompt=samples,
-                                   prompt_length=common.PROMPT.value,
-                                   max_new_tokens=common.NEW.value,
-                                   drafter=_DRAFTER.value,
-                                   width=_WIDTH.value,
-                                   segment_forwards=common.NEW.value)),
-                           control=freeze(ControlConfig()),
-                           sampling=Sampling(),
-                           eos_ids=common.NO_EOS,
-                           seed=common.SEED.value,
-                           mesh=mesh)
-    requests = [
-        Request(prompt, samples, TRAIN, 0, i) for i, prompt in enumerate(
-            common.random_prompts(rows // samples, model.vocabulary))
-    ]
+    engine = common.make_engine(model,
+                                rows,
+                                samples,
+                                drafter=_DRAFTER.value,
+                                width=_WIDTH.value)
+    requests = common.make_requests(rows, samples, model.vocabulary)
     generate = lambda: engine.generate(params, requests, RolloutState())
     generate()
     compile_seconds = engine.pool.seconds

@@ -1,5 +1,6 @@
 """Sizes, objectives and arms of the SRT experiment."""
 
+import functools
 from typing import Any, Mapping, NamedTuple
 
 from rlax_llm.config import Config
@@ -9,8 +10,10 @@ from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
 
 # Model, batch and length of the experiment: `tiny` for two CPU cores, `gpu`
-# for one accelerator (33 M parameters); `small` (0.2 M) for experiments of many
-# runs, `smoke` for tests.
+# for one accelerator (33 M parameters), `135m` in the shape of SmolLM2-135M
+# (106 M without its vocabulary), computed in bfloat16; `small` (0.2 M) for
+# experiments of many runs, `smoke` for tests. `changes` are fields of the
+# config by path.
 SIZES: dict[str, dict[str, Any]] = {
     'smoke':
         dict(model=dict(layers=1, width=16, mlp_width=32),
@@ -48,6 +51,28 @@ SIZES: dict[str, dict[str, Any]] = {
              sft_steps=600,
              slots=128,
              width=8),
+    '135m':
+        dict(
+            model=dict(layers=30,
+                       width=576,
+                       heads=9,
+                       kv_heads=3,
+                       mlp_width=1536),
+            prompts=32,
+            epoch_steps=4,
+            steps=24,
+            sft_steps=600,
+            slots=128,
+            width=8,
+            changes={
+                'sft.learning_rate': 1e-3,
+                'sft.warmup_steps': 100,
+                'learning.precision.compute': 'bfloat16',
+                'learning.microbatch_rows': 8,
+                # Programs of thirty layers are compiled for few shapes.
+                'rollout.min_capacity': 256,
+                'control.min_slots': 32,
+            }),
 }
 
 # The paper trains with PPO, GRPO and DAPO; here the objectives differ as there
@@ -123,9 +148,9 @@ def make_config(size: str, objective: str, samples: int, seed: int) -> Config:
   config.learning.row_length = 512
   config.learning.microbatch_rows = 1
   config.mesh.data = 1
-  for path, value in OBJECTIVES[objective].items():
-    section, _, field = path.partition('.')
-    setattr(getattr(config, section), field, value)
+  for path, value in (s.get('changes', {}) | OBJECTIVES[objective]).items():
+    *sections, field = path.split('.')
+    setattr(functools.reduce(getattr, sections, config), field, value)
   return config
 
 

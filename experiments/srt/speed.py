@@ -17,38 +17,21 @@ from typing import Any
 
 from absl import app
 from absl import flags
-import jax.numpy as jnp
 
 from configs import quickstart
 from experiments import common
 from experiments.srt import workload
 from rlax_llm import executables
-from rlax_llm.drafting import drafter as drafting
-from rlax_llm.drafting.drafter import Drafter
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
-from rlax_llm.types import DraftTree
-from rlax_llm.types import Slots
 from rlax_llm.warm_start import warm_start
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Rows decoded together.')
 _WIDTH = flags.DEFINE_integer('width', 4, 'W of the fixed arm.')
 _PAIRS = flags.DEFINE_integer('pairs', 11, 'Steps in an epoch.')
 _OUT = flags.DEFINE_string('out', 'experiments/srt', 'Where the table goes.')
-
-
-def constant_drafter(width: int) -> Drafter:
-  """Returns a drafter that costs nothing and is hardly ever right."""
-
-  def propose(slots: Slots) -> DraftTree:
-    root = drafting.last_tokens(slots)[:, None]
-    wrong = jnp.full((root.shape[0], width - 1), 1, jnp.int32)
-    return DraftTree(jnp.concatenate([root, wrong], axis=1),
-                     drafting.chain_parents(width))
-
-  return drafting.stateless(propose, width)
 
 
 def make_engines(run: Run, rows: int, width: int) -> dict[str, RolloutEngine]:
@@ -59,7 +42,7 @@ def make_engines(run: Run, rows: int, width: int) -> dict[str, RolloutEngine]:
       'W = 1 again': make(width=1),  # the noise of the comparison
       'tree cache': make(width=width),
       'cost model': make(width=0),
-      'constant': make(drafter=constant_drafter(width)),
+      'constant': make(drafter=common.constant_drafter(width)),
   }
 
 
