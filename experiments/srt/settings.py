@@ -10,10 +10,9 @@ from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
 
 # Model, batch and length of the experiment: `tiny` for two CPU cores, `gpu`
-# for one accelerator (33 M parameters), `135m` in the shape of SmolLM2-135M
-# (106 M without its vocabulary), computed in bfloat16; `small` (0.2 M) for
-# experiments of many runs, `smoke` for tests. `changes` are fields of the
-# config by path.
+# for one accelerator (33 M parameters), `100m` likewise, in bfloat16; `small`
+# (0.2 M) for experiments of many runs, `smoke` for tests. `changes` are fields
+# of the config by path.
 SIZES: dict[str, dict[str, Any]] = {
     'smoke':
         dict(model=dict(layers=1, width=16, mlp_width=32),
@@ -51,27 +50,27 @@ SIZES: dict[str, dict[str, Any]] = {
              sft_steps=600,
              slots=128,
              width=8),
-    '135m':
+    '100m':
         dict(
-            model=dict(layers=30,
-                       width=576,
-                       heads=9,
-                       kv_heads=3,
-                       mlp_width=1536),
+            model=dict(layers=16,
+                       width=768,
+                       heads=12,
+                       kv_heads=4,
+                       mlp_width=2048),
             prompts=32,
             epoch_steps=4,
-            steps=24,
-            sft_steps=600,
-            slots=128,
+            steps=16,
+            sft_steps=500,
+            slots=64,
             width=8,
             changes={
                 'sft.learning_rate': 1e-3,
                 'sft.warmup_steps': 100,
                 'learning.precision.compute': 'bfloat16',
                 'learning.microbatch_rows': 8,
-                # Programs of thirty layers are compiled for few shapes.
-                'rollout.min_capacity': 256,
-                'control.min_slots': 32,
+                # One shape: programs of many layers take long to compile.
+                'rollout.min_capacity': 512,
+                'control.min_slots': 64,
             }),
 }
 

@@ -1,12 +1,12 @@
 """What drafts save in training: none, past rollouts, a network, both.
 
   python -m experiments.tlt.end_to_end
-  python -m experiments.tlt.end_to_end --size=135m --device=gpu
+  python -m experiments.tlt.end_to_end --size=100m --device=gpu
 
 The same RL run of a warm-started policy on a long-tailed task, once for each
 source of drafts; `chosen` drafts with what the cost model says, segment by
 segment. In float32 drafts change no token, so every run trains on the same
-samples, and the command stops if one does not; in bfloat16 (--size=135m) they
+samples, and the command stops if one does not; in bfloat16 (--size=100m) they
 keep the law of the tokens only. "Taming the Long Tail: Efficient Reasoning RL
 Training with Adaptive Drafter", https://arxiv.org/abs/2511.16665. Writes
 end_to_end.csv into --out: forwards and seconds of rollouts per trained token
@@ -74,7 +74,16 @@ def run_arm(arm: str, warm: Params) -> tuple[dict[str, Any], list[float]]:
     arm: its name.
     warm: the parameters after the warm start.
   """
-  rows = list(long_tail.train(make_config(arm), warm))
+  rows = []
+  for step, values in enumerate(long_tail.train(make_config(arm), warm), 1):
+    rows.append(values)
+    seconds, tokens = values['time/rollout'], values['rollout/trained_tokens']
+    print(
+        f'{arm}: step {step}  reward {values["reward/mean"]:.3f}  '
+        f'accept length {values["rollout/accept_length"]:.2f}  '
+        f'rollout {seconds:.3f} s  '
+        f'{tokens:.0f} tokens  compile {values["compile/seconds"]:.1f} s',
+        flush=True)
   column = lambda name: np.array([float(r.get(name, 0.0)) for r in rows])
   total = lambda name: float(np.sum(column(name)))
   tokens = total('rollout/trained_tokens')

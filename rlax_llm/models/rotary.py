@@ -89,11 +89,23 @@ def rotate(x: Array, table: tuple[Array, Array]) -> Array:
   """
   cos, sin = table
   wide = x.astype(jnp.float32)
-  # Swaps the halves. A product with a permutation is exact and leaves an
-  # elementwise rest, where slices and concatenations would keep XLA's CPU
-  # backend from vectorising.
-  swap = jnp.roll(jnp.eye(x.shape[-1], dtype=jnp.float32),
-                  x.shape[-1] // 2,
-                  axis=0)
-  other = jnp.matmul(wide, swap, precision=jax.lax.Precision.HIGHEST)
+  # Equal to the bit. Slices and concatenations keep XLA's CPU backend from
+  # vectorising what is around them; a GPU would multiply for longer than the
+  # rest of a layer's elementwise work takes.
+  other = jax.lax.platform_dependent(wide,
+                                     cpu=_swap_by_product,
+                                     default=_swap_by_slices)
   return (wide * cos + other * sin).astype(x.dtype)
+
+
+def _swap_by_product(x: Array) -> Array:
+  """Swaps the halves of the last axis by a permutation matrix, exactly."""
+  half = x.shape[-1] // 2
+  swap = jnp.roll(jnp.eye(x.shape[-1], dtype=x.dtype), half, axis=0)
+  return jnp.matmul(x, swap, precision=jax.lax.Precision.HIGHEST)
+
+
+def _swap_by_slices(x: Array) -> Array:
+  """As `_swap_by_product`."""
+  half = x.shape[-1] // 2
+  return jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)

@@ -6,6 +6,10 @@ from typing import Any, Sequence
 _HORIZON = 2048  # row forwards after which a count weighs 1/e
 _PRIOR = 64  # row forwards that all N together count for at one N
 _AGE = 16  # segments after which what was seen at one N counts half
+# Segments that pass without a node after which what was seen of it counts half:
+# drafts are probed now and then, and what probes say must not have to outweigh
+# all that was said before the cache filled.
+_FADE = 4
 # A node that no draft held for so many segments is no longer known: policies
 # sharpen, caches fill.
 STALE = 16
@@ -21,12 +25,13 @@ class _Counts:
 
   def add(self, accepted: Sequence[int], row_forwards: int, now: int) -> None:
     """Counts a segment; `accepted` is without the root."""
-    keep = math.exp(-row_forwards / _HORIZON)
     for node, count in enumerate(accepted):
       if node == len(self.offered):
         self.reached.append(0.0)
         self.offered.append(0.0)
         self.last.append(now)
+      missed = max(now - self.last[node] - 1, 0)
+      keep = math.exp(-row_forwards / _HORIZON) * 0.5**(missed / _FADE)
       self.reached[node] = keep * self.reached[node] + count
       self.offered[node] = keep * self.offered[node] + row_forwards
       self.last[node] = now
