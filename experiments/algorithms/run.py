@@ -45,7 +45,13 @@ def start(seed: int, arm: settings.Arm | None) -> bool:
   """Runs an arm or, without one, the warm start; returns whether it ended."""
   folder = pathlib.Path(flags.FLAGS.runs) / f'seed_{seed}'
   folder /= arm.folder if arm else 'warm'
-  if (folder / single.RESULT).exists():
+  path, wanted = folder / single.RESULT, single.made_with(arm)
+  if path.exists():
+    found = json.loads(path.read_text())
+    made = {name: found.get(name) for name in wanted}
+    if made != wanted:
+      sys.exit(f'{folder} was made with {made} and {wanted} is wanted; give '
+               'another --runs')
     return True
   options = [f'--preset={arm.preset}', f'--staleness={arm.staleness}'
             ] if arm else []
@@ -53,6 +59,7 @@ def start(seed: int, arm: settings.Arm | None) -> bool:
       sys.executable, '-m', 'experiments.algorithms.single',
       f'--runs={flags.FLAGS.runs}', f'--seed={seed}',
       f'--steps={flags.FLAGS.steps}', f'--size={flags.FLAGS.size}',
+      f'--minibatches={flags.FLAGS.minibatches}',
       f'--device={common.DEVICE.value}', *options
   ],
                         check=False)

@@ -10,6 +10,8 @@ SIZES = ('tiny', 'quickstart')
 STALE = 8  # steps from sampling to training, of the arms that are stale
 SAMPLES = 8  # of a held-out problem before RL and at the end: pass@8
 TEACHER = 'grpo'  # whose run of the same seed is distilled
+LEARNING_RATE = 2e-4
+EVALUATIONS = 4  # during RL
 
 
 class Arm(NamedTuple):
@@ -55,15 +57,15 @@ def make_warm_config(seed: int, size: str) -> Config:
   # A tie to the reference, the same for all, would be a part of each objective.
   config.algorithm.kl_coefficient = config.algorithm.divergence = None
   config.task.prompts_per_step = 16
-  config.evaluate.problems, config.evaluate.every = 256, 10
+  config.evaluate.problems = 256
   config.checkpoint.every, config.checkpoint.keep = 0, 1
   if size == 'tiny':
     _shrink(config)
   return config
 
 
-def make_config(arm: Arm, seed: int, size: str, steps: int, warm: str,
-                teacher: str) -> Config:
+def make_config(arm: Arm, seed: int, size: str, steps: int, minibatches: int,
+                warm: str, teacher: str) -> Config:
   """Returns the config of a run; runs of a seed differ in the arm alone.
 
   Args:
@@ -71,6 +73,8 @@ def make_config(arm: Arm, seed: int, size: str, steps: int, warm: str,
     seed: of the run and of its warm start.
     size: of SIZES.
     steps: of RL.
+    minibatches: updates on the batch of a step. With one all ratios are 1, and
+      objectives that differ in what they do with ratios are one.
     warm: the folder of the warm start's weights.
     teacher: the workdir of the run that is distilled.
   """
@@ -80,6 +84,8 @@ def make_config(arm: Arm, seed: int, size: str, steps: int, warm: str,
   config.model.pretrained = warm
   config.control.staleness = arm.staleness
   config.learning.learning_rate = LEARNING_RATE
+  config.learning.minibatches = minibatches
+  config.evaluate.every = max(steps // EVALUATIONS, 1)
   config.algorithm.name = arm.preset
   preset = PRESETS[arm.preset]
   if arm.distils:
@@ -97,6 +103,3 @@ def make_config(arm: Arm, seed: int, size: str, steps: int, warm: str,
       config.algorithm.rehearsal_prompts = 64
       config.algorithm.rehearsal_least = 0.0
   return config
-
-
-LEARNING_RATE = 2e-4

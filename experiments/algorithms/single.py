@@ -33,9 +33,18 @@ _PRESET = flags.DEFINE_string('preset', '', "Which; '': the warm start.")
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the run.')
 _STALENESS = flags.DEFINE_integer('staleness', 0, 'See control.staleness.')
 _STEPS = flags.DEFINE_integer('steps', 40, 'Steps of RL.')
+_MINIBATCHES = flags.DEFINE_integer('minibatches', 1, 'Updates on a batch.')
 _SIZE = flags.DEFINE_enum('size', 'quickstart', settings.SIZES, 'See settings.')
 
 RESULT = 'result.json'
+
+
+def made_with(arm: settings.Arm | None) -> dict[str, Any]:
+  """Returns the flags that decide what a run, or the warm start, comes to."""
+  made: dict[str, Any] = {'size': _SIZE.value}
+  if arm is not None:
+    made |= {'steps': _STEPS.value, 'minibatches': _MINIBATCHES.value}
+  return made
 
 
 def judge(config: Config, workdir: str) -> dict[str, float]:
@@ -50,12 +59,13 @@ def judge(config: Config, workdir: str) -> dict[str, float]:
                                evaluation.held_out_problems(run))
 
 
-def write_result(config: Config, workdir: pathlib.Path,
-                 seconds: float) -> dict[str, Any]:
+def write_result(config: Config, workdir: pathlib.Path, seconds: float,
+                 made: dict[str, Any]) -> dict[str, Any]:
   """Evaluates a run that is trained, and writes its result.json."""
   values = judge(config, str(workdir))
   each = config.task.prompts_per_step * config.rollout.samples_per_prompt
   result = {
+      **made,
       'pass_at_1':
           values['evaluate/accuracy'],
       f'pass_at_{settings.SAMPLES}':
@@ -83,11 +93,13 @@ def main(argv: list[str]) -> None:
   common.use_device()
   runs = pathlib.Path(_RUNS.value) / f'seed_{_SEED.value}'
   warm, teacher = runs / 'warm', runs / settings.Arm(settings.TEACHER).folder
+  arm = None
   if _PRESET.value:
     arm = settings.Arm(_PRESET.value, _STALENESS.value)
     workdir = runs / arm.folder
     config = settings.make_config(arm, _SEED.value, _SIZE.value, _STEPS.value,
-                                  str(warm / 'weights'), str(teacher))
+                                  _MINIBATCHES.value, str(warm / 'weights'),
+                                  str(teacher))
   else:
     workdir = warm
     config = settings.make_warm_config(_SEED.value, _SIZE.value)
@@ -97,7 +109,7 @@ def main(argv: list[str]) -> None:
   seconds = time.perf_counter() - start
   if workdir == warm:
     export.export(str(workdir), str(workdir / 'weights'))
-  print(write_result(config, workdir, seconds), flush=True)
+  print(write_result(config, workdir, seconds, made_with(arm)), flush=True)
   if workdir != teacher:  # The others' parameters are of no further use.
     shutil.rmtree(workdir / 'checkpoints')
 
