@@ -32,6 +32,7 @@ from rlax_llm.types import TrainState
 
 _STEPS = 2  # whose rollouts are learned from
 _SHOWN_EVERY = 10  # updates of the warm-up
+_NEWEST = 0.2  # weight of the last update in their mean cost
 
 
 def keep_longest(samples: Sequence[Sample], tokens: int) -> list[Sample]:
@@ -76,7 +77,7 @@ class DrafterTraining:
     self._recent: collections.deque[list[Sample]] = collections.deque(
         maxlen=_STEPS)
     self._allowed = 0.0  # seconds; below 0 after an update that took longer
-    self._cost = 0.0  # seconds of the last update
+    self._cost = 0.0  # seconds of an update, a moving average
     self._compiled = run.pool.seconds  # as of the last step
     self._rng = np.random.default_rng(run.config.seed)
     self._begin_spot: Callable[[Mesh], _Spot] | None = None
@@ -173,7 +174,11 @@ class DrafterTraining:
     self._recent.append(keep_longest(samples, config.buffer_tokens))
     seconds = max(seconds - (self._run.pool.seconds - self._compiled), 0.0)
     # Every process takes as many updates: the first one's clock decides.
-    self._allowed += config.share * processes.broadcast(seconds)
+    earned = config.share * processes.broadcast(seconds)
+    # What one pass leaves over, behind a long step, is not saved up: later
+    # steps would give more than their share.
+    self._allowed = min(self._allowed + earned,
+                        self._cost + max(config.every, 1) * earned)
     losses: list[float] = []
     spot, self._spot = self._spot, None
     if spot and spot.losses:
@@ -206,8 +211,9 @@ class DrafterTraining:
       losses.append(float(jax.device_get(loss)))  # waits for the device
       # The first one pays for the packing.
       now = self._now()
-      self._cost, start = processes.broadcast(now - start), now
-      self._allowed -= self._cost
+      took, start = processes.broadcast(now - start), now
+      self._cost += _NEWEST * (took - self._cost) if self._cost else took
+      self._allowed -= took
     return state, losses
 
   def _now(self) -> float:

@@ -245,6 +245,32 @@ def test_the_budget_is_kept(monkeypatch):
   assert spent[0] == pytest.approx(200 * 2.0 * 0.1, abs=2.0)
 
 
+def test_time_that_is_left_over_is_not_saved_up(monkeypatch):
+  """Law: behind a step that took long, steps give no more than their share.
+
+  A step of 100 s earns 10 s, of which one pass takes little; 50 steps of 2 s
+  follow. Mutant: what is left over is kept.
+  """
+  spent = [0.0]
+
+  def update(*args):
+    del args
+    spent[0] += 0.3
+    return None, jnp.zeros(())
+
+  run = make_run(tiny_config(drafter__share=0.1, **CHAIN))
+  run = dataclasses.replace(run, clock=lambda: spent[0])
+  training = drafter_training.DrafterTraining(run)
+  monkeypatch.setattr(training, '_update', update)
+  rollouts = [_Rollout(sample) for sample in _samples(2, 20)]
+  training.after_step(None, None, 0, rollouts, 100.0)
+  before = spent[0]
+  assert 0 < before < 5
+  for step in range(1, 51):
+    training.after_step(None, None, step, rollouts, 2.0)
+  assert spent[0] - before == pytest.approx(50 * 2.0 * 0.1, abs=0.6)
+
+
 class _Rollout:
 
   def __init__(self, sample):
