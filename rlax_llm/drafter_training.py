@@ -80,7 +80,6 @@ class DrafterTraining:
     self._cost = 0.0  # seconds of an update, a moving average
     self._compiled = run.pool.seconds  # as of the last step
     self._rng = np.random.default_rng(run.config.seed)
-    self._begin_spot: Callable[[Mesh], _Spot] | None = None
     self._spot: _Spot | None = None
 
   def warm_up(self, state: TrainState, policy: Params,

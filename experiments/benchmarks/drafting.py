@@ -59,6 +59,10 @@ def list_ways(width: int, depth: int) -> dict[str, dict[str, Any]]:
 def main(argv: list[str]) -> None:
   """Times segments."""
   del argv
+  known = list_ways(_WIDTH.value, _DEPTH.value)
+  for name in _WAYS.value:
+    if name not in known:
+      raise app.UsageError(f'--ways: {name!r} is none of {", ".join(known)}')
   use_device()
   executables.enable_compilation_cache()
   config, precision = freeze(common.model_config()), common.precision()
