@@ -97,8 +97,8 @@ def main(argv: list[str]) -> None:
       over = {
           'over_w1': round(forward[name] / forward['W = 1'], 3)
       } if 'W = 1' in forward else {}
-      if name == 'network (long)' and {'W = 1', 'network (short)'
-                                     } <= set(forward):
+      compared = {'W = 1', 'network (short)', 'network (long)'}
+      if name == 'network (long)' and compared <= set(forward):
         more = (forward[name] - forward['network (short)']) / (width - 3)
         over['step'] = round(more / forward['W = 1'], 3)
       common.emit(rows=rows,
