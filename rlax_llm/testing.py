@@ -1,15 +1,16 @@
 """A tiny model, a toy task and a tiny config, for tests and notebooks."""
 
-from typing import Any, Mapping
+from typing import Any, Mapping, TYPE_CHECKING
 
 from rlax_llm.config import Config
 from rlax_llm.config import freeze
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import PrecisionConfig
 from rlax_llm.config import TaskConfig
-from rlax_llm.models.language_model import LanguageModel
-from rlax_llm.models.transformer import make_transformer
 from rlax_llm.tasks import task as tasks
+
+if TYPE_CHECKING:
+  from rlax_llm.models.language_model import LanguageModel
 
 ALPHABET = 'abcd.'
 
@@ -32,13 +33,16 @@ def tiny_model_config(vocabulary: int = 7, **overrides: Any) -> ModelConfig:
   return freeze(ModelConfig(**(fields | overrides)))
 
 
-def tiny_model(vocabulary: int = 7, **overrides: Any) -> LanguageModel:
+def tiny_model(vocabulary: int = 7, **overrides: Any) -> 'LanguageModel':
   """Returns a float32 transformer of two layers and width 16.
 
   Args:
     vocabulary: V.
     **overrides: fields of ModelConfig.
   """
+  # Imported here: the toy task also runs in verifier processes, which start
+  # ten times as fast without jax.
+  from rlax_llm.models.transformer import make_transformer
   return make_transformer(tiny_model_config(vocabulary, **overrides),
                           freeze(PrecisionConfig()))
 
