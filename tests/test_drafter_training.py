@@ -220,15 +220,9 @@ def test_long_answers_stay_in_the_buffer():
   assert [len(s.completion) for s in kept] == [9, 6]
 
 
-def test_the_budget_is_kept(monkeypatch):
-  """Law: over many steps training takes its share of the time, whatever an
-  update costs.
-
-  Steps of 2 s, a share of a tenth; every ninth update takes 1.9 s in place of
-  0.3 s. Mutant: a debt is forgotten.
-  """
+def _training(monkeypatch, costs):
+  """Returns (training with a share of a tenth, [seconds that it took])."""
   spent = [0.0]
-  costs = itertools.cycle([0.3] * 8 + [1.9])
 
   def update(*args):
     del args
@@ -239,6 +233,18 @@ def test_the_budget_is_kept(monkeypatch):
   run = dataclasses.replace(run, clock=lambda: spent[0])
   training = drafter_training.DrafterTraining(run)
   monkeypatch.setattr(training, '_update', update)
+  return training, spent
+
+
+def test_the_budget_is_kept(monkeypatch):
+  """Law: over many steps training takes its share of the time, whatever an
+  update costs.
+
+  Steps of 2 s, a share of a tenth; every ninth update takes 1.9 s in place of
+  0.3 s. Mutant: a debt is forgotten.
+  """
+  costs = itertools.cycle([0.3] * 8 + [1.9])
+  training, spent = _training(monkeypatch, costs)
   rollouts = [_Rollout(sample) for sample in _samples(2, 20)]
   for step in range(200):
     training.after_step(None, None, step, rollouts, 2.0)
@@ -251,17 +257,7 @@ def test_time_that_is_left_over_is_not_saved_up(monkeypatch):
   A step of 100 s earns 10 s, of which one pass takes little; 50 steps of 2 s
   follow. Mutant: what is left over is kept.
   """
-  spent = [0.0]
-
-  def update(*args):
-    del args
-    spent[0] += 0.3
-    return None, jnp.zeros(())
-
-  run = make_run(tiny_config(drafter__share=0.1, **CHAIN))
-  run = dataclasses.replace(run, clock=lambda: spent[0])
-  training = drafter_training.DrafterTraining(run)
-  monkeypatch.setattr(training, '_update', update)
+  training, spent = _training(monkeypatch, itertools.repeat(0.3))
   rollouts = [_Rollout(sample) for sample in _samples(2, 20)]
   training.after_step(None, None, 0, rollouts, 100.0)
   before = spent[0]

@@ -17,6 +17,7 @@ from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.tree_cache import TreeCacheConfig
 from rlax_llm.learning import auxiliary
 from rlax_llm.models import heads
+from rlax_llm.models import rotary
 from rlax_llm.models.draft_model import make_draft_model
 from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops.sampling import Sampling
@@ -139,3 +140,14 @@ def test_bfloat16_is_left_to_the_device():
       e.invars[0].aval.dtype == jnp.bfloat16 and e.params['precision']
   ]
   assert not asked
+
+
+def test_halves_are_swapped_alike_on_every_device():
+  """Law: slices off the CPU give what the product on it gives, bit for bit.
+
+  Mutant: the slices in their own order.
+  """
+  x = jax.random.normal(jax.random.key(0), (3, 5, 4, 16))
+  swapped = rotary._swap_by_slices(x)
+  assert (swapped[..., :8] == x[..., 8:]).all()
+  assert (swapped == rotary._swap_by_product(x)).all()
