@@ -1,11 +1,12 @@
 """How far drafts are right, from counts by node that all widths share."""
 
+import collections
 import math
 from typing import Any, Sequence
 
 _HORIZON = 2048  # row forwards after which a count weighs 1/e
 _PRIOR = 64  # row forwards that all N together count for at one N
-_AGE = 16  # segments after which what was seen at one N counts half
+_AGE = 16  # segments at one N after which what was seen there counts half
 # Segments that pass without a node after which what was seen of it counts half:
 # drafts are probed now and then, and what probes say must not have to outweigh
 # all that was said before the cache filled.
@@ -49,7 +50,8 @@ class AcceptCurve:
 
   def __init__(self) -> None:
     self._all = _Counts()
-    self._at: dict[int, _Counts] = {}
+    self._at: dict[int, _Counts] = collections.defaultdict(_Counts)
+    self._segments: dict[int, int] = collections.Counter()  # by N
 
   def add(self, rows: int, accepted: Sequence[int], row_forwards: int,
           now: int) -> None:
@@ -57,12 +59,13 @@ class AcceptCurve:
 
     Args:
       rows: N.
-      accepted: see `Spent`.
+      accepted: see `Spent`; without a draft it ages what was seen at N.
       row_forwards: see `Spent`.
       now: number of the segment.
     """
-    for counts in (self._all, self._at.setdefault(rows, _Counts())):
-      counts.add(accepted[1:], row_forwards, now)
+    self._segments[rows] += 1
+    self._all.add(accepted[1:], row_forwards, now)
+    self._at[rows].add(accepted[1:], row_forwards, self._segments[rows])
 
   def is_stale(self, width: int, now: int) -> bool:
     """Returns whether a node of such a draft was not offered lately."""
@@ -103,9 +106,9 @@ class AcceptCurve:
     if node >= len(self._all.offered):
       return 0.0
     probability = self._all.reached[node] / self._all.offered[node]
-    here = self._at.get(rows)
-    if here and node < len(here.offered):
-      weight = 0.5**((now - here.last[node]) / _AGE)
+    here = self._at[rows]
+    if node < len(here.offered):
+      weight = 0.5**((self._segments[rows] - here.last[node]) / _AGE)
       probability = ((weight * here.reached[node] + _PRIOR * probability) /
                      (weight * here.offered[node] + _PRIOR))
     return probability
@@ -113,7 +116,10 @@ class AcceptCurve:
   def dump(self) -> list[Any]:
     """Returns everything, as JSON can hold it."""
     fields = lambda c: [[*c.reached], [*c.offered], [*c.last]]
-    return [fields(self._all), [[n, fields(c)] for n, c in self._at.items()]]
+    return [
+        fields(self._all),
+        [[n, self._segments[n], fields(c)] for n, c in self._at.items()]
+    ]
 
   def restore(self, saved: list[Any]) -> None:
     """Takes up what `dump` returned."""
@@ -124,4 +130,5 @@ class AcceptCurve:
       return made
 
     self._all = counts(saved[0])
-    self._at = {n: counts(fields) for n, fields in saved[1]}
+    for rows, segments, fields in saved[1]:
+      self._at[rows], self._segments[rows] = counts(fields), segments

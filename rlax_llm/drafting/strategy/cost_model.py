@@ -148,9 +148,9 @@ class CostModel:
       if self._drafted:
         share = spent.preparation / spent.forwards
         cost.preparation += (1 - _MEMORY) * (share - cost.preparation)
-    if arm != PLAIN:
-      self._curves[_family(arm)].add(site.rows, spent.accepted,
-                                     spent.row_forwards, self._now)
+    for family, curve in self._curves.items():
+      mine = spent.accepted if family == _family(arm) else ()
+      curve.add(site.rows, mine, spent.row_forwards, self._now)
     self._drafted = arm != PLAIN
     took = spent.preparation + (spent.forwards * cost.forward if spent.seconds
                                 is None else max(spent.seconds, 0.0))
