@@ -31,6 +31,7 @@ from rlax_llm.learning import algorithms
 from rlax_llm.learning import critic as critics
 from rlax_llm.learning import estimators
 from rlax_llm.learning import filters
+from rlax_llm.learning import objectives
 from rlax_llm.learning import token_credit
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.presets import PRESETS
@@ -191,17 +192,35 @@ def test_a_preset_is_its_paper(name):
 
 
 # ---- Samples of an earlier policy --------------------------------------------
-def test_on_policy_corrections_are_exactly_one():
+@pytest.mark.parametrize('name', STALE)
+def test_on_policy_corrections_are_exactly_one(name, monkeypatch):
   """Law: without scored log-probabilities the behaviour is the proximal
-  policy: every correction gives the bits of GRPO by token mean.
+  policy: every correction weighs every token by 1, to the bit, so that its
+  gradient is that of GRPO by token mean up to another program's rounding.
 
-  Mutant: scored log-probabilities read where there are none.
+  Mutants: scored log-probabilities read where there are none; behaviour
+  computed apart from old.
   """
   run = tiny_run()
   plain = _captured(
-      run, dataclasses.replace(PRESETS['decoupled_ppo'], correction='none'))
-  for name in ('decoupled_ppo', 'sequence_tis'):
-    np.testing.assert_array_equal(_captured(run, PRESETS[name]), plain)
+      run,
+      dataclasses.replace(PRESETS[name], correction='none', rejection='none'))
+  weights = []
+
+  def token_loss(algorithm, tokens):
+    corrected = objectives.token_loss(algorithm, tokens)
+    jax.debug.callback(lambda *values: weights.append(values),
+                       corrected.weights, tokens.mask)
+    return corrected
+
+  monkeypatch.setattr(updates, 'objectives',
+                      types.SimpleNamespace(token_loss=token_loss))
+  found = _captured(run, PRESETS[name])
+  jax.effects_barrier()
+  assert sum(mask.sum() for _, mask in weights) > 0
+  for weight, mask in weights:
+    np.testing.assert_array_equal(weight, mask)
+  assert distance(found, plain) < 1e-5
 
 
 def test_scored_old_logprobs():

@@ -2,7 +2,7 @@
 
   python -m experiments.srt.speed --rows=8,32,128
 
-The quickstart's model after its warm start generates 11 steps of problems,
+The quickstart's model after its warm start generates steps of problems,
 twice: in the first epoch the tree cache holds nothing, in the second it holds
 the first. In turn: W = 1; the tree cache at W = --width; the cost model; and,
 for the price of drafting, a constant draft of the same width. Parameters stay
@@ -30,7 +30,8 @@ from rlax_llm.warm_start import warm_start
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Rows decoded together.')
 _WIDTH = flags.DEFINE_integer('width', 4, 'W of the fixed arm.')
-_PAIRS = flags.DEFINE_integer('pairs', 11, 'Steps in an epoch.')
+_PAIRS = flags.DEFINE_integer('pairs', 11, 'Of times that are compared.')
+_STEPS = flags.DEFINE_integer('steps', 1, 'Of a pair; more: less noise.')
 _OUT = flags.DEFINE_string('out', 'experiments/srt', 'Where the table goes.')
 
 
@@ -46,9 +47,17 @@ def make_engines(run: Run, rows: int, width: int) -> dict[str, RolloutEngine]:
   }
 
 
-def measure(run: Run, params: Any, rows: int, width: int,
-            pairs: int) -> list[dict[str, Any]]:
+def measure(run: Run, params: Any, rows: int, width: int, pairs: int,
+            steps: int) -> list[dict[str, Any]]:
   """Returns a row for each (epoch, arm).
+
+  Args:
+    run: gives model and task.
+    params: the policy's.
+    rows: N.
+    width: W of the arms that draft.
+    pairs: of times in an epoch.
+    steps: of each pair.
 
   Raises:
     RuntimeError: an arm's tokens are not those of W = 1.
@@ -60,7 +69,8 @@ def measure(run: Run, params: Any, rows: int, width: int,
   totals: dict[tuple[int, str], list[float]] = {}
 
   def generate(name: str, epoch: int, first: int) -> Any:
-    requests = workload.make_requests(run, rows, epoch * pairs + first, first)
+    requests = workload.make_requests(run, rows, epoch * pairs * steps + first,
+                                      first)
     engine = engines[name]
     compiled, start = run.pool.seconds, clock()
     rollouts, _ = engine.generate(params, requests,
@@ -70,9 +80,9 @@ def measure(run: Run, params: Any, rows: int, width: int,
 
   for name in engines:  # compiles; of problems that do not come again
     for _ in range(3):
-      generate(name, 9, pairs + 1)
+      generate(name, 9, pairs * steps + 1)
   for epoch in (0, 1):
-    for step in range(pairs):
+    for step in range(pairs * steps):
       names = list(engines)
       want = None
       first = step % len(names)
@@ -87,8 +97,12 @@ def measure(run: Run, params: Any, rows: int, width: int,
                                    stats.forwards, stats.segment_seconds)):
           total[i] += value
   table = []
-  for (epoch, name), mine in sorted(seconds.items()):
-    plain = seconds[epoch, 'W = 1']
+  paired = {
+      key: [sum(mine[i:i + steps]) for i in range(0, len(mine), steps)]
+      for key, mine in seconds.items()
+  }
+  for (epoch, name), mine in sorted(paired.items()):
+    plain = paired[epoch, 'W = 1']
     low, middle, high = common.ratio_bounds(mine, plain)
     # Of segments alone: what the host does between them is in the times.
     forward = lambda n, e=epoch: totals[e, n][3] / totals[e, n][2]
@@ -124,7 +138,7 @@ def measure(run: Run, params: Any, rows: int, width: int,
         'speedup':
             round(1 / middle, 3),
         'median_seconds':
-            round(statistics.median(mine), 4),
+            round(statistics.median(mine) / steps, 4),
     })
   return table
 
@@ -140,7 +154,8 @@ def main(argv: list[str]) -> None:
   params = warm_start(run, run.states.init_params(), lambda done, loss: None)
   table: list[dict[str, Any]] = []
   for rows in map(int, _ROWS.value):
-    table += measure(run, params, rows, _WIDTH.value, _PAIRS.value)
+    table += measure(run, params, rows, _WIDTH.value, _PAIRS.value,
+                     _STEPS.value)
     common.write_csv(pathlib.Path(_OUT.value) / 'speed.csv', table)
 
 
