@@ -12,7 +12,6 @@ import gc
 from importlib import metadata
 import os
 import pathlib
-import time
 
 _FLAGS = [
     '--xla_force_host_platform_device_count=8',
@@ -39,31 +38,6 @@ def pytest_addoption(parser):
   parser.addoption('--full',
                    action='store_true',
                    help='the long forms of the crash, soak and replica tests')
-  parser.addoption('--minutes',
-                   type=float,
-                   default=0,
-                   help='tests that would begin later are skipped; 0: none')
-  parser.addoption('--first',
-                   type=int,
-                   default=0,
-                   help='number of the file to begin with, in turn')
-
-
-_START = time.monotonic()
-
-
-def pytest_collection_modifyitems(config, items):
-  """Begins with another file, so that --minutes skips others each time."""
-  files = list(dict.fromkeys(item.path for item in items))
-  first = config.getoption('--first') % max(len(files), 1)
-  order = {path: i for i, path in enumerate(files[first:] + files[:first])}
-  items.sort(key=lambda item: order[item.path])
-
-
-def pytest_runtest_setup(item):
-  minutes = item.config.getoption('--minutes')
-  if minutes and time.monotonic() - _START > 60 * minutes:
-    pytest.skip(f'{minutes:g} minutes are over')
 
 
 # Every executable takes some maps of the process, of which Linux allows 65,530;
