@@ -97,9 +97,10 @@ class CostModel:
     tokens/s(arm) = n E[accept length(arm)] / T(N, S, arm)
 
   T, the seconds of a forward, is measured at first and then now and then: the
-  mean of the last timed segments, disturbances included. E comes from counts by node, which
-  all widths of one shape and sources share, so a draft of any width tells of
-  all. n is common to all arms and leaves the comparison; N decides through T.
+  mean of the last timed segments, since disturbances are paid for, too, and
+  those of short forwards weigh more. E comes from counts by node, which all
+  widths of one shape and sources share, so a draft of any width tells of all. n
+  is common to all arms and leaves the comparison; N decides through T.
 
   What remains to be explored is bounded. An arm is probed by a short segment
   only if it would win, were its forward no dearer than that of a narrower one
