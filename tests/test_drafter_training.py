@@ -63,7 +63,8 @@ def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
                            **(LONG | changes))
   runs._assert_same_run(tmp_path, summary, plain)
   rows = [r for r in runs._rows(tmp_path, 'timing.jsonl') if 'time/step' in r]
-  assert sum(r['drafter/updates'] for r in rows) > 20
+  # A random clock says how often.
+  assert sum(r['drafter/updates'] for r in rows) > (0 if clock else 20)
   accept = [r['rollout/accept_length'] for r in rows]
   # It learns, from nothing but its own rollouts.
   assert np.mean(accept[-10:]) > np.mean(accept[:3]) + 0.2

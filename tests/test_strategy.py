@@ -301,24 +301,6 @@ def test_one_slow_yardstick_is_forgotten():
   assert runs[-50:].count(PLAIN) > 40
 
 
-def test_disturbances_are_a_part_of_the_cost():
-  """Every other forward of W = 1 takes four times as long: four nodes win,
-  though the fastest forwards of W = 1 win over theirs.
-
-  Mutant: the least of the timed segments.
-  """
-  arms, runs = chains(1, 4), []
-  slow = lambda: 1e-3 * (2.0 if len(runs) % 2 else 0.5)
-  machine = Machine(lambda n, arm: slow()
-                    if arm == PLAIN else 2e-3, lambda t, n: _equal(2.4))
-  strategy = CostModel(arms)
-  for _ in range(400):
-    machine.run(strategy, 8, arms)
-    # Not in step with the segments that are timed.
-    runs.extend([None] * int(machine.rng.integers(1, 3)))
-  assert _favourite(machine, 8, 100) == chain(4)
-
-
 def test_a_machine_that_changes_is_measured_again():
   """Drafting becomes dear in the middle: W = 1 is used; cheap again, a draft.
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import statistics
 from typing import Any, Iterable
 
 from rlax_llm.drafting.arms import Arm
@@ -17,15 +16,14 @@ from rlax_llm.drafting.strategy.base import Spent
 _PROBE_ROWS, _PROBE_LEAST, _PROBE_MOST = 64, 2, 8
 # What probes at one (N, S) may lose, as a share of the time spent there.
 _PROBE_SHARE = 0.02
-# An arm in use is timed so often at first, then every so many segments, and the
-# mean of so many times is its cost: a clock on the device's work makes the host
-# wait for it.
-_TIMED_FIRST, _TIMED_EVERY, _KEPT = 4, 8, 15
+# An arm in use is timed so often at first, then every so many segments, and so
+# many times are kept: a clock on the device's work makes the host wait for it.
+_TIMED_FIRST, _TIMED_EVERY, _KEPT = 4, 8, 5
 # One that is not in use is timed again after so many segments at its (N, S):
 # until it is sure, then because machines change their speed.
 _SURE, _UNSURE_REST, _REST = 3, 4, 64
-# Until it is sure so much of its time may be somebody else's; after so many
-# segments it tells nothing any more.
+# Until it is sure so much of its time may be somebody else's, and after so many
+# segments without it all of it.
 _DISTURBED, _FORGOTTEN = 0.2, 256
 # Drafts must promise so much more than W = 1, where the promise rests on little
 # and where it rests on much, more than so many timed segments and row forwards;
@@ -38,8 +36,8 @@ _MEMORY = 0.8  # of the moving average of preparations, by timed segment
 @dataclasses.dataclass
 class _Cost:
   """What a forward of one (N, S, arm) takes."""
-  # (segment at (N, S), seconds) of the last timed segments.
-  kept: collections.deque[tuple[int, float]] = dataclasses.field(
+  # Seconds in the last timed segments: whatever disturbs adds to them.
+  kept: collections.deque = dataclasses.field(
       default_factory=lambda: collections.deque(maxlen=_KEPT))
   times: int = 0  # timed segments
   last: int = 0  # segment at (N, S) that was timed last
@@ -52,17 +50,7 @@ class _Cost:
   @property
   def forward(self) -> float:
     """Seconds of a forward, preparation included; 0 if unknown."""
-    if not self.kept:
-      return 0.0
-    return statistics.mean(s for _, s in self.kept) + self.preparation
-
-  def add(self, segment: int, seconds: float) -> None:
-    """Notes a timed segment; what is too old to tell is dropped."""
-    self.kept.append((segment, seconds))
-    while segment - self.kept[0][0] >= _FORGOTTEN:
-      self.kept.popleft()
-    self.times += 1
-    self.last = segment
+    return min(self.kept, default=0.0) + self.preparation
 
 
 @dataclasses.dataclass
@@ -96,11 +84,10 @@ class CostModel:
 
     tokens/s(arm) = n E[accept length(arm)] / T(N, S, arm)
 
-  T, the seconds of a forward, is measured at first and then now and then: the
-  mean of the last timed segments, since disturbances are paid for, too, and
-  those of short forwards weigh more. E comes from counts by node, which all
-  widths of one shape and sources share, so a draft of any width tells of all. n
-  is common to all arms and leaves the comparison; N decides through T.
+  T, the seconds of a forward, is measured once for an executable and rarely
+  again: the least of a few timed segments. E comes from counts by node, which
+  all widths of one shape and sources share, so a draft of any width tells of
+  all. n is common to all arms and leaves the comparison; N decides through T.
 
   What remains to be explored is bounded. An arm is probed by a short segment
   only if it would win, were its forward no dearer than that of a narrower one
@@ -154,7 +141,9 @@ class CostModel:
     self._now += 1
     cost = site.costs[arm]
     if spent.seconds is not None and spent.seconds > 0:
-      cost.add(site.segments, spent.seconds / spent.forwards)
+      cost.kept.append(spent.seconds / spent.forwards)
+      cost.times += 1
+      cost.last = site.segments
       # What a first draft has to make up for is not what drafts go on taking.
       if self._drafted:
         share = spent.preparation / spent.forwards
@@ -209,8 +198,8 @@ class CostModel:
         if arm in site.costs:
           kept, times, last, preparation = fields
           # Another process, perhaps on another machine: no longer sure.
-          site.costs[arm] = _Cost(collections.deque(map(tuple, kept), _KEPT),
-                                  min(times, 1), last, preparation)
+          site.costs[arm] = _Cost(collections.deque(kept, _KEPT), min(times, 1),
+                                  last, preparation)
 
   def _site(self, occupancy: Occupancy) -> _Site:
     key = occupancy.rows, occupancy.capacity
