@@ -369,6 +369,19 @@ def test_a_stopped_clock_is_no_error():
   assert machine.used
 
 
+def test_what_an_earlier_version_saved_is_left_out():
+  """Such a run goes on, and measures again. Mutant: the format is not read."""
+  _, old = _simulate(MEMORY_BOUND, lambda t: _equal(3.2), steps=4)
+  saved = json.loads(json.dumps(old.dump()))
+  del saved['format']
+  saved['curves'] = [
+      [family, [curve[0], [[8, curve[0]]]]] for family, curve in saved['curves']
+  ]
+  strategy = CostModel(chains(1, 4))
+  strategy.restore(saved)
+  assert strategy.dump() == CostModel(chains(1, 4)).dump()
+
+
 @pytest.mark.parametrize('widths', [(1,), ()])
 def test_without_a_choice_there_is_no_speculation(widths):
   """Only W = 1 to choose from. Mutant: an unlisted width is tried."""

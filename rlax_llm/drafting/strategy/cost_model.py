@@ -30,6 +30,7 @@ _DISTURBED, _FORGOTTEN = 0.2, 256
 # then they stay in use as long as they promise no less.
 _MARGIN, _SURE_MARGIN = 1.1, 1.03
 _MANY_TIMES, _MANY_ROWS = 4, 1024
+_FORMAT = 2  # of what is saved; what another one says is left out
 _MEMORY = 0.8  # of the moving average of preparations, by timed segment
 
 
@@ -170,6 +171,8 @@ class CostModel:
     return {
         'strategy':
             'cost_model',
+        'format':
+            _FORMAT,
         'segments':
             self._now,
         'curves': [
@@ -183,7 +186,7 @@ class CostModel:
 
   def restore(self, saved: dict[str, Any]) -> None:
     """See `Strategy`."""
-    if saved.get('strategy') != 'cost_model':
+    if (saved.get('strategy'), saved.get('format')) != ('cost_model', _FORMAT):
       return
     self._now = saved['segments']
     for (branching, sources), curve in saved['curves']:
