@@ -6,7 +6,8 @@ The workload of experiments/srt/speed.py, generated in turn with each static
 arm; of every segment the trace holds n, N, S, W, seconds and how often each
 node of the draft was reached. Tokens are the same for every arm, so the work
 of a step at one (N, S) is, and a strategy can be run on the trace: it is asked
-for an arm, and told what that arm's segments took and gave there in that step.
+for an arm, and told what that arm's segments took and gave there in that step,
+until their shares of the arm's tokens there come to one.
 After the first epoch, in which the tree cache is empty, the second is replayed
 --passes times. Writes strategies.csv into --out: for each N seconds over those
 of W = 1 and over those of the static arm that was best there in hindsight.
@@ -15,6 +16,7 @@ of W = 1 and over those of the static arm that was best there in hindsight.
 import collections
 import csv
 import functools
+import math
 import pathlib
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
@@ -148,19 +150,17 @@ class Trace:
   def __init__(self, records: Iterable[Record]) -> None:
     self._found: dict[tuple, list[Record]] = collections.defaultdict(list)
     self._next: dict[tuple, int] = collections.Counter()
-    self.work: dict[tuple, float] = collections.defaultdict(float)
+    self._tokens: dict[tuple, int] = collections.Counter()
     self.widths = sorted({r.width for r in records})
     for r in records:
-      self._found[r.epoch, r.step, r.rows, r.capacity, r.width].append(r)
-      if r.width == 1:
-        # In tokens of a row: what the step has to do there.
-        self.work[r.epoch, r.step, r.rows,
-                  r.capacity] += sum(r.accepted) / r.running
-    self.work = {
-        where: tokens
-        for where, tokens in self.work.items()
-        if all((*where, w) in self._found for w in self.widths)
-    }
+      key = r.epoch, r.step, r.rows, r.capacity, r.width
+      self._found[key].append(r)
+      self._tokens[key] += sum(r.accepted)
+    # Where the work of a step was done; every arm must have been there.
+    self.sites = sorted({
+        key[:4] for key in self._found if all((*key[:4], w) in self._found
+                                              for w in self.widths)
+    })
 
   def rewind(self) -> None:
     """Starts from the first segment of every arm again."""
@@ -173,33 +173,48 @@ class Trace:
     self._next[key] += 1
     return records[(self._next[key] - 1) % len(records)]
 
+  def share(self, where: tuple, record: Record) -> float:
+    """Returns which part of the step's work there the segment did."""
+    return sum(record.accepted) / self._tokens[(*where, record.width)]
+
+  def running(self, where: tuple, left: float) -> int:
+    """Returns n when W = 1 had this part of the step's work before it."""
+    records = self._found[(*where, 1)]
+    for record in records:
+      left += self.share(where, record)
+      if left > 1:
+        return record.running
+    return records[-1].running
+
 
 def replay(trace: Trace, strategy: Strategy, passes: int) -> dict[int, float]:
   """Returns seconds by N that a strategy takes for the work of the trace."""
   seconds: dict[int, float] = collections.defaultdict(float)
+  left: dict[tuple, float] = collections.defaultdict(float)  # by (N, S)
   warm = set()
   trace.rewind()
   epochs = [0] + [1] * passes
   for epoch in epochs:
-    for where in sorted(w for w in trace.work if w[0] == epoch):
-      left = trace.work[where]
-      while left > 1e-6:
-        running = trace.take(where, 1).running
+    for where in [w for w in trace.sites if w[0] == epoch]:
+      left[where[2:]] += 1.0  # of the step's work there, whatever arm does it
+      while left[where[2:]] > 1e-6:
+        running = trace.running(where, left[where[2:]])
         occupancy = Occupancy(running, *where[2:])
         arm, most, timed = strategy.choose(occupancy, 32)
         taken = trace.take(where, arm.width)
-        # Of the recorded segment, as many forwards as are wanted.
-        each = sum(taken.accepted) / taken.row_forwards
-        forwards = min(most, max(1, -int(-left // each)))
+        # Of the recorded segment, as many forwards as are wanted. What they do
+        # beyond the step's work is not to be done in the next one.
+        done = trace.share(where, taken)
+        wanted = math.ceil(taken.forwards * left[where[2:]] / done - 1e-6)
+        forwards = min(most, wanted, taken.forwards)
         share = forwards / taken.forwards
-        row_forwards = round(taken.row_forwards * share)
         spent = Spent(seconds=taken.seconds * share,
                       preparation=taken.preparation,
                       forwards=forwards,
-                      row_forwards=row_forwards,
+                      row_forwards=max(round(taken.row_forwards * share), 1),
                       accepted=[round(n * share) for n in taken.accepted])
         seconds[occupancy.rows] += (taken.seconds * share + taken.preparation)
-        left -= each * forwards
+        left[where[2:]] -= done * share
         known = (*occupancy[1:], arm) in warm
         warm.add((*occupancy[1:], arm))
         if not (timed and known):

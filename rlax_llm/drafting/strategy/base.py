@@ -49,8 +49,8 @@ class Spent(NamedTuple):
     row_forwards: summed over the forwards, the rows that decoded.
     accepted: W numbers: of the row forwards, how many committed the token
       after that node of the draft. The first is the root's, all of them.
-      Drafts list nodes most probable first, chains by depth, so that the first
-      nodes of a wide draft are about a narrower one.
+      Chains list nodes by depth, so that as many row forwards committed more
+      tokens than the node's number; trees the most probable first.
   """
   seconds: float | None
   preparation: float

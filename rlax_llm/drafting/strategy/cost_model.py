@@ -18,29 +18,30 @@ _PROBE_ROWS, _PROBE_LEAST, _PROBE_MOST = 64, 2, 8
 _PROBE_SHARE = 0.02
 # An arm in use is timed so often at first, then every so many segments, and so
 # many times are kept: a clock on the device's work makes the host wait for it.
-_TIMED_FIRST, _TIMED_EVERY, _KEPT = 4, 8, 5
-# One that is not in use is timed again after so many segments at its (N, S):
-# until it is sure, then because machines change their speed.
-_SURE, _UNSURE_REST, _REST = 3, 4, 64
-# Until it is sure so much of its time may be somebody else's, and after so many
-# segments without it all of it.
-_DISTURBED, _FORGOTTEN = 0.2, 256
+_TIMED_FIRST, _TIMED_EVERY, _KEPT = 4, 8, 10
+# One that is not in use is timed again after so many segments at its (N, S),
+# after twice as many each time, up to the second: machines change their speed.
+_REST_FIRST, _REST = 4, 64
+# Of what n timed segments say, this over n^2 may be somebody else's time, and
+# all of it after so many segments without another.
+_DISTURBED, _FORGOTTEN = 0.5, 256
 # Drafts must promise so much more than W = 1, where the promise rests on little
 # and where it rests on much, more than so many timed segments and row forwards;
 # then they stay in use as long as they promise no less.
 _MARGIN, _SURE_MARGIN = 1.1, 1.03
 _MANY_TIMES, _MANY_ROWS = 4, 1024
-_FORMAT = 2  # of what is saved; what another one says is left out
+_FORMAT = 3  # of what is saved; what another one says is left out
 _MEMORY = 0.8  # of the moving average of preparations, by timed segment
 
 
 @dataclasses.dataclass
 class _Cost:
   """What a forward of one (N, S, arm) takes."""
-  # Seconds in the last timed segments: whatever disturbs adds to them.
+  # Seconds in the last timed segments.
   kept: collections.deque = dataclasses.field(
       default_factory=lambda: collections.deque(maxlen=_KEPT))
-  times: int = 0  # timed segments
+  runs: int = 0  # segments
+  times: int = 0  # of them, timed
   last: int = 0  # segment at (N, S) that was timed last
   preparation: float = 0.0  # seconds for each forward, mean
 
@@ -50,8 +51,13 @@ class _Cost:
 
   @property
   def forward(self) -> float:
-    """Seconds of a forward, preparation included; 0 if unknown."""
-    return min(self.kept, default=0.0) + self.preparation
+    """Seconds of a forward, preparation included; 0 if unknown.
+
+    The mean of the lower half: whatever disturbs adds to a segment's seconds,
+    and the least of a few hangs on one of them.
+    """
+    half = sorted(self.kept)[:(len(self.kept) + 1) // 2]
+    return sum(half) / max(len(half), 1) + self.preparation
 
 
 @dataclasses.dataclass
@@ -67,15 +73,14 @@ class _Site:
   def is_due(self, arm: Arm) -> bool:
     """Whether an arm that is not in use is to be timed again."""
     cost = self.costs[arm]
-    rest = _REST if cost.times >= _SURE else _UNSURE_REST
+    rest = min(_REST_FIRST * 2**min(max(cost.times - 1, 0), 10), _REST)
     return not cost.known or self.segments - cost.last >= rest
 
   def least(self, arm: Arm) -> float:
     """Returns what a forward takes at least, as far as is known."""
     cost = self.costs[arm]
     if cost.known and self.segments - cost.last < _FORGOTTEN:
-      unsure = _DISTURBED if cost.times < _SURE else 0.0
-      return cost.forward * (1 - unsure)
+      return cost.forward * (1 - _DISTURBED / cost.times**2)
     # More nodes take no less time.
     return max(c.forward for a, c in self.costs.items() if a.width < arm.width)
 
@@ -85,14 +90,14 @@ class CostModel:
 
     tokens/s(arm) = n E[accept length(arm)] / T(N, S, arm)
 
-  T, the seconds of a forward, is measured once for an executable and rarely
-  again: the least of a few timed segments. E comes from counts by node, which
-  all widths of one shape and sources share, so a draft of any width tells of
-  all. n is common to all arms and leaves the comparison; N decides through T.
+  T, the seconds of a forward, is measured for each executable from a few timed
+  segments. E comes from counts which all widths of one shape and sources share:
+  a draft tells of all that are narrower. n is common to all arms and leaves the
+  comparison; N decides through T.
 
   What remains to be explored is bounded. An arm is probed by a short segment
   only if it would win, were its forward no dearer than that of a narrower one
-  and the nodes that were not offered lately as good as those before them; and
+  and nodes that were not offered lately as good as those before them; and
   as often as keeps what probes lose below a small share of the time spent at
   that (N, S). Where nothing is drafted nothing is learned about drafts, so
   there such a probe comes every `accept_curve.STALE` segments, and nowhere if
@@ -106,7 +111,12 @@ class CostModel:
     """Makes a model that knows nothing; W = 1 is always among the arms."""
     self._arms = sorted({PLAIN, *arms})
     self._sites: dict[tuple[int, int], _Site] = {}
-    self._curves = {_family(a): AcceptCurve() for a in self._arms}
+    families = {_family(a): a for a in self._arms}
+    self._curves = {
+        family:
+            AcceptCurve((a.width for a in self._arms if _family(a) == family),
+                        last.branching) for family, last in families.items()
+    }
     self._now = 0  # segments so far
     self._drafted = False  # in the last segment
 
@@ -123,6 +133,8 @@ class CostModel:
       probe = self._probe(site, best)
       if probe:
         wanted = -(-_PROBE_ROWS // max(occupancy.running, 1))
+        if not site.costs[probe].runs:  # A first run warms up, and no more.
+          wanted = _PROBE_LEAST
         short = max(_PROBE_LEAST, min(wanted, _PROBE_MOST))
         return Choice(probe, min(forwards, short), True)
     site.used = best
@@ -141,6 +153,7 @@ class CostModel:
     site.segments += 1
     self._now += 1
     cost = site.costs[arm]
+    cost.runs += 1
     if spent.seconds is not None and spent.seconds > 0:
       cost.kept.append(spent.seconds / spent.forwards)
       cost.times += 1
@@ -151,7 +164,7 @@ class CostModel:
         cost.preparation += (1 - _MEMORY) * (share - cost.preparation)
     for family, curve in self._curves.items():
       mine = spent.accepted if family == _family(arm) else ()
-      curve.add(site.rows, mine, spent.row_forwards, self._now)
+      curve.add(site.rows, mine, self._now)
     self._drafted = arm != PLAIN
     took = spent.preparation + (spent.forwards * cost.forward if spent.seconds
                                 is None else max(spent.seconds, 0.0))
@@ -201,8 +214,10 @@ class CostModel:
         if arm in site.costs:
           kept, times, last, preparation = fields
           # Another process, perhaps on another machine: no longer sure.
-          site.costs[arm] = _Cost(collections.deque(kept, _KEPT), min(times, 1),
-                                  last, preparation)
+          site.costs[arm] = _Cost(kept=collections.deque(kept, _KEPT),
+                                  times=min(times, 1),
+                                  last=last,
+                                  preparation=preparation)
 
   def _site(self, occupancy: Occupancy) -> _Site:
     key = occupancy.rows, occupancy.capacity
