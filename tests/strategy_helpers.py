@@ -30,14 +30,17 @@ class Machine:
       the same noise included.
     plain: seconds that W = 1 had taken for the tokens.
     used: (N, arm, forwards, timed) of every segment.
+    cold: seconds that the first segment behind another arm takes besides.
   """
 
-  def __init__(self, cost, reach, *, noise=0.0, seed=0):
+  def __init__(self, cost, reach, *, noise=0.0, cold=0.0, seed=0):
     self.cost = cost
     self.reach = reach
     self.noise = noise
+    self.cold = cold
     self.rng = np.random.default_rng(seed)
     self.warm = set()
+    self.latest = {}
     self.spent = self.best = self.plain = 0.0
     self.used = []
 
@@ -67,6 +70,9 @@ class Machine:
     accepted = [most * n, *np.searchsorted(draw, nodes)]
     seconds = most * self.cost(rows, arm)
     seconds *= 1 + self.noise * self.rng.exponential()
+    if self.latest.get((rows, capacity), arm) != arm:
+      seconds += self.cold
+    self.latest[rows, capacity] = arm
     strategy.observe(
         occupancy, arm,
         Spent(seconds=seconds if (rows, arm) in self.warm and timed else None,

@@ -7,18 +7,15 @@ arm; of every segment the trace holds n, N, S, W, seconds and how often each
 node of the draft was reached. Tokens are the same for every arm, so the work
 of a step at one (N, S) is, and a strategy can be run on the trace: it is asked
 for an arm, and told what that arm's segments took and gave there in that step,
-until their shares of the arm's tokens there come to one.
-After the first epoch, in which the tree cache is empty, the second is replayed
---passes times. Writes strategies.csv into --out: for each N seconds over those
-of W = 1 and over those of the static arm that was best there in hindsight.
+until their shares of the arm's tokens there come to one. After the first epoch,
+in which the tree cache is empty, the second is replayed --passes times. Writes
+strategies.csv into --out: for each N seconds over those of W = 1 and over those
+of the static arm that was best there in hindsight.
 """
 
-import collections
-import csv
 import functools
-import math
 import pathlib
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 from absl import app
 from absl import flags
@@ -26,6 +23,8 @@ from absl import flags
 from configs import quickstart
 from experiments import common
 from experiments.srt import workload
+from experiments.tlt import replay
+from experiments.tlt.replay import Record
 from rlax_llm import executables
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import freeze
@@ -51,22 +50,6 @@ _TRACE = flags.DEFINE_string('trace',
                              'A file that is replayed, or else recorded.',
                              required=True)
 _OUT = flags.DEFINE_string('out', 'experiments/tlt', 'Where the table goes.')
-
-
-class Record(NamedTuple):
-  """One recorded segment, a line of the trace."""
-  slots: int  # of the engine
-  epoch: int
-  step: int
-  width: int
-  running: int
-  rows: int
-  capacity: int
-  seconds: float
-  preparation: float
-  forwards: int
-  row_forwards: int
-  accepted: tuple[int, ...]
 
 
 class Recorder:
@@ -144,91 +127,12 @@ def _arm(width: int) -> Arm:
   return list_arms(RolloutConfig(width=width), ControlConfig())[-1]
 
 
-class Trace:
-  """Recorded segments by what a replayed segment asks for."""
-
-  def __init__(self, records: Iterable[Record]) -> None:
-    self._found: dict[tuple, list[Record]] = collections.defaultdict(list)
-    self._next: dict[tuple, int] = collections.Counter()
-    self._tokens: dict[tuple, int] = collections.Counter()
-    self.widths = sorted({r.width for r in records})
-    for r in records:
-      key = r.epoch, r.step, r.rows, r.capacity, r.width
-      self._found[key].append(r)
-      self._tokens[key] += sum(r.accepted)
-    # Where the work of a step was done; every arm must have been there.
-    self.sites = sorted({
-        key[:4] for key in self._found if all((*key[:4], w) in self._found
-                                              for w in self.widths)
-    })
-
-  def rewind(self) -> None:
-    """Starts from the first segment of every arm again."""
-    self._next.clear()
-
-  def take(self, where: tuple, width: int) -> Record:
-    """Returns the arm's next segment there, in turn."""
-    key = (*where, width)
-    records = self._found[key]
-    self._next[key] += 1
-    return records[(self._next[key] - 1) % len(records)]
-
-  def share(self, where: tuple, record: Record) -> float:
-    """Returns which part of the step's work there the segment did."""
-    return sum(record.accepted) / self._tokens[(*where, record.width)]
-
-  def running(self, where: tuple, left: float) -> int:
-    """Returns n when W = 1 had this part of the step's work before it."""
-    records = self._found[(*where, 1)]
-    for record in records:
-      left += self.share(where, record)
-      if left > 1:
-        return record.running
-    return records[-1].running
-
-
-def replay(trace: Trace, strategy: Strategy, passes: int) -> dict[int, float]:
-  """Returns seconds by N that a strategy takes for the work of the trace."""
-  seconds: dict[int, float] = collections.defaultdict(float)
-  left: dict[tuple, float] = collections.defaultdict(float)  # by (N, S)
-  warm = set()
-  trace.rewind()
-  epochs = [0] + [1] * passes
-  for epoch in epochs:
-    for where in [w for w in trace.sites if w[0] == epoch]:
-      left[where[2:]] += 1.0  # of the step's work there, whatever arm does it
-      while left[where[2:]] > 1e-6:
-        running = trace.running(where, left[where[2:]])
-        occupancy = Occupancy(running, *where[2:])
-        arm, most, timed = strategy.choose(occupancy, 32)
-        taken = trace.take(where, arm.width)
-        # Of the recorded segment, as many forwards as are wanted. What they do
-        # beyond the step's work is not to be done in the next one.
-        done = trace.share(where, taken)
-        wanted = math.ceil(taken.forwards * left[where[2:]] / done - 1e-6)
-        forwards = min(most, wanted, taken.forwards)
-        share = forwards / taken.forwards
-        spent = Spent(seconds=taken.seconds * share,
-                      preparation=taken.preparation,
-                      forwards=forwards,
-                      row_forwards=max(round(taken.row_forwards * share), 1),
-                      accepted=[round(n * share) for n in taken.accepted])
-        seconds[occupancy.rows] += (taken.seconds * share + taken.preparation)
-        left[where[2:]] -= done * share
-        known = (*occupancy[1:], arm) in warm
-        warm.add((*occupancy[1:], arm))
-        if not (timed and known):
-          spent = spent._replace(seconds=None)
-        strategy.observe(occupancy, arm, spent)
-  return seconds
-
-
 def compare(records: Sequence[Record], passes: int,
             seed: int) -> list[dict[str, Any]]:
   """Returns a row for each (slots, N, strategy)."""
   table: list[dict[str, Any]] = []
   for slots in sorted({r.slots for r in records}):
-    trace = Trace([r for r in records if r.slots == slots])
+    trace = replay.Trace([r for r in records if r.slots == slots])
     widths = trace.widths
     made = lambda **control: make_strategy(
         RolloutConfig(), freeze(ControlConfig(**control)), seed=seed)
@@ -248,7 +152,8 @@ def compare(records: Sequence[Record], passes: int,
                          buckets=((8, *widths), (32, *widths), top)),
     }
     taken = {
-        name: replay(trace, make(), passes) for name, make in strategies.items()
+        name: replay.replay(trace, make(), passes)
+        for name, make in strategies.items()
     }
     for rows in sorted(taken['W = 1']):
       static = {w: taken[f'W = {w}'][rows] for w in widths}
@@ -267,31 +172,6 @@ def compare(records: Sequence[Record], passes: int,
   return table
 
 
-def read_trace(path: pathlib.Path) -> list[Record]:
-  """Returns what `write_trace` wrote."""
-  with open(path, encoding='utf-8', newline='') as file:
-    records = []
-    for row in csv.DictReader(file):
-      fields: dict[str, Any] = {
-          name:
-              float(row[name])
-              if 'seconds' in name or name == 'preparation' else int(row[name])
-          for name in Record._fields[:-1]
-      }
-      fields['accepted'] = tuple(map(int, row['accepted'].split()))
-      records.append(Record(**fields))
-  return records
-
-
-def write_trace(path: pathlib.Path, records: Iterable[Record]) -> None:
-  """Writes one line for each segment."""
-  common.write_csv(path, [
-      r._asdict() | {
-          'accepted': ' '.join(map(str, r.accepted))
-      } for r in records
-  ])
-
-
 def main(argv: list[str]) -> None:
   """Records a trace, unless there is one, and replays it."""
   del argv
@@ -300,8 +180,8 @@ def main(argv: list[str]) -> None:
   path = pathlib.Path(_TRACE.value)
   if not path.exists():
     widths = sorted({1, *map(int, _WIDTHS.value)})
-    write_trace(path, record(map(int, _ROWS.value), widths, _STEPS.value))
-  table = compare(read_trace(path), _PASSES.value, seed=0)
+    replay.write(path, record(map(int, _ROWS.value), widths, _STEPS.value))
+  table = compare(replay.read(path), _PASSES.value, seed=0)
   common.write_csv(pathlib.Path(_OUT.value) / 'strategies.csv', table)
   for row in table:
     print(*row.values(), sep='\t')

@@ -24,10 +24,11 @@ _TIMED_FIRST, _TIMED_EVERY, _KEPT = 4, 8, 10
 _REST_FIRST, _REST = 4, 64
 # Of what n timed segments say, this over n^2 may be somebody else's time, and
 # all of it after so many segments without another.
-_DISTURBED, _FORGOTTEN = 0.5, 256
+_DISTURBED, _FORGOTTEN = 0.3, 256
 # Drafts must promise so much more than W = 1, where the promise rests on little
 # and where it rests on much, more than so many timed segments and row forwards;
-# then they stay in use as long as they promise no less.
+# then they stay in use as long as they promise no less. Where they promise more
+# and it rests on little, probes follow one another.
 _MARGIN, _SURE_MARGIN = 1.1, 1.03
 _MANY_TIMES, _MANY_ROWS = 4, 1024
 _FORMAT = 3  # of what is saved; what another one says is left out
@@ -37,11 +38,10 @@ _MEMORY = 0.8  # of the moving average of preparations, by timed segment
 @dataclasses.dataclass
 class _Cost:
   """What a forward of one (N, S, arm) takes."""
-  # Seconds in the last timed segments.
+  # (seconds of a forward, forwards) of the last timed segments.
   kept: collections.deque = dataclasses.field(
       default_factory=lambda: collections.deque(maxlen=_KEPT))
-  runs: int = 0  # segments
-  times: int = 0  # of them, timed
+  times: int = 0  # timed segments
   last: int = 0  # segment at (N, S) that was timed last
   preparation: float = 0.0  # seconds for each forward, mean
 
@@ -51,13 +51,18 @@ class _Cost:
 
   @property
   def forward(self) -> float:
-    """Seconds of a forward, preparation included; 0 if unknown.
+    """Seconds of a forward, preparation included; 0: unknown.
 
-    The mean of the lower half: whatever disturbs adds to a segment's seconds,
-    and the least of a few hangs on one of them.
+    The mean over the forwards of the faster half of the segments: whatever
+    disturbs adds to a segment's seconds, and the least of a few hangs on one of
+    them. A long segment weighs as much as a probe, which may be newer.
     """
+    if not self.kept:
+      return 0.0
     half = sorted(self.kept)[:(len(self.kept) + 1) // 2]
-    return sum(half) / max(len(half), 1) + self.preparation
+    weights = [min(forwards, _PROBE_MOST) for _, forwards in half]
+    seconds = sum(each * w for (each, _), w in zip(half, weights))
+    return seconds / sum(weights) + self.preparation
 
 
 @dataclasses.dataclass
@@ -69,6 +74,8 @@ class _Site:
   seconds: float = 0.0
   lost: float = 0.0  # of them, by probes, against the best arm
   used: Arm = PLAIN  # last, probes apart
+  latest: Arm | None = None  # of the last segment
+  begun: Arm | None = None  # a probe whose first segment was the last one
 
   def is_due(self, arm: Arm) -> bool:
     """Whether an arm that is not in use is to be timed again."""
@@ -95,11 +102,13 @@ class CostModel:
   a draft tells of all that are narrower. n is common to all arms and leaves the
   comparison; N decides through T.
 
-  What remains to be explored is bounded. An arm is probed by a short segment
-  only if it would win, were its forward no dearer than that of a narrower one
-  and nodes that were not offered lately as good as those before them; and
-  as often as keeps what probes lose below a small share of the time spent at
-  that (N, S). Where nothing is drafted nothing is learned about drafts, so
+  What remains to be explored is bounded. An arm is probed by a short segment,
+  or by two if its seconds are wanted: the first one behind another arm finds
+  its executable cold. It is probed only if it would win, were its forward no
+  dearer than that of a narrower one and nodes that were not offered lately as
+  good as those before them, or if it promises more and that rests on little;
+  and as often as keeps what probes lose below a small share of the time spent
+  at that (N, S). Where nothing is drafted nothing is learned about drafts, so
   there such a probe comes every `accept_curve.STALE` segments, and nowhere if
   drafts could not win even if all were right.
 
@@ -126,21 +135,19 @@ class CostModel:
     if not site.costs[PLAIN].known:
       return Choice(PLAIN, forwards, True)  # The yardstick comes first.
     best = self._best(site)
-    if site.lost <= _PROBE_SHARE * site.seconds:
-      # A yardstick that is measured short, hence too long, would flatter.
-      if best != PLAIN and site.is_due(PLAIN):
-        return Choice(PLAIN, forwards, True)
-      probe = self._probe(site, best)
-      if probe:
+    probe = self._probe(site, best)
+    if probe:
+      # The first segment warms up, and tells about drafts if that is wanted.
+      stale = self._curves[_family(probe)].is_stale(probe.width, self._now)
+      wanted = _PROBE_LEAST
+      if stale or site.latest == probe:
         wanted = -(-_PROBE_ROWS // max(occupancy.running, 1))
-        if not site.costs[probe].runs:  # A first run warms up, and no more.
-          wanted = _PROBE_LEAST
-        short = max(_PROBE_LEAST, min(wanted, _PROBE_MOST))
-        return Choice(probe, min(forwards, short), True)
+      short = max(_PROBE_LEAST, min(wanted, _PROBE_MOST))
+      return Choice(probe, min(forwards, short), True)
     site.used = best
     cost = site.costs[best]
-    timed = (cost.times < _TIMED_FIRST or
-             site.segments - cost.last >= _TIMED_EVERY)
+    timed = site.latest == best and (cost.times < _TIMED_FIRST or
+                                     site.segments - cost.last >= _TIMED_EVERY)
     return Choice(best, forwards, timed)
 
   def observe(self, occupancy: Occupancy, arm: Arm, spent: Spent) -> None:
@@ -153,9 +160,10 @@ class CostModel:
     site.segments += 1
     self._now += 1
     cost = site.costs[arm]
-    cost.runs += 1
-    if spent.seconds is not None and spent.seconds > 0:
-      cost.kept.append(spent.seconds / spent.forwards)
+    settled, site.latest = site.latest == arm, arm
+    site.begun = None if settled or arm == site.used else arm
+    if settled and spent.seconds is not None and spent.seconds > 0:
+      cost.kept.append((spent.seconds / spent.forwards, spent.forwards))
       cost.times += 1
       cost.last = site.segments
       # What a first draft has to make up for is not what drafts go on taking.
@@ -214,7 +222,8 @@ class CostModel:
         if arm in site.costs:
           kept, times, last, preparation = fields
           # Another process, perhaps on another machine: no longer sure.
-          site.costs[arm] = _Cost(kept=collections.deque(kept, _KEPT),
+          site.costs[arm] = _Cost(kept=collections.deque(
+              map(tuple, kept), _KEPT),
                                   times=min(times, 1),
                                   last=last,
                                   preparation=preparation)
@@ -236,21 +245,38 @@ class CostModel:
     cost = site.costs[arm]
     return self._length(site, arm) / cost.forward if cost.known else 0.0
 
+  def _front(self, site: _Site) -> Arm:
+    """Returns the arm that promises most."""
+    return max(self._arms, key=lambda a: (self._rate(site, a), -a.width))
+
+  def _is_sure(self, site: _Site, arm: Arm) -> bool:
+    """Returns whether what the arm promises rests on much."""
+    times = min(site.costs[arm].times, site.costs[PLAIN].times)
+    rows = self._curves[_family(arm)].evidence(arm.width)
+    return times > _MANY_TIMES and rows > _MANY_ROWS
+
   def _best(self, site: _Site) -> Arm:
     """Returns the arm to use as far as is known."""
-    best = max(self._arms, key=lambda a: (self._rate(site, a), -a.width))
-    if best == PLAIN:
+    front = self._front(site)
+    if front == PLAIN:
       return PLAIN
-    times = min(site.costs[best].times, site.costs[PLAIN].times)
-    rows = self._curves[_family(best)].evidence(best.width)
-    much = times > _MANY_TIMES and rows > _MANY_ROWS
-    kept = 1.0 if site.used == best else _SURE_MARGIN
-    margin = kept if much else _MARGIN
-    pays = self._rate(site, best) >= margin * self._rate(site, PLAIN)
-    return best if pays else PLAIN
+    kept = 1.0 if site.used == front else _SURE_MARGIN
+    margin = kept if self._is_sure(site, front) else _MARGIN
+    pays = self._rate(site, front) >= margin * self._rate(site, PLAIN)
+    return front if pays else PLAIN
 
   def _probe(self, site: _Site, best: Arm) -> Arm | None:
-    """Returns the arm that may be better than the best; None: none may."""
+    """Returns the arm to try out now, which may be better than the best."""
+    if site.begun and site.is_due(site.begun):
+      return site.begun
+    if site.lost > _PROBE_SHARE * site.seconds:
+      return None
+    front = self._front(site)
+    # A yardstick that is measured short, hence too long, would flatter.
+    if front != PLAIN and site.is_due(PLAIN):
+      return PLAIN
+    if front != best and not self._is_sure(site, front):
+      return front
     hope = self._rate(site, best) * (_MARGIN if best == PLAIN else 1.0)
     found = None
     for arm in self._arms:
