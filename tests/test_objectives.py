@@ -582,7 +582,9 @@ def test_distillation_credits_each_token_with_its_own_log_ratio():
   Mutant: the sign.
   """
   run = tiny_run()
-  params, samples = sharp_params(run), _mixed(run)
+  # Sharp laws magnify rounding, on some processors beyond the tolerance.
+  params = run.states.init_params()
+  samples = _mixed(run, lambda run: params)
   samples = [dataclasses.replace(s, advantage=0.0) for s in samples]
   teacher = learners.Teacher(run.model, jax.tree.map(lambda x: x * 0.7, params))
   learner = learners.Learner(run,
