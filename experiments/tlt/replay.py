@@ -95,7 +95,7 @@ def replay(trace: Trace, strategy: Strategy, passes: int) -> dict[int, float]:
         spent = Spent(seconds=taken.seconds * share,
                       preparation=taken.preparation,
                       forwards=forwards,
-                      row_forwards=max(round(taken.row_forwards * share), 1),
+                      row_forwards=round(taken.row_forwards * share),
                       accepted=[round(n * share) for n in taken.accepted])
         seconds[occupancy.rows] += (taken.seconds * share + taken.preparation)
         left[where[2:]] -= done * share
