@@ -47,17 +47,18 @@ def _records(seed=0):
   return records
 
 
+@pytest.mark.parametrize('first', [0, 2])
 @pytest.mark.parametrize('width', WIDTHS)
-def test_a_static_arm_takes_what_was_recorded(width):
+def test_a_static_arm_takes_what_was_recorded(width, first):
   """Law: its seconds are those of its own segments, the second epoch's as
-  often as it is replayed.
+  often as it is replayed, whatever step comes first.
 
   Mutants: the work of a step is that of W = 1, in tokens of a row; reading n
   takes a segment of W = 1 away.
   """
   records = _records()
   taken = replay.replay(replay.Trace(records), table.fixed(chain(width)),
-                        PASSES)
+                        PASSES, first)
   for rows in (8, 4):
     want = sum((r.seconds + r.preparation) * (PASSES if r.epoch else 1)
                for r in records
@@ -116,3 +117,36 @@ def test_a_strategy_that_changes_arms_does_all_of_the_work_once():
     assert work == pytest.approx(3 * (passes + 1), abs=1.5)
     seconds = sum(parts[rows, chain(w)] * price[w] for w in WIDTHS)
     assert seconds < taken[rows] < seconds + 3.0
+
+
+def test_each_epoch_begins_with_the_step_that_is_named():
+  """Law: the steps come in turn from there. Mutant: only in the first epoch."""
+  records = [r._replace(running=r.step) for r in _records(3)]
+  strategy = _Alternating(most=9)
+  replay.replay(replay.Trace(records), strategy, PASSES, first=1)
+  steps = [occupancy.running for occupancy, _, _ in strategy.told]
+  turns = [s for s, before in zip(steps, [None, *steps]) if s != before]
+  assert turns == [1, 2, 0] * (PASSES + 1)
+
+
+def test_what_is_cut_short_takes_its_boundary_all_the_same():
+  """Law: a segment of f forwards takes boundary + f T(W), however long it was
+  recorded.
+
+  Mutants: the boundary is cut like the forwards; it is fitted over all widths
+  as one.
+  """
+  boundary, forward = 0.7, {1: 0.5, 2: 1.0, 4: 2.5}
+  records = [
+      r._replace(seconds=boundary + r.forwards * forward[r.width])
+      for r in _records(2)
+  ]
+  strategy = _Alternating(most=2)
+  replay.replay(replay.Trace(records), strategy, PASSES)
+  told = [(arm.width, spent)
+          for _, arm, spent in strategy.told
+          if spent.seconds is not None]
+  assert {1, 2} == {spent.forwards for _, spent in told}
+  for width, spent in told:
+    assert spent.seconds == pytest.approx(boundary +
+                                          spent.forwards * forward[width])

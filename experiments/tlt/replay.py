@@ -6,6 +6,8 @@ import math
 import pathlib
 from typing import Any, Iterable, NamedTuple
 
+import numpy as np
+
 from experiments import common
 from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
@@ -34,9 +36,11 @@ class Trace:
   def __init__(self, records: Iterable[Record]) -> None:
     self._found: dict[tuple, list[Record]] = collections.defaultdict(list)
     self._next: dict[tuple, int] = collections.Counter()
+    self._boundaries: dict[tuple, float] = {}
     self._tokens: dict[tuple, int] = collections.Counter()
-    self.widths = sorted({r.width for r in records})
-    for r in records:
+    self._records = list(records)
+    self.widths = sorted({r.width for r in self._records})
+    for r in self._records:
       key = r.epoch, r.step, r.rows, r.capacity, r.width
       self._found[key].append(r)
       self._tokens[key] += sum(r.accepted)
@@ -45,6 +49,29 @@ class Trace:
         key[:4] for key in self._found if all((*key[:4], w) in self._found
                                               for w in self.widths)
     })
+
+  def boundary(self, where: tuple) -> float:
+    """Returns the seconds that a segment takes there besides its forwards.
+
+    The least squares of seconds = boundary + forwards T(W) over the epoch's
+    segments at (N, S), relative to the seconds of a forward.
+    """
+    epoch, _, rows, capacity = where
+    site = epoch, rows, capacity
+    if site not in self._boundaries:
+      products = squares = 0.0
+      for width in self.widths:
+        per = np.array([
+            np.array([1, r.seconds]) / r.forwards
+            for r in self._records
+            if (r.epoch, r.rows, r.capacity) == site and r.width == width
+        ])
+        x, y = (per - per.mean(0)).T / per[:, 1].mean()
+        products += x @ y
+        squares += x @ x
+      fitted = products / squares if squares else 0.0
+      self._boundaries[site] = max(fitted, 0.0)
+    return self._boundaries[site]
 
   def rewind(self) -> None:
     """Starts from the first segment of every arm again."""
@@ -71,15 +98,26 @@ class Trace:
     return records[-1].running
 
 
-def replay(trace: Trace, strategy: Strategy, passes: int) -> dict[int, float]:
-  """Returns seconds by N that a strategy takes for the work of the trace."""
+def replay(trace: Trace,
+           strategy: Strategy,
+           passes: int,
+           first: int = 0) -> dict[int, float]:
+  """Returns seconds by N that a strategy takes for the work of the trace.
+
+  Args:
+    trace: of two epochs.
+    strategy: is asked and told as by an engine.
+    passes: how often the second epoch comes.
+    first: the step that epochs begin with; those before it come last.
+  """
   seconds: dict[int, float] = collections.defaultdict(float)
   left: dict[tuple, float] = collections.defaultdict(float)  # by (N, S)
   warm = set()
   trace.rewind()
   epochs = [0] + [1] * passes
   for epoch in epochs:
-    for where in [w for w in trace.sites if w[0] == epoch]:
+    sites = [w for w in trace.sites if w[0] == epoch]
+    for where in sorted(sites, key=lambda w: (w[1] < first, w)):
       left[where[2:]] += 1.0  # of the step's work there, whatever arm does it
       while left[where[2:]] > 1e-6:
         running = trace.running(where, left[where[2:]])
@@ -92,12 +130,15 @@ def replay(trace: Trace, strategy: Strategy, passes: int) -> dict[int, float]:
         wanted = math.ceil(taken.forwards * left[where[2:]] / done - 1e-6)
         forwards = min(most, wanted, taken.forwards)
         share = forwards / taken.forwards
-        spent = Spent(seconds=taken.seconds * share,
+        # One that is cut short takes its boundary all the same.
+        boundary = min(trace.boundary(where), taken.seconds / 2)
+        took = boundary + (taken.seconds - boundary) * share
+        spent = Spent(seconds=took,
                       preparation=taken.preparation,
                       forwards=forwards,
                       row_forwards=round(taken.row_forwards * share),
                       accepted=[round(n * share) for n in taken.accepted])
-        seconds[occupancy.rows] += (taken.seconds * share + taken.preparation)
+        seconds[occupancy.rows] += took + taken.preparation
         left[where[2:]] -= done * share
         known = (*occupancy[1:], arm) in warm
         warm.add((*occupancy[1:], arm))

@@ -8,13 +8,15 @@ node of the draft was reached. Tokens are the same for every arm, so the work
 of a step at one (N, S) is, and a strategy can be run on the trace: it is asked
 for an arm, and told what that arm's segments took and gave there in that step,
 until their shares of the arm's tokens there come to one. After the first epoch,
-in which the tree cache is empty, the second is replayed --passes times. Writes
-strategies.csv into --out: for each N seconds over those of W = 1 and over those
-of the static arm that was best there in hindsight.
+in which the tree cache is empty, the second is replayed --passes times, all of
+it --orders times, each time from another step on. Writes strategies.csv into
+--out: for each N mean seconds over those of W = 1 and over those of the static
+arm that was best there in hindsight, and the most over the latter.
 """
 
 import functools
 import pathlib
+import statistics
 from typing import Any, Callable, Iterable, Sequence
 
 from absl import app
@@ -45,6 +47,7 @@ _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Slots of an engine.')
 _WIDTHS = flags.DEFINE_list('widths', ['1', '2', '4', '8'], 'W of the arms.')
 _STEPS = flags.DEFINE_integer('steps', 11, 'Steps in an epoch.')
 _PASSES = flags.DEFINE_integer('passes', 4, 'Replays of the second epoch.')
+_ORDERS = flags.DEFINE_integer('orders', 5, 'Steps to begin with.')
 _TRACE = flags.DEFINE_string('trace',
                              None,
                              'A file that is replayed, or else recorded.',
@@ -127,9 +130,11 @@ def _arm(width: int) -> Arm:
   return list_arms(RolloutConfig(width=width), ControlConfig())[-1]
 
 
-def compare(records: Sequence[Record], passes: int,
+def compare(records: Sequence[Record], passes: int, orders: int,
             seed: int) -> list[dict[str, Any]]:
   """Returns a row for each (slots, N, strategy)."""
+  steps = 1 + max(r.step for r in records)
+  firsts = [steps * i // orders for i in range(orders)]
   table: list[dict[str, Any]] = []
   for slots in sorted({r.slots for r in records}):
     trace = replay.Trace([r for r in records if r.slots == slots])
@@ -152,22 +157,26 @@ def compare(records: Sequence[Record], passes: int,
                          buckets=((8, *widths), (32, *widths), top)),
     }
     taken = {
-        name: replay.replay(trace, make(), passes)
+        name: [replay.replay(trace, make(), passes, first) for first in firsts]
         for name, make in strategies.items()
     }
-    for rows in sorted(taken['W = 1']):
-      static = {w: taken[f'W = {w}'][rows] for w in widths}
+    for rows in sorted(taken['W = 1'][0]):
+      # In whatever order, a static arm takes the same.
+      static = {w: taken[f'W = {w}'][0][rows] for w in widths}
       best = min(static, key=static.__getitem__)
-      for name, spent in taken.items():
+      for name, replays in taken.items():
+        spent = [seconds[rows] for seconds in replays]
+        mean = statistics.mean(spent)
         table.append({
             'slots': slots,
             'rows': rows,
             'strategy': name,
-            'seconds': round(spent[rows], 3),
-            'over_w1': round(spent[rows] / static[1], 3),
+            'seconds': round(mean, 3),
+            'over_w1': round(mean / static[1], 3),
             'best_static': f'W = {best}',
-            'over_best_static': round(spent[rows] / static[best], 3),
-            'regret_seconds': round(spent[rows] - static[best], 3),
+            'over_best_static': round(mean / static[best], 3),
+            'most_over_best_static': round(max(spent) / static[best], 3),
+            'regret_seconds': round(mean - static[best], 3),
         })
   return table
 
@@ -181,7 +190,7 @@ def main(argv: list[str]) -> None:
   if not path.exists():
     widths = sorted({1, *map(int, _WIDTHS.value)})
     replay.write(path, record(map(int, _ROWS.value), widths, _STEPS.value))
-  table = compare(replay.read(path), _PASSES.value, seed=0)
+  table = compare(replay.read(path), _PASSES.value, _ORDERS.value, seed=0)
   common.write_csv(pathlib.Path(_OUT.value) / 'strategies.csv', table)
   for row in table:
     print(*row.values(), sep='\t')
