@@ -130,7 +130,8 @@ def replay(trace: Trace,
         wanted = math.ceil(taken.forwards * left[where[2:]] / done - 1e-6)
         forwards = min(most, wanted, taken.forwards)
         share = forwards / taken.forwards
-        # One that is cut short takes its boundary all the same.
+        # One that is cut short takes its boundary all the same, which is fitted
+        # and might exceed what a short one took.
         boundary = min(trace.boundary(where), taken.seconds / 2)
         took = boundary + (taken.seconds - boundary) * share
         spent = Spent(seconds=took,

@@ -45,9 +45,15 @@ from rlax_llm.warm_start import warm_start
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Slots of an engine.')
 _WIDTHS = flags.DEFINE_list('widths', ['1', '2', '4', '8'], 'W of the arms.')
-_STEPS = flags.DEFINE_integer('steps', 11, 'Steps in an epoch.')
-_PASSES = flags.DEFINE_integer('passes', 4, 'Replays of the second epoch.')
-_ORDERS = flags.DEFINE_integer('orders', 5, 'Steps to begin with.')
+_STEPS = flags.DEFINE_integer('steps', 11, 'Steps in an epoch.', lower_bound=1)
+_PASSES = flags.DEFINE_integer('passes',
+                               4,
+                               'Replays of the second epoch.',
+                               lower_bound=1)
+_ORDERS = flags.DEFINE_integer('orders',
+                               5,
+                               'Steps to begin with.',
+                               lower_bound=1)
 _TRACE = flags.DEFINE_string('trace',
                              None,
                              'A file that is replayed, or else recorded.',
