@@ -82,24 +82,27 @@ class DrafterTraining:
     self._rng = np.random.default_rng(run.config.seed)
     self._spot: _Spot | None = None
 
-  def warm_up(self, state: TrainState, policy: Params,
-              show: Callable[[int, float], None]) -> TrainState:
+  def warm_up(self,
+              state: TrainState,
+              policy: Params,
+              show: Callable[[int, float], None],
+              left_out: list[str] | None = None) -> TrainState:
     """Returns the drafter after the updates on the task's traces.
 
     Args:
       state: the drafter's; donated.
       policy: the policy's parameters, as RL finds them.
       show: receives (updates done, loss) now and then.
+      left_out: see `Run.demonstrations`.
     """
     config, run = self._config, self._run
-    first = 0
+    demonstrations = run.demonstrations(left_out)
     for done in range(1, config.warmup_updates + 1):
       # More than enough for one microbatch; what is left over is not used.
       samples = []
       room = config.microbatch_rows * run.row_length
       while room > 0:
-        samples.append(run.demonstration(first))
-        first += 1
+        samples.append(next(demonstrations))
         room -= len(samples[-1].prompt) + len(samples[-1].completion)
       state, loss = self._update(state, policy, self._pack(samples), 0)
       if done % _SHOWN_EVERY == 0 or done == config.warmup_updates:

@@ -121,6 +121,8 @@ class Collector:
     groups = self._keep_scores(params, step, batch)
     watch.lap('score')
     self._values |= self._sampler.values | {
+        'rollout/left_out_prompts':
+            len(self.left_out),
         'rollout/sampled_tokens':
             self._next.sampled_tokens - self._state.sampled_tokens,
         'rollout/trained_tokens':
@@ -183,6 +185,11 @@ class Collector:
     self._values |= values
     watch.lap('progress')
     return [{'progress': array} for array in found]
+
+  @property
+  def left_out(self) -> Sequence[str]:
+    """Why prompts could not be sampled from in the last `collect`."""
+    return self._sampler.left_out
 
   def learned(self) -> None:
     """Says that the step of the last `collect` was learned."""

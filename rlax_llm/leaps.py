@@ -56,6 +56,7 @@ class Leaps:
           run.task, 'train', wanted if known is None else min(wanted, known))
     except ValueError as error:
       raise ConfigError(f'algorithm.leap_problems={wanted}: {error}') from error
+    run.check_prompts(self._problems)
 
   def abstract(self) -> dict[str, Any]:
     """Returns shapes of the states of its own."""

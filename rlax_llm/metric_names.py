@@ -8,12 +8,12 @@ from typing import NamedTuple
 class Metric(NamedTuple):
   """One entry of the vocabulary."""
   unit: str  # '1' where it has none
-  kind: str  # training | speed
+  kind: str  # training | evaluation | speed
   meaning: str
 
 
-TRAINING, SPEED = 'training', 'speed'
-_T, _S = TRAINING, SPEED
+TRAINING, EVALUATION, SPEED = 'training', 'evaluation', 'speed'
+_T, _E, _S = TRAINING, EVALUATION, SPEED
 METRICS: dict[str, Metric] = {
     'reward/mean':
         Metric('1', _T, 'mean reward of the step'),
@@ -49,6 +49,8 @@ METRICS: dict[str, Metric] = {
         Metric('tokens', _T, 'sampled, and kept for coming steps'),
     'rollout/dropped_tokens':
         Metric('tokens', _T, 'of groups that are never trained on'),
+    'rollout/left_out_prompts':
+        Metric('prompts', _T, 'too long or not encodable, hence not sampled'),
     'rollout/pending_groups':
         Metric('groups', _T, 'put off, to be continued in the next step'),
     'rollout/extra_samples':
@@ -132,13 +134,13 @@ METRICS: dict[str, Metric] = {
     'sft/loss':
         Metric('nats', _T, 'warm start: cross-entropy per token'),
     'evaluate/accuracy':
-        Metric('fraction', _T, 'held-out problems solved, mean over samples'),
+        Metric('fraction', _E, 'held-out problems solved, mean over samples'),
     'evaluate/tokens_mean':
-        Metric('tokens', _T, 'of an answer, without probes'),
+        Metric('tokens', _E, 'of an answer, without probes'),
     'evaluate/probe_tokens_mean':
-        Metric('tokens', _T, 'of the probes of an answer'),
+        Metric('tokens', _E, 'of the probes of an answer'),
     'evaluate/stopped_fraction':
-        Metric('fraction', _T, 'answers that ended because probes agreed'),
+        Metric('fraction', _E, 'answers that ended because probes agreed'),
     'rollout/tokens_per_second':
         Metric('tokens/s', _S, 'completion tokens per second of rollout'),
     'rollout/accept_length':
@@ -223,7 +225,7 @@ def describe(name: str) -> Metric:
     return METRICS[name]
   if _PASS_AT.fullmatch(name):
     count = name.rsplit('_', 1)[1]
-    return Metric('fraction', _T, f'solved by at least one of {count} samples')
+    return Metric('fraction', _E, f'solved by at least one of {count} samples')
   if _OWN_REWARD.fullmatch(name):
     own = name.partition('/')[2]
     return Metric('1', _T, f'mean of the reward {own}, before its weight')

@@ -2,8 +2,9 @@
 """What a run writes: the files of metrics, samples and the summary.
 
 Training values (functions of config, seed and step) go to metrics.jsonl, one
-object per step, bit for bit the same in every repetition; speed values go to
-timing.jsonl with the run's id. Both also go to TensorBoard.
+object per step, bit for bit the same in every repetition. Held-out results go
+to evaluations.jsonl, which is reproducible likewise. Speed values go to
+timing.jsonl with the run's id. All of them also go to TensorBoard.
 
 Numbers in the files are exact: a float32 is written as the float64 that
 equals it, in the shortest form that reads back to it. JSON has no NaN and no
@@ -25,6 +26,7 @@ from rlax_llm import files
 from rlax_llm import metric_names
 
 METRICS_FILE = 'metrics.jsonl'
+EVALUATIONS_FILE = 'evaluations.jsonl'
 TIMING_FILE = 'timing.jsonl'
 SAMPLES_FILE = 'samples.jsonl'
 SUMMARY_FILE = 'summary.json'
@@ -99,6 +101,7 @@ class MetricsWriter:
                workdir: str | os.PathLike[str],
                *,
                resume_step: int | None,
+               evaluated_step: int | None = None,
                run_id: str,
                warn: Callable[[str], None] | None = None) -> None:
     """Opens the files, keeping what belongs before the restored step.
@@ -108,6 +111,8 @@ class MetricsWriter:
       resume_step: the restored step: metrics.jsonl and samples.jsonl keep
         the lines up to it, whole ones only. None: the run starts from nothing,
         and so do these two files. timing.jsonl is always kept.
+      evaluated_step: the last evaluation that the restored checkpoint knows
+        of: evaluations.jsonl keeps the lines up to it. None: none.
       run_id: written into each line of timing.jsonl.
       warn: receives one line when TensorBoard's copy is lost; None: stderr
         does.
@@ -119,10 +124,13 @@ class MetricsWriter:
     with files.writing(root):
       root.mkdir(parents=True, exist_ok=True)
     self._run_id = run_id
-    kept = _truncate(root / METRICS_FILE, resume_step)
+    self._reproducible = {
+        metric_names.TRAINING:
+            _StepFile(root / METRICS_FILE, resume_step),
+        metric_names.EVALUATION:
+            _StepFile(root / EVALUATIONS_FILE, evaluated_step),
+    }
     _truncate(root / SAMPLES_FILE, resume_step)
-    self._last_step = kept[-1] if kept else None
-    self._metrics = files.LineFile(root / METRICS_FILE)
     self._samples = files.LineFile(root / SAMPLES_FILE)
     self._timing = files.LineFile(root / TIMING_FILE)
     self._board = board.Board(
@@ -136,32 +144,23 @@ class MetricsWriter:
     """Writes one step's metrics, each to the file of its kind.
 
     Args:
-      step: the step they belong to; with training values among them, above
-        every step written before. A warm start may count up to 0 from below.
+      step: the step they belong to; above every step written before to
+        the same file, timing.jsonl apart. A warm start may count up to 0 from
+        below.
       values: scalars by name; the names are those of `METRICS`.
 
     Raises:
       ValueError: an unknown name, or a step already written.
     """
-    kinds: dict[str, dict[str, Any]] = {
-        metric_names.TRAINING: {},
-        metric_names.SPEED: {}
-    }
+    kinds: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-      kinds[metric_names.describe(name).kind][name] = jsonable(value)
-    if kinds[metric_names.TRAINING]:
-      if self._last_step is not None and step <= self._last_step:
-        raise ValueError(f'step {step} cannot be written to {METRICS_FILE}: it '
-                         f'already holds step {self._last_step}; write the '
-                         'training values of a step in one call')
-      self._last_step = step
-      self._metrics.write(_line({'step': step}, kinds[metric_names.TRAINING]))
-    if kinds[metric_names.SPEED]:
-      self._timing.write(
-          _line({
-              'step': step,
-              'run': self._run_id
-          }, kinds[metric_names.SPEED]))
+      kind = metric_names.describe(name).kind
+      kinds.setdefault(kind, {})[name] = jsonable(value)
+    speed = kinds.pop(metric_names.SPEED, None)
+    for kind, found in kinds.items():
+      self._reproducible[kind].write(step, found)
+    if speed:
+      self._timing.write(_line({'step': step, 'run': self._run_id}, speed))
     self._board.write(step, values)
 
   def write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -177,8 +176,10 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Closes every file."""
-    for file in (self._metrics, self._samples, self._timing):
+    for file in self._reproducible.values():
       file.close()
+    self._samples.close()
+    self._timing.close()
     self._board.close()
 
   def __enter__(self) -> 'MetricsWriter':
@@ -194,7 +195,7 @@ class NoWriter(MetricsWriter):
   """Writes nothing: of several processes one writes."""
 
   def __init__(self, workdir: str | os.PathLike[str], *,
-               resume_step: int | None, run_id: str,
+               resume_step: int | None, evaluated_step: int | None, run_id: str,
                warn: Callable[[str], None]) -> None:
     """Takes what `MetricsWriter` takes."""
 
@@ -206,6 +207,28 @@ class NoWriter(MetricsWriter):
 
   def close(self) -> None:
     """Does nothing."""
+
+
+class _StepFile:
+  """A file with one line for each step, in ascending order."""
+
+  def __init__(self, path: pathlib.Path, last: int | None) -> None:
+    """Opens the file and keeps its lines up to the step `last`; None: none."""
+    self._name = path.name
+    kept = _truncate(path, last)
+    self._last = kept[-1] if kept else None
+    self._file = files.LineFile(path)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    if self._last is not None and step <= self._last:
+      raise ValueError(f'step {step} cannot be written to {self._name}: it '
+                       f'already holds step {self._last}; write the values of '
+                       'a step in one call')
+    self._file.write(_line({'step': step}, values))
+    self._last = step
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def _line(head: Mapping[str, Any], values: Mapping[str, Any]) -> str:

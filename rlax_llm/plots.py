@@ -15,13 +15,15 @@ import numpy as np
 
 from rlax_llm import files
 from rlax_llm.config import ConfigError
+from rlax_llm.metrics import EVALUATIONS_FILE
 from rlax_llm.metrics import METRICS_FILE
 from rlax_llm.metrics import read_jsonl
 from rlax_llm.metrics import SAMPLES_FILE
 from rlax_llm.metrics import SUMMARY_FILE
 from rlax_llm.metrics import TIMING_FILE
 
-FILES = (METRICS_FILE, TIMING_FILE, SAMPLES_FILE, SUMMARY_FILE, 'manifest.json')
+FILES = (METRICS_FILE, EVALUATIONS_FILE, TIMING_FILE, SAMPLES_FILE,
+         SUMMARY_FILE, 'manifest.json')
 
 # Okabe and Ito's palette, told apart by every kind of colour vision.
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
@@ -73,7 +75,7 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
   """
   root = pathlib.Path(workdir)
   steps: dict[int, dict[str, Any]] = {}
-  for file in (METRICS_FILE, TIMING_FILE):
+  for file in (METRICS_FILE, EVALUATIONS_FILE, TIMING_FILE):
     for row in read_jsonl(root / file):
       if isinstance(row.get('step'), int):
         # A resumed run repeats steps in timing.jsonl: the last one counts.

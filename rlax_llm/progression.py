@@ -18,6 +18,7 @@ class Progression:
   reward_last: float | None = None
   accuracy_before: float | None = None
   accuracy_after: float | None = None
+  evaluated_step: int | None = None  # the last one with an evaluation
   wall_seconds: float = 0.0
 
   def add_tokens(self, rollouts: list[Rollout]) -> None:
@@ -34,8 +35,9 @@ class Progression:
     if self.reward_first is None:
       self.reward_first = mean
 
-  def add_accuracy(self, accuracy: float) -> None:
-    """Notes the held-out accuracy; the first is that before RL."""
+  def add_accuracy(self, step: int, accuracy: float) -> None:
+    """Notes the held-out accuracy after a step; the first is before RL."""
+    self.evaluated_step = step
     self.accuracy_after = accuracy
     if self.accuracy_before is None:
       self.accuracy_before = accuracy

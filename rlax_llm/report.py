@@ -4,7 +4,8 @@
     python -m rlax_llm.report --workdir=DIR [--against=DIR2]
 
 The page needs nothing beside it: the plots are inside. It reads what the run
-wrote (metrics.jsonl, timing.jsonl, samples.jsonl, summary.json, manifest.json)
+wrote (metrics.jsonl, evaluations.jsonl, timing.jsonl, samples.jsonl,
+summary.json, manifest.json)
 and says which of these are missing. No device is touched.
 """
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from jax.sharding import Mesh
 import numpy as np
@@ -35,6 +35,12 @@ from rlax_llm.tasks import rewards
 from rlax_llm.tasks import task as tasks
 from rlax_llm.types import Request
 from rlax_llm.validation import validate
+
+MAX_LEFT_OUT = 1000  # problems in a row that cannot be used
+
+
+class Unusable(ConfigError):
+  """A problem cannot be used: it is too long, or has unknown characters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,24 +134,58 @@ class Run:
     except ValueError as error:
       raise ConfigError(str(error)) from error
 
-  def demonstration(self, index: int) -> Sample:
-    """Returns a sample of the warm start."""
+  def demonstrations(self,
+                     left_out: list[str] | None = None) -> Iterator[Sample]:
+    """Yields the samples of the warm start, without those that do not fit.
+
+    Args:
+      left_out: receives one line for each sample that is left out; None:
+        nothing does.
+
+    Raises:
+      ConfigError: while iterating: the task has no traces, or none of
+        `MAX_LEFT_OUT` samples in a row fits.
+    """
     task = tasks.demonstrations(self.task)
     # The problems of the warm start lie beyond those of any RL step.
-    return self._supervised(task.problem('train', (1 << 44) + index))
+    index, in_a_row = 1 << 44, 0
+    while True:
+      problem = task.problem('train', index)
+      index += 1
+      try:
+        sample = self._supervised(problem)
+      except Unusable as error:
+        if left_out is not None:
+          left_out.append(str(error))
+        in_a_row += 1
+        if in_a_row == MAX_LEFT_OUT:
+          raise ConfigError(f'{in_a_row} demonstrations in a row do not fit: '
+                            f'{error}') from error
+        continue
+      in_a_row = 0
+      yield sample
 
   def check_prompts(self, problems: Sequence[tasks.Problem]) -> None:
     """Raises ConfigError if a problem's prompt is too long or not encodable."""
+
+    def find_faults(mine: Sequence[tasks.Problem]) -> list[str]:
+      return [self.prompt_tokens(problem)[1] for problem in mine]
+
+    for fault in processes.share(find_faults, problems):
+      if fault:
+        raise ConfigError(fault)
+
+  def prompt_tokens(self, problem: tasks.Problem) -> tuple[np.ndarray, str]:
+    """Returns (int32[prompt length], why it cannot be sampled from, or '')."""
     longest = self.config.rollout.prompt_length
-
-    def measure(mine: Sequence[tasks.Problem]) -> list[int]:
-      return [len(self.encode(p.prompt, prompt=True)) for p in mine]
-
-    for problem, length in zip(problems, processes.share(measure, problems)):
-      if length > longest:
-        raise ConfigError(
-            f'the prompt {problem.prompt[:60]!r} has {length} tokens; '
-            f'rollout.prompt_length={longest}: raise it')
+    try:
+      tokens = np.asarray(self.encode(problem.prompt, prompt=True), np.int32)
+    except ConfigError as error:
+      return np.zeros(0, np.int32), str(error)
+    if len(tokens) > longest:
+      return tokens, (f'the prompt {problem.prompt[:60]!r} has {len(tokens)} '
+                      f'tokens; rollout.prompt_length={longest}: raise it')
+    return tokens, ''
 
   def known_problems(self) -> list[tasks.Problem]:
     """Returns every training problem, or step 0's where they are generated.
@@ -173,15 +213,23 @@ class Run:
       raise ConfigError(str(error)) from error
 
   def _supervised(self, problem: tasks.Problem) -> Sample:
-    """Returns a problem and its trace as a sample of the warm start."""
+    """Returns a problem and its trace as a sample of the warm start.
+
+    Raises:
+      Unusable: the sample does not fit.
+      ConfigError: there is no trace.
+    """
     if problem.trace is None:
       raise ConfigError(f'task {problem.source!r} has no written-step traces '
                         'to warm-start from; set sft.steps=0')
     rollout = self.config.rollout
-    return sft.make_sample(self.encode(problem.prompt, prompt=True),
-                           self.encode(problem.trace,
-                                       prompt=False), self.tokenizer.eos_ids[0],
-                           rollout.prompt_length + rollout.max_new_tokens)
+    try:
+      return sft.make_sample(self.encode(problem.prompt, prompt=True),
+                             self.encode(problem.trace, prompt=False),
+                             self.tokenizer.eos_ids[0],
+                             rollout.prompt_length + rollout.max_new_tokens)
+    except ConfigError as error:
+      raise Unusable(str(error)) from error
 
   def requests(self,
                problems: Sequence[tasks.Problem],

@@ -24,6 +24,7 @@ from rlax_llm.rollout.generation import IdleWork
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import sample_key
+from rlax_llm.run import MAX_LEFT_OUT
 from rlax_llm.run import Run
 from rlax_llm.tasks.task import Problem
 from rlax_llm.tasks.verifier import Verifier
@@ -47,6 +48,7 @@ class GroupSampler:
   Attributes:
     stats: speed values since `begin`.
     values: metrics that are training values, likewise.
+    left_out: why prompts that were due since then could not be sampled from.
   """
 
   def __init__(self, run: Run, engine: RolloutEngine, verifier: Verifier,
@@ -83,6 +85,7 @@ class GroupSampler:
     self._idle = idle
     self.stats = RolloutStats()
     self.values: dict[str, float] = {}
+    self.left_out: list[str] = []
 
   def sample(self, params: Params, state: Experience, demand: Demand,
              watch: Stopwatch) -> tuple[Experience, list[Group]]:
@@ -98,8 +101,9 @@ class GroupSampler:
     pending, over = state.pending, self._control.over_provision
     # Rounded: 1.1 * 10 is above 11.
     asked = math.ceil(round(over * demand.groups, 6))
-    new = self._pending(state, demand, max(asked - len(pending), 0))
-    cursor = state.cursor + len(new)
+    new, cursor, left_out = self._pending(state, demand,
+                                          max(asked - len(pending), 0))
+    self.left_out += left_out
     new = self._ordered(new, state)
     if self._control.extra_samples:
       extra = sum(p.request.samples - self._samples for p in new)
@@ -154,12 +158,12 @@ class GroupSampler:
       domain: of the requests.
       watch: told of rollout and reward.
     """
-    requests = self._run.requests(
-        [self.problem(i) for i in range(count)],
-        samples=self._run.config.rollout.samples_per_prompt,
-        domain=domain,
-        step=0)
-    pending = [Pending(i, request) for i, request in enumerate(requests)]
+    numbers, prompts, left_out = self._usable(0, count)
+    self.left_out += left_out
+    pending = [
+        Pending(number, Request(prompt, self._samples, domain, 0, i))
+        for i, (number, prompt) in enumerate(zip(numbers, prompts))
+    ]
     groups = self._generate(params, pending, RolloutState())
     watch.lap('rollout')
     rewarded = self._reward(groups)
@@ -194,20 +198,59 @@ class GroupSampler:
         for group in groups
     ]
 
+  def _usable(self, cursor: int,
+              count: int) -> tuple[list[int], list[np.ndarray], list[str]]:
+    """Returns the next problems of the stream that can be sampled from.
+
+    A generated problem may be longer than `rollout.prompt_length`; the next
+    one of the stream then takes its place.
+
+    Args:
+      cursor: the first number to look at.
+      count: how many.
+
+    Returns:
+      (their numbers, their prompts, why others were left out).
+
+    Raises:
+      ConfigError: none of `MAX_LEFT_OUT` problems in a row can be used.
+    """
+    numbers: list[int] = []
+    prompts: list[np.ndarray] = []
+    left_out: list[str] = []
+    last = cursor - 1  # the last one that can be used
+    while len(numbers) < count:
+      tokens, fault = self._run.prompt_tokens(self.problem(cursor))
+      if not fault:
+        last = cursor
+        numbers.append(cursor)
+        prompts.append(tokens)
+      elif cursor - last == MAX_LEFT_OUT:
+        raise ConfigError(f'{MAX_LEFT_OUT} prompts in a row cannot be used: '
+                          f'{fault}')
+      else:
+        left_out.append(fault)
+      cursor += 1
+    return numbers, prompts, left_out
+
   def _pending(self, state: Experience, demand: Demand,
-               count: int) -> list[Pending]:
-    """Returns new requests of a step, for the next problems of the stream."""
-    cursor = state.cursor
-    requests = self._run.requests(
-        [self.problem(cursor + i) for i in range(count)],
-        samples=self._samples,
-        domain=TRAIN,
-        step=demand.number,
-        first=demand.first)
-    return [
-        Pending(cursor + i, self._with_extra(request, state))
-        for i, request in enumerate(requests)
+               count: int) -> tuple[list[Pending], int, list[str]]:
+    """Returns new requests of a step, for the next problems of the stream.
+
+    Returns:
+      (requests, the cursor after them, why problems between them were left
+      out).
+    """
+    numbers, prompts, left_out = self._usable(state.cursor, count)
+    new = [
+        Pending(
+            number,
+            self._with_extra(
+                Request(prompt, self._samples, TRAIN, demand.number,
+                        demand.first + i), state))
+        for i, (number, prompt) in enumerate(zip(numbers, prompts))
     ]
+    return new, numbers[-1] + 1 if numbers else state.cursor, left_out
 
   def _with_extra(self, request: Request, state: Experience) -> Request:
     """Returns a request with the samples that its prompt is to get.
@@ -248,7 +291,7 @@ class GroupSampler:
       return []
     count = config.task.prompts_per_step
     try:
-      new = self._pending(state, Demand(number, number, 0, count), count)
+      new, _, _ = self._pending(state, Demand(number, number, 0, count), count)
     except ConfigError:
       return []
     return [pending.request for pending in new]

@@ -1,7 +1,6 @@
 """A run under way: its states, steps, evaluations and checkpoints."""
 
 import dataclasses
-import math
 from typing import Any, Sequence
 
 from rlax_llm import checkpoint
@@ -94,7 +93,6 @@ class Trainer:
     self.states: dict[str, TrainState] = {}
     self.progression = Progression()
     self._earlier = 0.0  # seconds, of the processes before this one
-    self._unwritten: dict[str, Any] | None = None  # see `_finish`
     self._saved_step: int | None = None  # the newest, on disk or on its way
 
   def restore(self) -> tuple[int | None, list[str]]:
@@ -114,13 +112,6 @@ class Trainer:
     self._earlier = self.progression.wall_seconds
     self._collector.restore(host['experience'])
     self._engine.strategy.restore(host['strategy'])
-    self._unwritten = host.get('unwritten')
-    if self._unwritten is not None:  # JSON has no NaN
-      values = self._unwritten['values']
-      self._unwritten['values'] = {
-          name: math.nan if value is None else value
-          for name, value in values.items()
-      }
     return step, restore_store(self._store, host['rollouts'])
 
   def go(self, first: int | None, profile: tuple[int, int] | None) -> None:
@@ -135,18 +126,19 @@ class Trainer:
                    if processes.is_writer() else metrics.NoWriter)
     with make_writer(self._workdir,
                      resume_step=first,
+                     evaluated_step=self.progression.evaluated_step,
                      run_id=self._run_id,
                      warn=lambda line: self.progress.message(f'warning: {line}')
                     ) as self._writer:
       if first is None:
         self._begin()
-        first, self._unwritten = 0, {'values': {}, 'rows': []}
+        first = 0
       params = self.states['policy'].params
       reference = run.states.reference(self._workdir, params, first)
       loop = Loop(run, self._collector, self._learner, reference,
                   self.progression, self._drafter, self._leaps)
-      if self._unwritten is not None:
-        self._finish(first, **self._unwritten)
+      # A stop may have come between the step and its evaluation.
+      self._evaluate_and_save(first)
       self.progress.phase('reinforcement learning', config.num_steps)
       rails = guards.Rails(run.pool, config.learning, self.progress.message)
       if profile:
@@ -157,11 +149,17 @@ class Trainer:
           with guards.profiled(step + 1, profile, self._workdir):
             try:
               self.states, values, rows = train_step(loop, step, self.states)
-            except Stopped:
+            except (Stopped, ConfigError):
+              # Nothing of the step has been learned yet.
               self._save(step)
               raise
+          self._report_left_out('prompts', self._collector.left_out)
           rails.look(step + 1, values)
-          self._finish(step + 1, values, rows)
+          # Files first: what a checkpoint says happened has been written.
+          self._writer.write_samples(step + 1, rows)
+          self._writer.write(step + 1, values)
+          self.progress.update(step + 1, values)
+          self._evaluate_and_save(step + 1)
           if rails.lost:
             self._save(step + 1)
             raise Diverged(rails.lost)
@@ -197,7 +195,9 @@ class Trainer:
         self._writer.write(done - steps - 1, values)
         run.on_boundary()
 
-      params = warm_start(run, params, show)
+      left_out: list[str] = []
+      params = warm_start(run, params, show, left_out)
+      self._report_left_out('demonstrations', left_out)
     self.states = run.states.init_all(params)
     if self._leaps:
       self.states |= self._leaps.init(self.states)
@@ -214,8 +214,17 @@ class Trainer:
       self.progress.update(done, {'drafter/loss': loss})
       self.run.on_boundary()
 
+    left_out: list[str] = []
     self.states['drafter'] = drafter.warm_up(self.states['drafter'],
-                                             self.states['policy'].params, show)
+                                             self.states['policy'].params, show,
+                                             left_out)
+    self._report_left_out('demonstrations', left_out)
+
+  def _report_left_out(self, what: str, left_out: Sequence[str]) -> None:
+    """Warns of problems that could not be used, with one of them as example."""
+    if left_out:
+      self.progress.message(f'warning: {len(left_out)} {what} are left out; '
+                            f'for example, {left_out[0]}')
 
   def _judged(self, states: dict[str, TrainState],
               problems: Sequence[tasks.Problem]) -> float:
@@ -228,64 +237,52 @@ class Trainer:
         problems,
         drafter_params=drafter_params(states))['evaluate/accuracy']
 
-  def _finish(self, done: int, values: dict[str, Any],
-              rows: list[dict]) -> None:
-    """Evaluates, writes and saves what is due after a step.
-
-    A stop during the evaluation leaves the step's values in the checkpoint:
-    who goes on evaluates again and writes them then.
+  def _evaluate_and_save(self, done: int) -> None:
+    """Evaluates and saves what is due after a step, unless that has been done.
 
     Args:
       done: steps taken.
-      values: of the step.
-      rows: its samples.
     """
     config = self.run.config
     last = done == config.num_steps
     due = lambda every: last or done == 0 or (every and done % every == 0)
-    watch = Stopwatch(self.run.clock)
-    evaluated = {}
-    if due(config.evaluate.every):
+    if due(config.evaluate.every) and self.progression.evaluated_step != done:
+      watch = Stopwatch(self.run.clock)
       try:
-        evaluated = evaluation.evaluate(self.run,
-                                        self._judge,
-                                        self.states['policy'].params,
-                                        self._verifier,
-                                        self._held_out,
-                                        drafter_params=drafter_params(
-                                            self.states))
+        values: dict[str, Any] = evaluation.evaluate(
+            self.run,
+            self._judge,
+            self.states['policy'].params,
+            self._verifier,
+            self._held_out,
+            drafter_params=drafter_params(self.states))
       except Stopped:
-        self._save(done, {'values': metrics.jsonable(values), 'rows': rows})
+        self._save(done)
         raise
-      self.progression.add_accuracy(evaluated['evaluate/accuracy'])
       watch.lap('evaluate')
-    values = values | evaluated | (watch.seconds if done else {})
-    # Files first: what a checkpoint says happened has been written.
-    self._writer.write_samples(done, rows)
-    self._writer.write(done, values)
-    self.progress.update(done, values)
-    if due(config.checkpoint.every):
+      self._writer.write(done, values | (watch.seconds if done else {}))
+      self.progression.add_accuracy(done, values['evaluate/accuracy'])
+      self.progress.update(done, values)
+    if due(config.checkpoint.every) and done != self._saved_step:
       watch = Stopwatch(self.run.clock)
       self._save(done)
       watch.lap('checkpoint')
       if done:
         self._writer.write(done, watch.seconds)
 
-  def _save(self, step: int, unwritten: dict[str, Any] | None = None) -> None:
+  def _save(self, step: int) -> None:
     """Saves the states after a step, unless a checkpoint has them."""
     if step == self._saved_step:
       return
     self._saved_step = step
     self.progression.wall_seconds = self._seconds()
-    host: dict[str, Any] = {
-        'progression': dataclasses.asdict(self.progression),
-        'rollouts': processes.gather(self._store.dump(), to_writer=True),
-        'experience': self._collector.dump(),
-        'strategy': self._engine.strategy.dump(),
-    }
-    if unwritten is not None:
-      host['unwritten'] = unwritten
-    self._saved.save(step, self.states, host)
+    self._saved.save(
+        step, self.states, {
+            'progression': dataclasses.asdict(self.progression),
+            'rollouts': processes.gather(self._store.dump(), to_writer=True),
+            'experience': self._collector.dump(),
+            'strategy': self._engine.strategy.dump(),
+        })
 
   def _seconds(self) -> float:
     return self._earlier + self.run.clock() - self._started

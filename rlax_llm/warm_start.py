@@ -1,6 +1,7 @@
 """The supervised warm start, through the same update as everything else."""
 
 import dataclasses
+import itertools
 from typing import Callable
 
 from rlax_llm import learner as learners
@@ -13,17 +14,20 @@ from rlax_llm.run import Run
 from rlax_llm.types import Params
 
 
-def warm_start(run: Run, params: Params, show: Callable[[int, float],
-                                                        None]) -> Params:
+def warm_start(run: Run,
+               params: Params,
+               show: Callable[[int, float], None],
+               left_out: list[str] | None = None) -> Params:
   """Returns parameters after imitation of the task's traces.
 
   Args:
     run: the run.
     params: donated.
     show: receives (steps done, loss in nats per token) now and then.
+    left_out: see `Run.demonstrations`.
 
   Raises:
-    ConfigError: if a problem has no trace or does not fit.
+    ConfigError: see `Run.demonstrations`.
   """
   config = run.config.sft
   optimizer = updates.make_optimizer(sft.learning_config(config), config.steps)
@@ -38,11 +42,9 @@ def warm_start(run: Run, params: Params, show: Callable[[int, float],
                              name='sft',
                              learning=learning)
   state = run.states.init_state(params, optimizer, 'sft')
+  demonstrations = run.demonstrations(left_out)
   for step in range(config.steps):
-    first = step * config.sequences_per_step
-    samples = [
-        run.demonstration(first + i) for i in range(config.sequences_per_step)
-    ]
+    samples = list(itertools.islice(demonstrations, config.sequences_per_step))
     state, values = learner.update(state, learner.put(learner.pack(samples)))
     if step % 10 == 9 or step + 1 == config.steps:
       show(step + 1, float(values['learning/loss']))

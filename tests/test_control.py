@@ -598,7 +598,7 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
   got = _train(tmp_path / 'parts', rng.random, **changes)
   for key in ('tokens_sampled', 'tokens_sha256', 'parameters_sha256'):
     assert got[key] == want[key], key
-  for file in ('metrics.jsonl', 'samples.jsonl'):
+  for file in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl'):
     assert ((tmp_path / 'plain' / file).read_text() == (tmp_path / 'parts' /
                                                         file).read_text()), file
 

@@ -408,7 +408,7 @@ def test_a_run_does_not_care(tmp_path):
   config.rollout.prompt_length = 200
   config.model.max_positions = 512
   run = dataclasses.replace(make_run(config), tokenizer=load(folder, chat=True))
-  shown = run.demonstration(0)
+  shown = next(run.demonstrations())
   assert _tokens(backend, shown.completion)[-1] == '<|eot_id|>'
   assert run.tokenizer.decode(shown.completion) == 'aaa'
   request, = run.requests([run.task.problem('train', 1)],

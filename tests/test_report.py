@@ -136,7 +136,7 @@ def test_only_a_summary(tmp_path):
   metrics.write_summary(tmp_path, {'steps': 0})
   _, page = _read(report.build_report(tmp_path))
   assert 'Nothing to plot.' in page.text
-  assert 'metrics.jsonl, timing.jsonl, samples.jsonl' in page.text
+  assert 'metrics.jsonl, evaluations.jsonl, timing.jsonl' in page.text
 
 
 def test_long_curves_are_smoothed(tmp_path):

@@ -55,7 +55,7 @@ def _assert_same_run(folder, summary, base):
   base_folder, base_summary, _ = base
   for name in VALUES:
     assert summary[name] == base_summary[name], name
-  for name in ('metrics.jsonl', 'samples.jsonl'):
+  for name in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl'):
     assert ((pathlib.Path(folder) /
              name).read_text() == (base_folder / name).read_text()), name
 
@@ -75,22 +75,25 @@ def test_files(base):
   """
   folder, summary, shown = base
   assert {p.name for p in folder.iterdir()} >= {
-      'metrics.jsonl', 'timing.jsonl', 'samples.jsonl', 'summary.json',
-      'manifest.json', 'report.html', 'checkpoints', 'tensorboard'
+      'metrics.jsonl', 'evaluations.jsonl', 'timing.jsonl', 'samples.jsonl',
+      'summary.json', 'manifest.json', 'report.html', 'checkpoints',
+      'tensorboard'
   }
   written = json.loads((folder / 'summary.json').read_text())
   assert written == summary
   assert set(VALUES) | {'steps', 'wall_seconds'} <= set(summary)
   assert summary['steps'] == 4 and summary['wall_seconds'] > 0
   rows = _rows(folder, 'metrics.jsonl')
-  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
-  assert rows[0]['evaluate/accuracy'] == summary['accuracy_before']
-  assert rows[-1]['evaluate/accuracy'] == summary['accuracy_after']
-  assert rows[1]['reward/mean'] == summary['reward_first']
+  assert [row['step'] for row in rows] == [1, 2, 3, 4]
+  evaluations = _rows(folder, 'evaluations.jsonl')
+  assert [row['step'] for row in evaluations] == [0, 4]
+  assert evaluations[0]['evaluate/accuracy'] == summary['accuracy_before']
+  assert evaluations[1]['evaluate/accuracy'] == summary['accuracy_after']
+  assert rows[0]['reward/mean'] == summary['reward_first']
   assert rows[-1]['reward/mean'] == summary['reward_last']
-  assert sum(row.get('rollout/tokens', 0) for row in rows) == (
-      summary['tokens_sampled'])
-  for row in rows[1:]:
+  assert sum(
+      row['rollout/tokens'] for row in rows) == (summary['tokens_sampled'])
+  for row in rows:
     assert {
         'reward/std', 'rollout/truncated_fraction', 'rollout/length_p95',
         'policy/entropy', 'policy/clip_fraction', 'policy/ratio_max',
@@ -232,10 +235,10 @@ def test_a_run_in_two_parts_is_the_whole_run(base, tmp_path):
   # The evaluation after step 2 belongs to the run that ended there.
   summary, shown = _train(tmp_path, evaluate__every=0)
   assert 'continuing' in shown and 'after step 2' in shown
-  rows = _rows(tmp_path, 'metrics.jsonl')
-  rows[2].pop('evaluate/accuracy')
-  rows[2].pop('evaluate/tokens_mean')
-  assert rows == _rows(base[0], 'metrics.jsonl')
+  assert _rows(tmp_path, 'metrics.jsonl') == _rows(base[0], 'metrics.jsonl')
+  first, between, last = _rows(tmp_path, 'evaluations.jsonl')
+  assert between['step'] == 2
+  assert [first, last] == _rows(base[0], 'evaluations.jsonl')
   for name in VALUES:
     assert summary[name] == base[1][name], name
   assert summary['wall_seconds'] > part['wall_seconds']
@@ -258,7 +261,7 @@ def test_a_killed_run_continues(base, tmp_path, monkeypatch):
   with pytest.raises(RuntimeError, match='killed'):
     _train(tmp_path)
   steps = [row['step'] for row in _rows(tmp_path, 'metrics.jsonl')]
-  assert steps == [0, 1, 2, 3]
+  assert steps == [1, 2, 3]
   assert not (tmp_path / 'summary.json').exists()
   monkeypatch.undo()
   summary, shown = _train(tmp_path)
@@ -359,7 +362,7 @@ def test_the_reference_is_that_of_the_start(tmp_path, divergence):
                  algorithm__divergence=divergence)
   whole, _ = _train(tmp_path / 'whole', **changes)
   rows = _rows(tmp_path / 'whole', 'metrics.jsonl')
-  assert abs(rows[1]['policy/kl_reference']) < 1e-6
+  assert abs(rows[0]['policy/kl_reference']) < 1e-6
   assert abs(rows[-1]['policy/kl_reference']) > 1e-6
   _train(tmp_path / 'parts', num_steps=2, **changes)
   parts, _ = _train(tmp_path / 'parts', **changes)
@@ -424,8 +427,8 @@ def test_the_warm_start_learns(tmp_path):
                 num_steps=0)
   summary, shown = _train(tmp_path, **config)
   rows = _rows(tmp_path, 'metrics.jsonl')
-  assert [row['step'] for row in rows] == [*range(-191, 0, 10), 0]
-  losses = [row['sft/loss'] for row in rows[:-1]]
+  assert [row['step'] for row in rows] == [*range(-191, 0, 10)]
+  losses = [row['sft/loss'] for row in rows]
   assert losses[-1] < 0.7 * losses[0]
   assert summary['accuracy_before'] > 0
   assert 'warm start 200/200' in shown
@@ -635,9 +638,9 @@ def test_a_run_with_a_critic_continues(tmp_path):
   changes = dict(algorithm__name='ppo', algorithm__critic_warmup=1)
   whole, _ = _train(tmp_path / 'whole', **changes)
   rows = _rows(tmp_path / 'whole', 'metrics.jsonl')
-  assert rows[1]['learning/learning_rate'] == 0
-  assert 'learning/loss' not in rows[1] and 'learning/loss' in rows[2]
-  assert rows[1]['critic/loss'] > 0
+  assert rows[0]['learning/learning_rate'] == 0
+  assert 'learning/loss' not in rows[0] and 'learning/loss' in rows[1]
+  assert rows[0]['critic/loss'] > 0
   _train(tmp_path / 'parts', num_steps=2, **changes)
   parts, _ = _train(tmp_path / 'parts', **changes)
   for name in VALUES:
@@ -656,14 +659,14 @@ def test_a_run_is_distilled_from_another(base, tmp_path):
   changes = dict(algorithm__name='on_policy_distillation', num_steps=1)
   _train(tmp_path / 'run', algorithm__teacher=str(base[0]), **changes)
   rows = _rows(tmp_path / 'run', 'metrics.jsonl')
-  assert rows[1]['learning/grad_norm'] > 1e-3
+  assert rows[0]['learning/grad_norm'] > 1e-3
   start, _ = _train(tmp_path / 'start', num_steps=0)
   assert start['steps'] == 0
   _train(tmp_path / 'self',
          algorithm__teacher=str(tmp_path / 'start'),
          **changes)
   rows = _rows(tmp_path / 'self', 'metrics.jsonl')
-  assert rows[1]['learning/grad_norm'] < 1e-4
+  assert rows[0]['learning/grad_norm'] < 1e-4
   with pytest.raises(ConfigError, match=r'has no manifest.json'):
     _train(tmp_path / 'x', algorithm__teacher=str(tmp_path), **changes)
   with pytest.raises(ConfigError, match=r"reads the tokens of 'abcd.'"):

@@ -76,9 +76,7 @@ def write_result(config: Config, workdir: pathlib.Path, seconds: float,
           'step': row['step'],
           'samples': row['step'] * each,
           'accuracy': row['evaluate/accuracy']
-      }
-                for row in read_jsonl(workdir / 'metrics.jsonl')
-                if 'evaluate/accuracy' in row],
+      } for row in read_jsonl(workdir / 'evaluations.jsonl')],
   }
   temporary = workdir / f'{RESULT}.partial'
   temporary.write_text(json.dumps(result), encoding='utf-8')

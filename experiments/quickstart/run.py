@@ -66,8 +66,7 @@ def main(argv: list[str]) -> None:
         'tokens_sampled': summary['tokens_sampled'],
     })
     points = [(line['step'], line['evaluate/accuracy'])
-              for line in read_jsonl(workdir / 'metrics.jsonl')
-              if 'evaluate/accuracy' in line]
+              for line in read_jsonl(workdir / 'evaluations.jsonl')]
     style = '--' if ARMS[name][1] else '-'
     axes.plot(*zip(*points), style, marker='o', markersize=4, label=name)
   axes.set_xlabel('RL step')

@@ -84,10 +84,13 @@ class Drafters(DrafterTraining):
     self._totals = dict.fromkeys(ARMS, (0, 0.0))  # updates, seconds
     self.rows: list[dict[str, Any]] = []
 
-  def warm_up(self, state: TrainState, policy: Params,
-              show: Callable[[int, float], None]) -> TrainState:
+  def warm_up(self,
+              state: TrainState,
+              policy: Params,
+              show: Callable[[int, float], None],
+              left_out: list[str] | None = None) -> TrainState:
     """Warms one drafter up, copies it, and measures."""
-    state = super().warm_up(state, policy, show)
+    state = super().warm_up(state, policy, show, left_out)
     self._states = {name: jax.tree.map(jnp.copy, state) for name in ARMS}
     self._measure(0, policy)
     return state
