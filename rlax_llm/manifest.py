@@ -7,7 +7,6 @@ bits. `check_workdir` refuses to continue a run under another config;
 """
 
 import datetime
-import fnmatch
 import importlib.metadata
 import json
 import os
@@ -16,10 +15,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from typing import Any, Mapping, Sequence
+from typing import Any, Collection, Mapping
 
 import jax
 
+from rlax_llm import field_classes
 from rlax_llm import pretrained
 from rlax_llm import processes
 from rlax_llm.config import Config
@@ -31,19 +31,6 @@ from rlax_llm.files import WriteError
 from rlax_llm.metrics import jsonable
 
 MANIFEST_FILE = 'manifest.json'
-
-# Fields that may differ between a run and its continuation, as patterns. How
-# far and how often: none changes a training step.
-EXTENT_FIELDS = ('num_steps', 'checkpoint.*', 'evaluate.*')
-# Speed values: none changes a token.
-SPEED_FIELDS = ('rollout.slots', 'rollout.drafter', 'rollout.width',
-                'rollout.branching', 'rollout.draft_least', 'rollout.history',
-                'rollout.cache_megabytes', 'rollout.segment_forwards',
-                'rollout.min_capacity', 'control.*', 'drafter.*',
-                'task.verifier_processes')
-# Tokens stay, near-ties apart; sums are taken in another order.
-MESH_FIELDS = ('mesh.*',)
-MAY_DIFFER = EXTENT_FIELDS + SPEED_FIELDS + MESH_FIELDS
 
 # What training values depend on; the last three verify answers.
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
@@ -81,16 +68,17 @@ def read_manifest(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
                       'give another --workdir') from e
 
 
-def check_workdir(workdir: str | os.PathLike[str],
-                  config: Mapping[str, Any],
-                  *,
-                  allow: Sequence[str] = MAY_DIFFER) -> list[str]:
+def check_workdir(
+    workdir: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    allow: Collection[str] = field_classes.MAY_DIFFER) -> list[str]:
   """Refuses a workdir that holds the run of another config.
 
   Args:
     workdir: the run's folder; it may be missing or empty.
     config: `to_dict(config)` of the run about to start.
-    allow: patterns of dotted field names that may differ.
+    allow: classes of `field_classes` whose fields may differ.
 
   Returns:
     Warnings, one line each: differences that are allowed and still matter.
@@ -102,8 +90,8 @@ def check_workdir(workdir: str | os.PathLike[str],
   if manifest is None:
     return []
   # A field that one side does not know has, for it, the default.
-  old = _with_defaults(manifest['config'])
-  new = _with_defaults(jsonable(config))
+  old = field_classes.comparable(_with_defaults(manifest['config']))
+  new = field_classes.comparable(_with_defaults(jsonable(config)))
   differing = [
       name for name in sorted(old.keys() | new.keys())
       if old.get(name, '(absent)') != new.get(name, '(absent)')
@@ -111,8 +99,7 @@ def check_workdir(workdir: str | os.PathLike[str],
   if _BASE in differing and _same_weights(manifest, new.get(_BASE)):
     differing.remove(_BASE)
   refused = [
-      name for name in differing
-      if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
+      name for name in differing if field_classes.class_of(name) not in allow
   ]
   if refused:
     shown = ', '.join(f'{name} ({old.get(name, "absent")!r} there, '
@@ -124,10 +111,13 @@ def check_workdir(workdir: str | os.PathLike[str],
         f'{f" and {more} more" if more > 0 else ""}; give another --workdir, '
         'or the config of that run to continue it')
   warnings = []
-  if any(name.startswith('mesh.') for name in differing):
-    warnings.append('the mesh is another one than before: sums are taken in '
-                    'another order, so the curve may part from that of the '
-                    'old mesh')
+  layout = [
+      name for name in differing
+      if field_classes.class_of(name) == field_classes.LAYOUT
+  ]
+  if layout:
+    warnings.append(f'{", ".join(layout)} changed: sums are taken in another '
+                    'order, so the curve may part from that of the old layout')
   schedule = new.get('learning.schedule')
   if 'num_steps' in differing and schedule != 'constant':
     warnings += [
@@ -135,6 +125,12 @@ def check_workdir(workdir: str | os.PathLike[str],
         f'{schedule} schedule of the learning rate changes with it, so this '
         'run differs from one of that length from the start'
     ]
+  staleness = new['control.staleness']
+  if staleness and new['num_steps'] > old['num_steps']:
+    warnings.append(
+        f'num_steps was {old["num_steps"]} and is {new["num_steps"]}: with '
+        f'control.staleness={staleness} the steps after {old["num_steps"]} '
+        'learn from newer policies than in a run of that length from the start')
   return warnings
 
 

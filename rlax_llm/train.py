@@ -14,6 +14,7 @@ import uuid
 from rlax_llm import checkpoint
 from rlax_llm import evaluate as evaluation
 from rlax_llm import executables
+from rlax_llm import field_classes
 from rlax_llm import flags
 from rlax_llm import manifest
 from rlax_llm import metrics
@@ -74,11 +75,14 @@ def train(config: Config,
           'their content: they come from another law than the policy, whose '
           'log-probabilities are not known; train with 0, and give it to '
           'rlax_llm.evaluate')
-    warnings = manifest.check_workdir(workdir, to_dict(config))
+    allowed = field_classes.MAY_DIFFER
+    if run.algorithm.leaps:  # They are judged as held-out answers are.
+      allowed -= {field_classes.EVALUATION}
+    warnings = manifest.check_workdir(workdir, to_dict(config), allow=allowed)
     held_out = evaluation.held_out_problems(run)
     run.check_prompts([*held_out, *run.known_problems()])
     if config.sft.steps:
-      run.demonstration(0)
+      next(run.demonstrations())
     teacher = teachers.find_teacher(run)
     with checkpoint.Checkpoints(workdir) as saved:
       # A continued run has its parameters, and the weights may be gone.

@@ -44,7 +44,10 @@ ALLOWED = {
     'stopping': {'processes'},
     'workdir_lock': {*_BASE, 'files'},
     'guards': {*_BASE, 'executables'},
-    'manifest': {*_BASE, 'files', 'metrics', 'pretrained', 'processes'},
+    'field_classes': set(_BASE),
+    'manifest': {
+        *_BASE, 'field_classes', 'files', 'metrics', 'pretrained', 'processes'
+    },
     'plots': {*_BASE, 'files', 'metrics'},
     'progression': set(_BASE),
     'field_types': set(_BASE),

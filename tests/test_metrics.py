@@ -9,17 +9,22 @@ import numpy as np
 import pytest
 from tensorboardX import proto
 
+from rlax_llm import field_classes
 from rlax_llm import manifest
 from rlax_llm import metric_names
 from rlax_llm import metrics
 from rlax_llm import progress
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import Section
 from rlax_llm.config import to_dict
 
 
 def _writer(folder, resume_step=None, run_id='a'):
-  return metrics.MetricsWriter(folder, resume_step=resume_step, run_id=run_id)
+  return metrics.MetricsWriter(folder,
+                               resume_step=resume_step,
+                               evaluated_step=resume_step,
+                               run_id=run_id)
 
 
 def _run(folder, steps, resume_step=None, run_id='a'):
@@ -38,7 +43,8 @@ def _run(folder, steps, resume_step=None, run_id='a'):
 
 def test_vocabulary():
   for name, metric in metric_names.METRICS.items():
-    assert metric.kind in ('training', 'speed'), name
+    assert metric.kind in ('training', 'evaluation', 'speed'), name
+    assert (metric.kind == 'evaluation') == name.startswith('evaluate/'), name
     assert metric.unit and metric.meaning
   assert metric_names.describe('evaluate/pass_at_16').unit == 'fraction'
   for name in ('reward/maen', 'evaluate/pass_at_0', 'evaluate/pass_at_4x'):
@@ -51,12 +57,13 @@ def test_split_exactness_and_order(tmp_path):
   _run(tmp_path, [3])
   (row,) = metrics.read_jsonl(tmp_path / 'metrics.jsonl')
   assert list(row) == [
-      'step', 'evaluate/pass_at_4', 'policy/entropy', 'reward/mean',
-      'rollout/tokens'
+      'step', 'policy/entropy', 'reward/mean', 'rollout/tokens'
   ]
   assert row['reward/mean'] == float(jnp.float32(0.1) * 3)
   assert row['policy/entropy'] == 1 / 3
   assert row['rollout/tokens'] == 10**12 + 3
+  (row,) = metrics.read_jsonl(tmp_path / 'evaluations.jsonl')
+  assert row == {'step': 3, 'evaluate/pass_at_4': 0.5}
   (row,) = metrics.read_jsonl(tmp_path / 'timing.jsonl')
   assert row == {'step': 3, 'run': 'a', 'time/step': 0.25}
 
@@ -103,11 +110,12 @@ def test_resume_equals_the_uninterrupted_run(tmp_path, torn):
   """Mutants: `step < last`; no truncation; a torn line kept."""
   _run(tmp_path / 'whole', range(1, 9))
   _run(tmp_path / 'killed', range(1, 7))
-  for file in ('metrics.jsonl', 'samples.jsonl', 'timing.jsonl'):
+  for file in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl',
+               'timing.jsonl'):
     with open(tmp_path / 'killed' / file, 'a', encoding='utf-8') as stream:
       stream.write(torn)
   _run(tmp_path / 'killed', range(5, 9), resume_step=4, run_id='b')
-  for file in ('metrics.jsonl', 'samples.jsonl'):
+  for file in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl'):
     assert (tmp_path / 'killed' / file).read_bytes() == (tmp_path / 'whole' /
                                                          file).read_bytes()
   rows = metrics.read_jsonl(tmp_path / 'killed' / 'timing.jsonl')
@@ -221,7 +229,84 @@ def test_what_may_differ(tmp_path):
                     control__compact=False)
   assert not manifest.check_workdir(tmp_path, allowed)
   with pytest.raises(ConfigError, match='rollout.width'):
-    manifest.check_workdir(tmp_path, allowed, allow=manifest.EXTENT_FIELDS)
+    manifest.check_workdir(tmp_path, allowed, allow={field_classes.EXTENT})
+
+
+def test_every_field_has_a_class():
+  """Law: each field of each section has one class, which says whether a
+  resume may change it; what is not known to be harmless is refused.
+
+  Mutants: a field missing from the table; a field listed twice; a field of
+  `control`, or the slots of logical time, counted as speed.
+  """
+  names = [
+      f'{path}.{name}'.lstrip('.')
+      for path, section in field_classes.sections(Config())
+      for name, value in vars(section).items()
+      if not isinstance(value, Section)
+  ]
+  assert len(names) > 150
+  classes = {name: field_classes.class_of(name) for name in names}
+  assert set(
+      classes.values()) == {field_classes.TRAINING, *field_classes.MAY_DIFFER}
+  assert field_classes.class_of('task.options.x') == field_classes.TRAINING
+  assert field_classes.class_of('no.such.field') == field_classes.TRAINING
+
+
+@pytest.mark.parametrize('changes', [
+    dict(control__over_provision=1.5),
+    dict(control__max_staleness=1),
+    dict(control__dynamic_sampling=2),
+    dict(control__staleness=1),
+    dict(control__replay=1),
+    dict(control__replay_steps=1),
+    dict(control__order='longest_first'),
+    dict(control__prune_at=4),
+    dict(control__prune_keep=0.25),
+    dict(control__prune_steps=1),
+    dict(control__prune_weights=False),
+    dict(control__extra_samples=4),
+    dict(control__extra_by_hardness=True),
+],
+                         ids=lambda changes: next(iter(changes)))
+def test_a_resume_keeps_what_decides_on_training(tmp_path, changes):
+  """Law: a resume refuses another policy of which samples a step learns from.
+
+  Mutant: all of `control` counted as speed.
+  """
+  manifest.write_manifest(tmp_path, _config(), run_id='a')
+  name, = (name.replace('__', '.') for name in changes)
+  with pytest.raises(ConfigError, match=name):
+    manifest.check_workdir(tmp_path, _config(**changes))
+
+
+def test_slots_are_speed_unless_logical_time_counts_them(tmp_path):
+  """Law: with over-provision and no `control.logical_slots`, `rollout.slots`
+  says which sample is late; otherwise it may change.
+
+  Mutants: `rollout.slots` never compared; always compared.
+  """
+
+  def check(old, new):
+    manifest.write_manifest(tmp_path, _config(**old), run_id='a')
+    return manifest.check_workdir(tmp_path, _config(**new))
+
+  assert not check({}, dict(rollout__slots=8))
+  late = dict(control__over_provision=1.5)
+  with pytest.raises(ConfigError, match=r'logical_slots \(64 there, 8 now\)'):
+    check(late, dict(late, rollout__slots=8))
+  assert not check(late, dict(late, rollout__slots=8,
+                              control__logical_slots=64))
+  late['control__logical_slots'] = 16
+  assert not check(late, dict(late, rollout__slots=8))
+
+
+def test_a_longer_run_of_a_stale_policy_warns(tmp_path):
+  """Mutant: no warning."""
+  stale = dict(control__staleness=2)
+  manifest.write_manifest(tmp_path, _config(**stale), run_id='a')
+  (line,) = manifest.check_workdir(tmp_path, _config(**stale, num_steps=200))
+  assert 'num_steps was 100 and is 200' in line and 'staleness=2' in line
 
 
 def test_longer_run_of_a_schedule_warns(tmp_path):
@@ -235,11 +320,11 @@ def test_longer_run_of_a_schedule_warns(tmp_path):
 
 def test_field_unknown_to_the_older_run_has_its_default(tmp_path):
   old = _config()
-  del old['learning']['remat']
+  del old['learning']['b1']
   manifest.write_manifest(tmp_path, old, run_id='a')
   assert not manifest.check_workdir(tmp_path, _config())
-  with pytest.raises(ConfigError, match='learning.remat'):
-    manifest.check_workdir(tmp_path, _config(learning__remat=True))
+  with pytest.raises(ConfigError, match='learning.b1'):
+    manifest.check_workdir(tmp_path, _config(learning__b1=0.5))
 
 
 @pytest.mark.parametrize('old, new', [
@@ -269,13 +354,15 @@ def test_a_dict_of_the_users_is_one_value(tmp_path, old, new):
     manifest.check_workdir(tmp_path, _config(task__rewards=new))
 
 
-def test_another_mesh_is_allowed_with_a_warning(tmp_path):
-  """Law: a checkpoint restores onto another mesh; the user is told that the
-  curve may part. Mutant: no warning.
+def test_another_layout_is_allowed_with_a_warning(tmp_path):
+  """Law: a checkpoint restores onto another mesh and other microbatches; the
+  user is told that the curve may part. Mutant: no warning.
   """
   manifest.write_manifest(tmp_path, _config(), run_id='a')
-  (line,) = manifest.check_workdir(tmp_path, _config(mesh__fsdp=2))
-  assert 'mesh' in line and 'may part' in line
+  (line,) = manifest.check_workdir(
+      tmp_path, _config(mesh__fsdp=2, learning__microbatch_rows=2))
+  assert 'mesh.fsdp, ' in line or ', mesh.fsdp' in line
+  assert 'learning.microbatch_rows' in line and 'may part' in line
 
 
 def test_manifest_lists_runs_and_warns_of_another_machine(
