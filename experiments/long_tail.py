@@ -125,8 +125,12 @@ def train(
   engine = run.engine(run.sampling)
   with Verifier(config.task, config.seed) as verifier:
     learner = learners.make_learner(run)
-    collector = Collector(run, engine, verifier, run.rollout_store(),
-                          learner.score_samples)
+    collector = Collector(run,
+                          engine,
+                          verifier,
+                          run.rollout_store(),
+                          learner.score_samples,
+                          reads_sampler=learner.reads_sampler)
     reference = run.states.reference(tempfile.mkdtemp(),
                                      states['policy'].params, 0)
     drafter = None

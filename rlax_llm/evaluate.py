@@ -134,14 +134,17 @@ def main(argv: list[str]) -> None:
   run.check_prompts(problems)
   executables.enable_compilation_cache()
   step, states, _ = run.states.restore_all(_WORKDIR.value)
+  engine = run.engine(evaluation_sampling(run))
   with Verifier(run.config.task, run.config.seed) as verifier:
     values = evaluate(run,
-                      run.engine(evaluation_sampling(run)),
+                      engine,
                       states['policy'].params,
                       verifier,
                       problems,
                       drafter_params=drafter_params(states))
   if processes.is_writer():
+    if engine.stats.warning():
+      print(f'warning: {engine.stats.warning()}', file=sys.stderr)
     json.dump({'step': step, **values}, sys.stdout)
     print()
 

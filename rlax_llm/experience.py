@@ -26,6 +26,7 @@ from rlax_llm.learning.batch import Sample
 from rlax_llm.progression import Stopwatch
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.generation import IdleWork
+from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import sample_key
 from rlax_llm.run import Run
 from rlax_llm.sampler import Demand
@@ -45,8 +46,14 @@ _FADING = 0.7  # weight of what an epoch ago told of a prompt's lengths
 class Collector:
   """Samples and scores the groups of a step."""
 
-  def __init__(self, run: Run, engine: RolloutEngine, verifier: Verifier,
-               store: RolloutStore, score: Score) -> None:
+  def __init__(self,
+               run: Run,
+               engine: RolloutEngine,
+               verifier: Verifier,
+               store: RolloutStore,
+               score: Score,
+               *,
+               reads_sampler: bool = True) -> None:
     """Makes a collector.
 
     Args:
@@ -55,16 +62,20 @@ class Collector:
       verifier: gives rewards.
       store: past rollouts, drafted from.
       score: gives the log-probabilities of what a later step trains on.
+      reads_sampler: whether the objective reads them.
     """
     self._run = run
     self._control = run.config.control
     self._sampler = GroupSampler(run, engine, verifier, store)
     self._store = store
     self._score = score
+    self._reads_sampler = reads_sampler
     self._force = ForcedAnswers(run, engine, verifier).progress
     self._state = Experience()  # after the last step that was learned
     self._next = self._state  # after the one under way
-    self._values: dict[str, float] = {}  # of the last `collect`
+    # Of the last `collect`: metrics, and every complete group that it sampled.
+    self._values: dict[str, float] = {}
+    self.sampled: list[Group] = []
 
   def dump(self) -> dict[str, Any]:
     """Returns what the steps after the last learned one depend on."""
@@ -103,11 +114,15 @@ class Collector:
       if not self._next.rehearsal:
         self._update(rehearsal=self._solved(params, watch))
       self._values['rollout/rehearsal_samples'] = len(self._rehearsal())
-    while len(self._next.queue) <= self._control.staleness:
+    # Batches for the steps after the last one would be sampled for nobody.
+    left = max(self._run.config.num_steps - 1 - step, 0)
+    ahead = min(self._control.staleness, left)
+    while len(self._next.queue) <= ahead:
       batch, new = self._round(params, step, step + len(self._next.queue),
                                watch)
       seen += new
       self._update(queue=(*self._next.queue, batch))
+    self.sampled = seen
     batch, *queue = self._next.queue
     fresh = sum(group.tokens for group in batch if not group.replayed)
     self._update(queue=tuple(queue),
@@ -185,6 +200,11 @@ class Collector:
     self._values |= values
     watch.lap('progress')
     return [{'progress': array} for array in found]
+
+  @property
+  def sampling_stats(self) -> RolloutStats:
+    """Speed values of the last `collect`."""
+    return self._sampler.stats
 
   @property
   def left_out(self) -> Sequence[str]:
@@ -321,8 +341,11 @@ class Collector:
 
     It is scored under the weights that sampled it, before they change. In the
     batch of this step that is needed where older tokens stand beside new ones:
-    what is on-policy as a whole needs no scores.
+    what is on-policy as a whole needs no scores. Neither does anything where
+    the objective does not read by which policy a token was sampled.
     """
+    if not self._reads_sampler:
+      return list(batch)
     state = self._next
     kept: list[Group | Pending] = [*state.pending, *state.surplus, *state.past]
     kept += [group for queued in state.queue for group in queued]

@@ -34,18 +34,23 @@ class Rails:
     self._learning = learning
     self._warn = warn
     self._gap = learning.gap_alarm or _GAPS[learning.precision.compute]
-    self._left = {'gap': _WARNINGS, 'compile': _WARNINGS}
+    self._left = {'gap': _WARNINGS, 'compile': _WARNINGS, 'sampling': _WARNINGS}
     self._looked = 0
     self._skipped = 0  # in a row
     self._compiled = self._outside()
     self.lost = ''  # why the run cannot go on
 
+  def look_at_sampling(self, when: str, warning: str) -> None:
+    """Passes on what `RolloutStats.warning` says of a step or evaluation."""
+    if warning:
+      self._once('sampling', f'{when}: {warning}')
+
   def look(self, step: int, values: Mapping[str, Any]) -> None:
     """Looks at the values of a step, from 1."""
     self._look_at_update(step, values)
-    # Absent while only a critic learns.
+    # Absent where the step sampled nothing.
     gap = values.get('policy/behaviour_gap_max', 0.0)
-    if gap > self._gap:
+    if not gap <= self._gap:  # NaN is above, too.
       self._once(
           'gap', f'step {step}: policy/behaviour_gap_max is {gap:.3g} nats, '
           f'above {self._gap:.3g}: tokens were not sampled from the law that '

@@ -1,5 +1,6 @@
 """The compiled steps of learning, and the batches they take."""
 
+import dataclasses
 import functools
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
@@ -12,6 +13,7 @@ from rlax_llm.config import LearningConfig
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import batch as batches
 from rlax_llm.learning import critic as critics
+from rlax_llm.learning import diagnostics
 from rlax_llm.learning import gradient_norms
 from rlax_llm.learning import token_credit
 from rlax_llm.learning import update as updates
@@ -31,6 +33,13 @@ class Teacher(NamedTuple):
   """Whom the policy is distilled from: any model of the same vocabulary."""
   model: LanguageModel
   params: Params  # on the mesh
+
+
+class Diagnosis(NamedTuple):
+  """A random subset of a step's samples, scored before the update."""
+  batch: Batch  # on the mesh, [1, R, L]
+  logprobs: Array  # float32[1, R, L], nats, on the mesh
+  values: dict[str, Array]  # metrics of the policy before the update
 
 
 class Learner:
@@ -126,6 +135,97 @@ class Learner:
     scores = self.score(params, self.put(self.pack(samples)))
     return batches.unpack(processes.whole(scores), samples)
 
+  @property
+  def reads_sampler(self) -> bool:
+    """Whether a stale token's log-probability when it was sampled is read."""
+    return (self._learning.old_logprobs == 'scored' or
+            token_credit.reads_sampler(self._algorithm))
+
+  def diagnose(self, params: Params, samples: Sequence[Sample],
+               fresh: Sequence[np.ndarray], step: int) -> Diagnosis:
+    """Scores a random subset of samples, of a fixed shape.
+
+    As many are drawn as fit into one microbatch whatever their lengths.
+
+    Args:
+      params: the policy's, before the update.
+      samples: of one step.
+      fresh: bool[c] of each sample: the tokens that `params` sampled.
+      step: from 0.
+    """
+    rollout = self._run.config.rollout
+    longest = rollout.prompt_length + rollout.max_new_tokens
+    rows = self._learning.microbatch_rows
+    chosen = diagnostics.choose(len(samples),
+                                rows * (self._run.row_length // longest),
+                                seed=self._run.config.seed,
+                                step=step)
+    batch = self.put(
+        batches.make_batch([
+            dataclasses.replace(
+                samples[i], trained=True, extra={diagnostics.FRESH: fresh[i]})
+            for i in chosen
+        ],
+                           reduction='token_mean',
+                           constant=rollout.max_new_tokens,
+                           row_length=self._run.row_length,
+                           microbatch_rows=rows,
+                           extra=(diagnostics.FRESH,)))
+    scores = self._diagnostic_scores(params, batch)
+    values = self._run.pool(('before_update', batch.tokens.shape),
+                            diagnostics.before_update,
+                            batch,
+                            scores['logprobs'],
+                            scores['entropy'],
+                            out_shardings=sharding.replicated(self._run.mesh))
+    if not any(fresh[i].any() for i in chosen):
+      del values['policy/behaviour_gap_max']
+    return Diagnosis(batch, scores['logprobs'], values)
+
+  def diagnose_update(self, params: Params, diagnosis: Diagnosis,
+                      reference: Params | None) -> dict[str, float]:
+    """Returns the metrics of a diagnosis, and those of the update after it.
+
+    Args:
+      params: the policy's, after the update.
+      diagnosis: from `diagnose`.
+      reference: for the divergence from it; None: there is none.
+    """
+    batch = diagnosis.batch
+    if reference is not None:
+      reference = self._diagnostic_scores(self._whole(reference, params),
+                                          batch)['logprobs']
+    values = self._run.pool(
+        ('after_update', self._name, self._config, batch.tokens.shape, reference
+         is None),
+        functools.partial(diagnostics.after_update, config=self._config),
+        batch,
+        diagnosis.logprobs,
+        self._diagnostic_scores(params, batch)['logprobs'],
+        reference,
+        out_shardings=sharding.replicated(self._run.mesh))
+    control = self._run.config.control
+    stale = control.staleness or control.replay or control.over_provision > 1
+    if stale and not self.reads_sampler:
+      # Its stale tokens were not scored when they were sampled.
+      del values['policy/effective_tokens']
+    found = jax.device_get(diagnosis.values | values)
+    return {name: float(value) for name, value in found.items()}
+
+  def _diagnostic_scores(self, params: Params,
+                         batch: Batch) -> dict[str, Array]:
+    return self._pass(batch,
+                      params,
+                      'diagnose',
+                      updates.score_pass,
+                      self._run.model,
+                      names=('logprobs', 'entropy'))
+
+  def _whole(self, reference: Params, params: Params) -> Params:
+    """Returns a reference policy whose gaps hold the policy's frozen ones."""
+    frozen = lora.split(params, self._run.model.trainable(params))[1]
+    return lora.join(reference, frozen)
+
   def update(self, state: TrainState,
              batch: Batch) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step; donates the state."""
@@ -181,9 +281,7 @@ class Learner:
     padding = float(np.mean([batches.padding_fraction(b) for b in packed]))
     placed = [self._score_old(params, self.put(b)) for b in packed]
     if reference is not None:
-      model = self._run.model
-      reference = lora.join(reference,
-                            lora.split(params, model.trainable(params))[1])
+      reference = self._whole(reference, params)
       placed = [
           b.replace(reference_logprobs=self.score(reference, b)) for b in placed
       ]

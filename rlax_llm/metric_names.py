@@ -82,25 +82,27 @@ METRICS: dict[str, Metric] = {
     'policy/kl_reference_k3':
         Metric('nats', _T, 'KL from the reference by k3, in the loss or not'),
     'policy/entropy':
-        Metric('nats', _T, 'entropy of the policy, per trained token'),
+        Metric('nats', _T,
+               'entropy of the policy before the update, per token'),
     'policy/clip_fraction':
-        Metric('fraction', _T, 'trained tokens whose ratio was clipped'),
+        Metric('fraction', _T, 'tokens that the loss clips after the update'),
     'policy/ratio_max':
-        Metric('1', _T, 'largest probability ratio, new to old policy'),
+        Metric('1', _T,
+               'largest probability ratio, after to before the update'),
     'policy/ratio_mean':
-        Metric('1', _T, 'mean probability ratio, new to old policy'),
+        Metric('1', _T, 'mean probability ratio, after to before the update'),
     'policy/ratio_min':
-        Metric('1', _T, 'smallest probability ratio, new to old policy'),
+        Metric('1', _T, 'least probability ratio, after to before the update'),
     'policy/effective_tokens':
         Metric('fraction', _T, 'tokens left by weights new / sampling policy'),
     'policy/rehearsal_divergence':
         Metric('nats', _T, "of what is rehearsed, by the loss's divergence"),
     'policy/rejected_fraction':
-        Metric('fraction', _T, 'trained tokens dropped for a stale sampler'),
+        Metric('fraction', _T, 'tokens dropped for a stale sampler'),
     'policy/behaviour_gap_max':
         Metric('nats', _S, 'largest |behaviour - recomputed| log-probability'),
     'policy/approximate_kl':
-        Metric('nats', _T, 'mean of old - new log-probability, per token'),
+        Metric('nats', _T, 'mean of old - new log-probability over the update'),
     'policy/staleness_mean':
         Metric('steps', _T, 'age of the policy that sampled a token'),
     'policy/staleness_max':
@@ -171,6 +173,8 @@ METRICS: dict[str, Metric] = {
         Metric('segments', _S, 'segments, each with one read of the device'),
     'rollout/executables':
         Metric('1', _S, 'segments compiled so far, by rows, capacity and arm'),
+    'rollout/nonfinite_samples':
+        Metric('samples', _S, 'drawn from logits that are not finite'),
     'rollout/occupancy':
         Metric('fraction', _S, 'slots that hold an unfinished sample'),
     'time/rollout':
@@ -185,6 +189,8 @@ METRICS: dict[str, Metric] = {
         Metric('s', _S, 'answers forced in the middle of samples'),
     'time/leap':
         Metric('s', _S, 'leaps and what judges them'),
+    'time/diagnose':
+        Metric('s', _S, 'scoring a random subset of samples for metrics'),
     'time/update':
         Metric('s', _S, 'optimizer step'),
     'time/step':

@@ -29,6 +29,7 @@ from rlax_llm.config import list_widths
 from rlax_llm.config import MeshConfig
 from rlax_llm.config import to_dict
 from rlax_llm.ops.sampling import Sampling
+from rlax_llm.rollout.state import NOT_FINITE
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
@@ -274,6 +275,8 @@ def main(argv: list[str]) -> None:
                              sampling=sampling,
                              max_new_tokens=_MAX_NEW_TOKENS.value,
                              drafter_params=states_of.drafter_params(states))
+  if not all(np.isfinite(c.logprob) for c in completions):
+    print(f'warning: {NOT_FINITE}', file=sys.stderr)
   write = write_json if _JSON.value else write_text
   write(completions, sys.stdout)
 

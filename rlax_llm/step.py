@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Sequence
 
+import jax
 import numpy as np
 
 from rlax_llm import credit
@@ -11,7 +12,10 @@ from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.experience import Collector
 from rlax_llm.groups import Group
 from rlax_llm.leaps import Leaps
+from rlax_llm.learner import Diagnosis
 from rlax_llm.learner import Learner
+from rlax_llm.learning import diagnostics
+from rlax_llm.learning.batch import Sample
 from rlax_llm.progression import Progression
 from rlax_llm.progression import Stopwatch
 from rlax_llm.run import Run
@@ -76,11 +80,24 @@ def train_step(
       critic=critic,
       rehearsed=loop.collector.rehearsed(step))
   watch.lap('score')
+  rollouts = [r for group in groups for r in group.rollouts]
+  diagnosis = loop.learner.diagnose(params, samples,
+                                    [r.token_version == step for r in rollouts],
+                                    step)
+  gap = sampling_gap(loop, params, diagnosis, step)
+  watch.lap('diagnose')
   run.on_boundary()  # the last time: `learn_all` takes the states
   states, values = loop.learner.learn_all(states, prepared, step)
   loop.collector.learned()
   watch.lap('update')
-  rollouts = [r for group in groups for r in group.rollouts]
+  # The update's own sums leave out samples without an advantage.
+  values = {
+      name: value
+      for name, value in values.items()
+      if name not in diagnostics.NAMES
+  } | loop.learner.diagnose_update(states['policy'].params, diagnosis,
+                                   loop.reference) | gap
+  watch.lap('diagnose')
   if loop.drafter:
     drafter, more = loop.drafter.after_step(states['drafter'],
                                             states['policy'].params,
@@ -120,6 +137,34 @@ def train_step(
   }
   rows = sample_rows(groups, rewards, advantages)
   return states, numbers, rows
+
+
+def sampling_gap(loop: Loop, params: Params, diagnosis: Diagnosis,
+                 step: int) -> dict[str, float]:
+  """Returns the behaviour gap of what a step sampled but does not learn from.
+
+  With `control.staleness` a step learns from earlier policies' samples only,
+  which its own policy cannot judge.
+
+  Args:
+    loop: the run's parts.
+    params: the policy's, before the update.
+    diagnosis: of the samples that the step learns from.
+    step: from 0.
+
+  Returns:
+    {} where the diagnosis has a gap, or nothing was sampled.
+  """
+  name = 'policy/behaviour_gap_max'
+  sampled = [r for group in loop.collector.sampled for r in group.rollouts]
+  if name in diagnosis.values or not sampled:
+    return {}
+  found = loop.learner.diagnose(params, [
+      Sample(
+          r.request.prompt, r.tokens, behaviour_logprobs=r.behaviour_logprobs)
+      for r in sampled
+  ], [r.token_version == step for r in sampled], step).values
+  return {name: float(jax.device_get(found[name]))} if name in found else {}
 
 
 def group_metrics(groups: Sequence[Group], rewards: Sequence[np.ndarray],

@@ -85,8 +85,12 @@ class Trainer:
     self._learner = learners.make_learner(run,
                                           teachers.load_teacher(run, teacher))
     self._store = run.rollout_store()
-    self._collector = Collector(run, engine, verifier, self._store,
-                                self._learner.score_samples)
+    self._collector = Collector(run,
+                                engine,
+                                verifier,
+                                self._store,
+                                self._learner.score_samples,
+                                reads_sampler=self._learner.reads_sampler)
     learns = run.states.draft_model is not None
     self._drafter = DrafterTraining(run) if learns else None
     self._leaps = Leaps(run, self._judged) if run.algorithm.leaps else None
@@ -137,10 +141,11 @@ class Trainer:
       reference = run.states.reference(self._workdir, params, first)
       loop = Loop(run, self._collector, self._learner, reference,
                   self.progression, self._drafter, self._leaps)
+      self._rails = rails = guards.Rails(run.pool, config.learning,
+                                         self.progress.message)
       # A stop may have come between the step and its evaluation.
       self._evaluate_and_save(first)
       self.progress.phase('reinforcement learning', config.num_steps)
-      rails = guards.Rails(run.pool, config.learning, self.progress.message)
       if profile:
         profile = max(profile[0], first + 1), min(profile[1], config.num_steps)
         profile = profile if profile[0] <= profile[1] else None
@@ -154,6 +159,8 @@ class Trainer:
               self._save(step)
               raise
           self._report_left_out('prompts', self._collector.left_out)
+          rails.look_at_sampling(f'step {step + 1}',
+                                 self._collector.sampling_stats.warning())
           rails.look(step + 1, values)
           # Files first: what a checkpoint says happened has been written.
           self._writer.write_samples(step + 1, rows)
@@ -260,6 +267,8 @@ class Trainer:
         self._save(done)
         raise
       watch.lap('evaluate')
+      self._rails.look_at_sampling(f'evaluation after step {done}',
+                                   self._judge.stats.warning())
       self._writer.write(done, values | (watch.seconds if done else {}))
       self.progression.add_accuracy(done, values['evaluate/accuracy'])
       self.progress.update(done, values)

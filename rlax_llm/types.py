@@ -85,8 +85,9 @@ class Request:
 
 
 # Request.domain. REHEARSE: the initial policy's samples that are kept; FORCE:
-# answers asked for in the middle of a sample.
-TRAIN, EVALUATE, REHEARSE, FORCE = 0, 1, 2, 3
+# answers asked for in the middle of a sample. DIAGNOSE is no request's: it
+# draws the samples that metrics are measured on.
+TRAIN, EVALUATE, REHEARSE, FORCE, DIAGNOSE = 0, 1, 2, 3, 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,14 +118,21 @@ def _plain_law(model, params, tokens):
   return jax.nn.log_softmax(model.logits(params, hidden))[0]
 
 
-def plain_logprobs(run, params, sample):
-  """Log-probabilities of a completion, unpacked and without our scorer."""
+def plain_law(run, params, sample):
+  """Log-probabilities of all tokens at a completion's positions, unpacked and
+  without our scorer."""
   tokens = np.zeros((1, 16), np.int32)
   first, count = len(sample.prompt), len(sample.completion)
   tokens[0, :first] = sample.prompt
   tokens[0, first:first + count] = sample.completion
   law = np.asarray(_plain_law(run.model, params, tokens))
-  return law[np.arange(first, first + count) - 1, sample.completion]
+  return law[np.arange(first, first + count) - 1]
+
+
+def plain_logprobs(run, params, sample):
+  """Log-probabilities of a completion, unpacked and without our scorer."""
+  law = plain_law(run, params, sample)
+  return law[np.arange(len(sample.completion)), sample.completion]
 
 
 def rehearsed_samples(run, count=6):

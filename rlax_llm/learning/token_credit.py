@@ -172,6 +172,13 @@ def reads(algorithm: Algorithm) -> frozenset[str]:
   return frozenset(names)
 
 
+def reads_sampler(algorithm: Algorithm) -> bool:
+  """Returns whether the policy that sampled a stale token is read."""
+  return (algorithm.credit in ('minimum_variance', 'distillation') or
+          algorithm.step_scale != 'none' or
+          (algorithm.correction, algorithm.rejection) != ('none', 'none'))
+
+
 def carried(algorithm: Algorithm) -> tuple[str, ...]:
   """Returns what samples bring along, by the names of `Sample.extra`."""
   names = []

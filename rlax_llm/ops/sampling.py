@@ -45,14 +45,17 @@ def log_law(logits: Array, sampling: Sampling) -> Array:
     sampling: the law; static.
 
   Returns:
-    float32[..., V], nats, normalised; -inf for excluded tokens.
+    float32[..., V], nats, normalised; -inf for excluded tokens. NaN where
+    logits are NaN or +inf.
   """
   chex.assert_type(logits, float)
   if sampling.temperature == 0:
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     hit = token == best
-    return jnp.where(hit, 0.0, _NEGATIVE_INFINITY)
+    # 0, but NaN where no logit is the greatest, as at other temperatures.
+    greatest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(hit, greatest - greatest, _NEGATIVE_INFINITY)
   if sampling.temperature != 1:
     logits = logits / sampling.temperature
   logits = _exclude(logits, sampling)

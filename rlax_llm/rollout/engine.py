@@ -8,6 +8,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 from jax.sharding import Mesh
+import numpy as np
 
 from rlax_llm import sharding
 from rlax_llm.config import check_positions
@@ -289,7 +290,10 @@ class RolloutEngine:
     self.stats.seconds = self._clock() - start
     self.stats.compile_seconds = self.pool.seconds - compiled
     self.stats.executables = len(self.segment_bytes())
-    return generation.outcomes.rollouts(requests), state
+    rollouts = generation.outcomes.rollouts(requests)
+    self.stats.nonfinite_samples = sum(
+        not np.isfinite(r.behaviour_logprobs).all() for r in rollouts)
+    return rollouts, state
 
   def _brought(self, bring: Callable, params: Params,
                drafter_params: Params) -> DraftParams:

@@ -6,6 +6,10 @@ from typing import Mapping
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.types import Rollout
 
+NOT_FINITE = ('tokens were drawn from logits that are not finite: parameters '
+              'are NaN or infinite, or the forward pass overflows in '
+              'learning.precision.compute')
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutState:
@@ -32,6 +36,7 @@ class RolloutStats:
   segments: int = 0
   reads: int = 0  # of the device by the host
   executables: int = 0  # of segments that the pool holds
+  nonfinite_samples: int = 0  # a token's log-probability is not finite
   seconds: float = 0.0
   segment_seconds: float = 0.0  # of them, in segments
   reshard_seconds: float = 0.0  # of them, bringing parameters in place
@@ -44,6 +49,12 @@ class RolloutStats:
         for field in dataclasses.fields(self)
     }
     return RolloutStats(**both | {'executables': other.executables})
+
+  def warning(self) -> str:
+    """Returns one line if logits were not finite, else an empty one."""
+    if not self.nonfinite_samples:
+      return ''
+    return f'{self.nonfinite_samples} samples: {NOT_FINITE}'
 
   def metrics(self) -> dict[str, float]:
     """Returns the metrics under their fixed names."""
@@ -58,5 +69,6 @@ class RolloutStats:
         'rollout/discarded_tokens': self.discarded_tokens,
         'rollout/segments': self.segments,
         'rollout/executables': self.executables,
+        'rollout/nonfinite_samples': self.nonfinite_samples,
         'time/reshard': self.reshard_seconds,
     }
