@@ -14,7 +14,7 @@ from typing import NamedTuple
 # A box with its brace; a box without one, before a number or a command; an
 # escaped character; a brace; the end of a formula or of a line. A doubled
 # backslash is a line break, except that models escape a box with it.
-_BOX = r'\\(?:boxed|fbox)(?![A-Za-z])'
+_BOX = r'\\(?:boxed|fbox)'
 _UNBRACED = r'\s*(?=[+\-\u2212]?(?:\.?[0-9]|\\[A-Za-z{$]))'
 _MARK = re.compile(rf'(?P<box>{_BOX}(?:\s*(?P<brace>\{{)|{_UNBRACED}))|'
                    r'\\[{}$)\]]|\\\\(?!boxed|fbox)|[{}$\n]')
@@ -28,8 +28,10 @@ def last_box(text: str) -> str:
   the brace, as in math-verify. Without a brace, \boxed 5 holds the rest of its
   formula or line, as in MATH's grader; such a box must begin with a number or
   a command, so that a sentence about \boxed is none. Of nested boxes the
-  innermost counts. The search is one pass, so that a completion of nothing but
-  boxes takes linear time.
+  innermost counts. A box inside <think> counts even where the thought does not
+  end, as in math-verify; probes and forced answers read their answers there.
+
+  The search is one pass: a completion of nothing but boxes takes linear time.
   """
   # Where the content of each open box begins, and whether it has a brace; for
   # a group that is no box, None.

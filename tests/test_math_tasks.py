@@ -84,7 +84,7 @@ def one_line(error):
     ])
 def test_boxed(text, answer):
   """Mutants: the first '}' ends a box; escaped braces count; a box without a
-  brace may begin with a word; \\fboxsep is a box.
+  brace may begin with a word.
   """
   assert extract.extract_answer(text, 'boxed') == answer
 
@@ -371,6 +371,10 @@ def _more_than_there_is(path):
   path.write_text(json.dumps(info))
 
 
+def _unknown_place(path):
+  path.write_text(path.read_text().replace('{SHARD_X_OF_Y}', '{SPLIT.x}'))
+
+
 @pytest.mark.parametrize('damage', [
     _in_place_of_file,
     _cut(0),
@@ -401,11 +405,12 @@ def test_a_damaged_dataset_is_refused_in_one_line(prepared, tmp_path, name,
     ('gsm8k-train.array_record-00000-of-00001', _cut(0.9999)),
     ('features.json', _other_type),
     ('dataset_info.json', _more_than_there_is),
+    ('dataset_info.json', _unknown_place),
 ])
 def test_a_dataset_with_one_fault_is_refused(prepared, tmp_path, name, damage):
   """Law: as above, where damage shows while examples are read.
 
-  Mutant: only the opening of files is guarded.
+  Mutants: errors of single records passed on; those of their places too.
   """
   _refused(prepared, tmp_path, name, damage)
 

@@ -29,8 +29,8 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
       follows the last ')'; all of it where there is none), last_line (the last
       line that is not blank), after_equals (behind the last '='; all of it
       where there is none, since the prompt's own '=' stands before it), boxed
-      (the last \\boxed{...} whose braces balance), hashes (the line behind the
-      last ####), all.
+      (the last \\boxed{...} or \\fbox{...}, see `answer_text.last_box`), hashes
+      (the line behind the last ####), all.
 
   Returns:
     The answer, or None where it is missing or blank.
