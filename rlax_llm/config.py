@@ -99,8 +99,9 @@ class TaskConfig(Section):
   prompt_format: str = 'question'
   # Where the answer stands in a completion: tag (the last <answer>...
   # </answer>), scratchpad (behind the last ')'), last_line, after_equals
-  # (behind the last '='), boxed (the last \boxed{...}), hashes (the line
-  # behind the last ####), all.
+  # (behind the last '='), boxed (the last \boxed{...} or \fbox{...}, which may
+  # stand in an unfinished thought), hashes (the line behind the last ####),
+  # all.
   answer_format: str = 'tag'
   # Appended to every prompt after a line break; tells a pretrained model the
   # answer format.
@@ -115,8 +116,8 @@ class TaskConfig(Section):
   # jsonl: the file, and the held-out file ('': split by the question's hash).
   path: str = ''
   held_out_path: str = ''
-  # jsonl, tfds: numeric | exact | math (the same mathematical object by
-  # math-verify, of the extra [math]).
+  # jsonl, tfds: numeric (one exact number: 2 1/2 is 5/2) | exact (text) | math
+  # (the same mathematical object by math-verify, of the extra [math]).
   match: str = 'numeric'
   # The share of the warm start's traces that leave off before the last term
   # and answer with what they reached: an impatient teacher (chain_sum).

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 import tokenizer_helpers
 
+from rlax_llm import answer_text
 from rlax_llm import chat_template
 from rlax_llm import config as config_lib
 from rlax_llm import flags
@@ -99,9 +100,10 @@ def test_any_answers_are_compared(answer, truth, kind):
   assert time.process_time() - begin < 1
   assert equal in (True, False)
   if kind == 'exact':
-    assert equal == (answer.split() == truth.split())
+    assert equal == (
+        answer_text.unbox(answer).split() == answer_text.unbox(truth).split())
     assert match.is_equal(answer, answer, kind)
-  elif match.parse_number(answer) is not None:
+  elif answer_text.parse_number(answer) is not None:
     assert match.is_equal(answer, answer, kind)
 
 

@@ -16,6 +16,7 @@ ALLOWED = {
     'types': set(),
     'config': {'config_base'},
     'config_base': set(),
+    'answer_text': set(),
     'ops': {*_BASE, 'ops'},
     'models': {*_BASE, 'ops', 'models'},
     'drafting': {*_BASE, 'ops', 'models', 'drafting'},
@@ -23,8 +24,8 @@ ALLOWED = {
         *_BASE, 'ops', 'models', 'drafting', 'rollout', 'sharding',
         'executables', 'processes'
     },
-    'learning': {*_BASE, 'ops', 'models', 'learning'},
-    'tasks': {*_BASE, 'tasks'},
+    'learning': {*_BASE, 'ops', 'models', 'learning', 'answer_text'},
+    'tasks': {*_BASE, 'tasks', 'answer_text'},
     'files': set(),
     'board': set(),
     'metric_names': set(),

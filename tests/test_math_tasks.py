@@ -4,17 +4,20 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 
 from rlax_llm import config as config_lib
 from rlax_llm.tasks import equivalence
 from rlax_llm.tasks import extract
 from rlax_llm.tasks import match
+from rlax_llm.tasks import question_answer
 from rlax_llm.tasks import task as task_lib
 from rlax_llm.tasks import tfds_task
 from rlax_llm.tasks import verifier as verifier_lib
@@ -35,26 +38,54 @@ def one_line(error):
 # ---- Extraction ----------------------------------------------------------
 
 
-@pytest.mark.parametrize('text, answer', [
-    (r'so \boxed{5}.', '5'),
-    (r'\boxed{1} and \boxed{2}', '2'),
-    (r'$\boxed{\frac{1}{\sqrt{2}}}$ ends', r'\frac{1}{\sqrt{2}}'),
-    (r'\boxed{\{1, \{2\}\}}', r'\{1, \{2\}\}'),
-    (r'\boxed{\{ }', r'\{'),
-    (r'\boxed{5} then \boxed{6', '5'),
-    (r'\boxed{5} then \boxed{ {6}', '5'),
-    (r'} {\boxed{7}', '7'),
-    (r'\boxed{\boxed{8}}', '8'),
-    (r'\boxed{a \\ b}', r'a \\ b'),
-    (r'\\boxed{9}', '9'),
-    (r'\boxed {10}', '10'),
-    (r'\boxed{ }', None),
-    (r'\boxed{', None),
-    ('boxed{5}', None),
-    ('', None),
-])
+@pytest.mark.parametrize(
+    'text, answer',
+    [
+        (r'so \boxed{5}.', '5'),
+        (r'\boxed{1} and \boxed{2}', '2'),
+        (r'$\boxed{\frac{1}{\sqrt{2}}}$ ends', r'\frac{1}{\sqrt{2}}'),
+        (r'\boxed{\{1, \{2\}\}}', r'\{1, \{2\}\}'),
+        (r'\boxed{\{ }', r'\{'),
+        (r'\boxed{5} then \boxed{6', '5'),
+        (r'\boxed{5} then \boxed{ {6}', '5'),
+        (r'} {\boxed{7}', '7'),
+        (r'\boxed{\boxed{8}}', '8'),
+        (r'\boxed{a \\ b}', r'a \\ b'),
+        (r'\\boxed{9}', '9'),
+        (r'\boxed {10}', '10'),
+        # math-verify's boxes: \fbox, any whitespace before the brace.
+        (r'\fbox{42}', '42'),
+        (r'\boxed{5} or \fbox{6}', '6'),
+        (r'\boxed{\text{\fbox{6}}}', '6'),
+        (r'\\fbox{9}', '9'),
+        ('\\boxed\n{5}', '5'),
+        ('\\boxed\t {5}', '5'),
+        (r'\fboxsep{3}', None),
+        (r'\boxedfoo{3}', None),
+        # MATH's box without a brace: to the end of the formula, or of the line.
+        (r'\boxed 5', '5'),
+        (r'so $\boxed 52$ apples', '52'),
+        (r'\(\boxed -3\) it is', '-3'),
+        ('$\\boxed \\frac{1}{2}$', r'\frac{1}{2}'),
+        ('\\boxed \u22123\nand 4', '\u22123'),
+        (r'\boxed{\boxed 5}', '5'),
+        # A sentence about boxes is none.
+        (r'\boxed{5}. I put it in \boxed.', '5'),
+        (r'\boxed{5}, in \boxed as asked', '5'),
+        (r'put it in \boxed', None),
+        # Thoughts are text like any other, finished or not, as in math-verify.
+        (r'<think>Say \boxed{5}', '5'),
+        (r'<think>\boxed{5}</think> \boxed{6}', '6'),
+        (r'<think>\boxed{5}</think> Five.', '5'),
+        (r'\boxed{ }', None),
+        (r'\boxed{', None),
+        ('boxed{5}', None),
+        ('', None),
+    ])
 def test_boxed(text, answer):
-  """Mutants: the first '}' ends a box; escaped braces count."""
+  """Mutants: the first '}' ends a box; escaped braces count; a box without a
+  brace may begin with a word.
+  """
   assert extract.extract_answer(text, 'boxed') == answer
 
 
@@ -72,8 +103,10 @@ def test_hashes(text, answer):
   assert extract.extract_answer(text, 'hashes') == answer
 
 
-@pytest.mark.parametrize(
-    'text', [r'\boxed{', r'\boxed{}', '}', r'\boxed  ', '{', '####'])
+@pytest.mark.parametrize('text', [
+    r'\boxed{', r'\boxed{}', '}', r'\boxed  ', '{', '####', r'\boxed 5',
+    r'\fbox 5{', '$'
+])
 def test_extraction_is_linear(text):
   """Mutant: the rest of the text is searched from every box."""
   start = time.monotonic()
@@ -292,7 +325,6 @@ def test_a_missing_dataset_names_the_command(tmp_path, monkeypatch):
 
 
 def test_a_dataset_in_another_file_format_is_refused(prepared, tmp_path):
-  import shutil  # pylint: disable=g-import-not-at-top
   copy = tmp_path / 'data'
   shutil.copytree(prepared, copy)
   path = copy / 'gsm8k/1.0.0/dataset_info.json'
@@ -302,6 +334,139 @@ def test_a_dataset_in_another_file_format_is_refused(prepared, tmp_path):
                      match='prepared as tfrecord.*'
                      'file_format=.array_record.'):
     gsm8k(str(copy))
+
+
+def _cut(share):
+
+  def damage(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))])
+
+  return damage
+
+
+def _flip(at):
+
+  def damage(path):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0xff
+    path.write_bytes(content)
+
+  return damage
+
+
+def _other_type(path):
+  path.write_text(path.read_text().replace('text_feature.Text', 'no.Such'))
+
+
+def _in_place_of_file(path):
+  path.unlink()
+  path.mkdir()
+
+
+def _more_than_there_is(path):
+  info = json.loads(path.read_text())
+  for split in info['splits']:
+    split['shardLengths'] = ['41']
+  path.write_text(json.dumps(info))
+
+
+def _unknown_place(path):
+  path.write_text(path.read_text().replace('{SHARD_X_OF_Y}', '{SPLIT.x}'))
+
+
+@pytest.mark.parametrize('damage', [
+    _in_place_of_file,
+    _cut(0),
+    _cut(0.3),
+    pathlib.Path.unlink,
+    lambda path: path.write_bytes(b'\xff\xfe'),
+    lambda path: path.write_bytes(b'[]'),
+    lambda path: path.write_bytes(b'{}'),
+    lambda path: path.write_bytes(b'[' * 10**5),
+])
+@pytest.mark.parametrize('name', [
+    'gsm8k-train.array_record-00000-of-00001',
+    'gsm8k-test.array_record-00000-of-00001', 'dataset_info.json',
+    'features.json'
+])
+def test_a_damaged_dataset_is_refused_in_one_line(prepared, tmp_path, name,
+                                                  damage):
+  """Law: whichever prepared file is missing, cut short or something else, one
+  ConfigError names the folder and the command.
+
+  Mutants: errors of array_record passed on; those of protobuf passed on.
+  """
+  _refused(prepared, tmp_path, name, damage)
+
+
+@pytest.mark.parametrize('name, damage', [
+    ('gsm8k-train.array_record-00000-of-00001', _flip(300)),
+    ('gsm8k-train.array_record-00000-of-00001', _cut(0.9999)),
+    ('features.json', _other_type),
+    ('dataset_info.json', _more_than_there_is),
+    ('dataset_info.json', _unknown_place),
+])
+def test_a_dataset_with_one_fault_is_refused(prepared, tmp_path, name, damage):
+  """Law: as above, where damage shows while examples are read.
+
+  Mutants: errors of single records passed on; those of their places too.
+  """
+  _refused(prepared, tmp_path, name, damage)
+
+
+def _refused(prepared, tmp_path, name, damage):
+  copy = tmp_path / 'data'
+  shutil.copytree(prepared, copy)
+  damage(copy / 'gsm8k/1.0.0' / name)
+  with pytest.raises(config_lib.ConfigError,
+                     match='remove .*|not prepared') as error:
+    gsm8k(str(copy))
+  text = str(error.value)
+  assert '\n' not in text and len(text) < 1000
+  assert str(copy) in text and 'download_and_prepare()' in text
+
+
+@pytest.mark.parametrize('kind, numeral',
+                         [('float16', '0.1'), ('float32', '0.1'),
+                          ('float64', '0.1'), ('float32', '16777216.0')])
+def test_a_number_of_a_dataset_is_its_text(kind, numeral):
+  """Law: a float of any width is the shortest text that it is written as.
+
+  Mutant: `value.item()`, which widens 0.1 to 0.10000000149011612.
+  """
+  record = {'question': b'q', 'answer': np.dtype(kind).type(numeral)}
+  rows = _rows(record)
+  assert match.is_equal(numeral, rows['q'].answer, 'numeric')
+
+
+def _rows(record):
+  options = {**question_answer.OPTIONS, 'dataset': 'own'}
+  return tfds_task._read([record], 'train', options, config_lib.TaskConfig(),
+                         'folder')
+
+
+@pytest.mark.parametrize('record, words', [
+    ({
+        'question': b'q',
+        'answer': b'1\xff'
+    }, 'holds no UTF-8'),
+    ({
+        'question': b'\xff',
+        'answer': b'1'
+    }, 'holds no UTF-8'),
+    ({
+        'question': b'q',
+        'answer': np.float32('nan')
+    }, 'no finite number'),
+])
+def test_bad_examples_of_a_dataset(record, words):
+  """Mutant: bytes decoded with replacement characters."""
+  with pytest.raises(ValueError, match=f'own, split train.*{words}') as error:
+    _rows(record)
+  one_line(error)
+  # Other features may be anything.
+  assert _rows({'question': b'q', 'answer': b'1', 'image': b'\xff'})
 
 
 def test_short_names_are_known():
@@ -410,6 +575,19 @@ EQUAL = [
     (r'x \in [-2,7]', '[-2,7]'),
     ('5!', '120'),
     ('e^{ x^2}', 'e^{x^2}'),
+    ('2 1/2', r'\frac{5}{2}'),
+    (r'\frac52', '2 1/2'),
+    (r'2\frac{1}{2}', '2.5'),
+    ('x = 2 1/2', '5/2'),
+    ('(2 1/2, 3)', r'(\frac{5}{2}, 3)'),
+    ('1 250', '1250'),
+    ('(1 250, 2)', '(1250, 2)'),
+    (r'\frac 1 2', '0.5'),
+    (r'\log_2 8', '3'),
+    ('$1 2 3$', '1 2 3'),
+    ('\u22121250', '-1250'),
+    ('**42**', '42'),
+    (r'$\boxed{42}$', '42'),
 ]
 UNEQUAL = [
     ('2', '3'),
@@ -425,6 +603,16 @@ UNEQUAL = [
     (r'\frac{1}{', r'\frac{1}{2}'),
     ('4.6667', r'\frac{14}{3}'),
     ('it is 18', '18'),
+    ('2 1/2', r'\frac{21}{2}'),
+    ('2 1/2', r'\frac{3}{2}'),
+    ('x = 2 1/2', '3/2'),
+    ('10 20', '30'),
+    (r'10\ 20', '30'),
+    ('30', '10 20'),
+    ('1020', '10 20'),
+    ('1 250', '251'),
+    ('(1 250, 2)', '(0, 2)'),
+    (r'\frac{2 1}{2}', '3/2'),
 ]
 
 
@@ -437,7 +625,9 @@ def test_equal_mathematics(math_verify, answer, truth):
 
 @pytest.mark.parametrize('answer, truth', UNEQUAL)
 def test_unequal_mathematics(math_verify, answer, truth):
-  """Mutant: equal where math-verify cannot read an answer."""
+  """Mutants: equal where math-verify cannot read an answer; numbers that stand
+  apart passed on to it, which adds them up.
+  """
   del math_verify
   assert not match.is_equal(answer, truth, 'math')
 

@@ -3,6 +3,7 @@
 import collections
 import fractions
 import json
+import os
 import random
 import re
 import time
@@ -448,36 +449,65 @@ def test_symbolic_guard():
     assert not guard.admit('intermediate_integration', answer, item), answer
 
 
-@pytest.mark.parametrize('answer, truth, equal', [
-    ('1/2', '0.5', True),
-    ('$1,250.00', '1250', True),
-    ('5%', '5', True),
-    ('3.', '3', True),
-    (' - 3', '-3', True),
-    ('1e3', '1000', True),
-    ('+4', '4', True),
-    ('.5', '0.50', True),
-    ('2,1', '21', False),
-    ('1e999999999', '1', False),
-    ('1e999', '1', False),
-    ('1/0', '1', False),
-    ('nan', 'nan', False),
-    ('３', '3', False),
-    ('3 or 4', '3', False),
-    ('0.1', '1/10', True),
-    ('1' * 300, '1', False),
-    ('--3', '3', False),
-    ('1,00', '100', False),
-    ('1/2/3', '1', False),
-])
+@pytest.mark.parametrize(
+    'answer, truth, equal',
+    [
+        ('1/2', '0.5', True),
+        ('$1,250.00', '1250', True),
+        ('5%', '5', True),
+        ('3.', '3', True),
+        (' - 3', '-3', True),
+        ('1e3', '1000', True),
+        ('+4', '4', True),
+        ('.5', '0.50', True),
+        ('2,1', '21', False),
+        ('1e999999999', '1', False),
+        ('1e999', '1', False),
+        ('1/0', '1', False),
+        ('nan', 'nan', False),
+        ('３', '3', False),
+        ('3 or 4', '3', False),
+        ('0.1', '1/10', True),
+        ('1' * 300, '1', False),
+        ('--3', '3', False),
+        ('1,00', '100', False),
+        ('1/2/3', '1', False),
+        # Numbers that stand apart, and mixed numbers.
+        ('2 1/2', '2.5', True),
+        ('5/2', '2 1/2', True),
+        ('21/2', '2 1/2', False),
+        ('10 20', '1020', False),
+        ('1 250', '1250', True),
+        ('5 %', '5', True),
+        # Units: none is any, two must agree.
+        ('5 cm', '5', True),
+        ('5 cm', '5 centimeters', True),
+        ('5 cm', '5 m', False),
+        ('$5', '5%', False),
+        # Markup.
+        ('\u22121250', '-1250', True),
+        ('**42**', '42', True),
+        ('42,', '42', True),
+        ('42 ####', '42', True),
+        (r'\boxed{42}', '42', True),
+        ('42', r'$\boxed{42}$', True),
+        ('2,5', '25', False),
+    ])
 def test_numeric_match(answer, truth, equal):
-  """Mutants: floats in place of fractions; every comma dropped."""
+  """Mutants: floats in place of fractions; every comma dropped; whitespace
+  dropped; units not compared.
+  """
   assert match.is_equal(answer, truth, 'numeric') is equal
 
 
 def test_exact_match():
   assert match.is_equal(' a\n b', 'a b', 'exact')
   assert not match.is_equal('ab', 'a b', 'exact')
+  # A box says where the answer stands. Mutant: `unbox` of the answer alone.
+  assert match.is_equal(r'\boxed{42}', '42', 'exact')
+  assert match.is_equal('a b', r'$\boxed{a\nb}$'.replace(r'\n', '\n'), 'exact')
+  assert not match.is_equal(r'\boxed{a} b', 'a b', 'exact')
+  assert not match.is_equal('$42$', '42', 'exact')
 
 
 # ---- JSONL ---------------------------------------------------------------
@@ -536,8 +566,10 @@ def test_jsonl_held_out_file(tmp_path):
     (b'{"question": "q", "answer": [1]}', 'list'),
     (b'{"question": "q", "answer": NaN}', 'NaN'),
     (b'{"question": "q", "answer": -Infinity}', 'Infinity'),
-    (b'{"question": "q", "answer": 1e999}', 'too large'),
-    (b'{"question": "q", "answer": ' + b'9' * 5000 + b'}', 'no JSON'),
+    (b'{"question": "q", "answer": 1e9999}', 'at most three digits'),
+    (b'{"question": "q", "answer": ' + b'9' * 5000 + b'}', 'at most 256'),
+    (b'{"question": "q", "answer": "2 3"}', 'no number'),
+    (b'7', 'holds a number'),
     (b'{"question": "q", "answer": " "}', 'blank'),
     (b'{"question": "q", "answer": "ten"}', "task.match='exact'"),
     (b'{"question": "q1", "answer": 7}', 'line 2'),
@@ -551,6 +583,61 @@ def test_bad_lines(tmp_path, line, words):
   with pytest.raises(ValueError, match=words) as error:
     make('jsonl', path=path)
   assert f'{path}, line 3: ' in one_line(error)
+
+
+NUMERALS = [
+    '0.12345678901234567891', '123456789012345678901234567890', '1e999',
+    '-1.50', '1E-7', '0.1', '10000000000000001.0', '1e-400'
+]
+
+
+@pytest.mark.parametrize('kind', ['numeric', 'exact'])
+@pytest.mark.parametrize('numeral', NUMERALS)
+def test_a_json_number_is_its_text(tmp_path, numeral, kind):
+  """Law: a right answer that is a JSON number equals its own text, and no
+  other number.
+
+  Mutant: json's floats, which round.
+  """
+  lines = [f'{{"question": "q{i}", "answer": {numeral}}}' for i in range(8)]
+  path = write_lines(tmp_path / 'a.jsonl', lines)
+  task = make('jsonl', path=path, answer_format='all', match=kind)
+  problem = task.problem('train', 0)
+  assert problem.answer == numeral
+  entry = json.loads(task_lib.problem_json(problem))['entry']
+  assert task.score(entry, numeral) == 1.0
+  digits, mark, exponent = numeral.partition('e')
+  assert task.score(entry, f'{digits}1{mark}{exponent}') == 0.0
+
+
+@pytest.mark.parametrize('name', ['folder', 'pipe', '/dev/null', 'absent'])
+def test_data_that_are_no_file(tmp_path, name):
+  """Law: one line. Mutant: a pipe is opened, which waits for a writer."""
+  (tmp_path / 'folder').mkdir()
+  os.mkfifo(tmp_path / 'pipe')
+  path = str(tmp_path / name)
+  with pytest.raises(ValueError,
+                     match='cannot be read.*set task.path') as error:
+    make('jsonl', path=path)
+  assert path in one_line(error)
+
+
+@pytest.mark.parametrize('at', range(0, 60, 7))
+def test_a_jsonl_file_cut_short(tmp_path, at):
+  """Law: half a line is refused, wherever it ends; a whole one is read.
+
+  Mutant: a last line without a line break is skipped.
+  """
+  whole = json.dumps({'question': 'q' * 20, 'answer': 1234}).encode()
+  path = write_lines(tmp_path / 'a.jsonl', GOOD)
+  with open(path, 'ab') as file:
+    file.write(whole[:at + 1])
+  if at + 1 >= len(whole):
+    make('jsonl', path=path)
+    return
+  with pytest.raises(ValueError, match='line 41: no JSON') as error:
+    make('jsonl', path=path)
+  one_line(error)
 
 
 def test_empty_file_and_oversized_epoch(tmp_path):

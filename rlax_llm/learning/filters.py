@@ -1,10 +1,10 @@
 """Which samples are trained on, and whom their rewards are from. Host side."""
 
-import re
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 
+from rlax_llm import answer_text
 from rlax_llm.ops import pseudo_labels
 
 
@@ -35,17 +35,14 @@ FILTERS: dict[str, Callable[[Outcomes], np.ndarray]] = {
 def canonical(answer: str | None) -> str | None:
   """Returns an answer in the form that votes are counted in; None: no answer.
 
-  Text without spaces and capitals; numbers without a comma between thousands
-  and without the zeros of an empty fraction.
+  Equal numbers are one vote, and so are texts that differ in capitals and in
+  whitespace between other characters than those of words and numbers: see
+  `answer_text.canonical`.
 
   Args:
     answer: what a completion gives as its answer.
   """
-  if answer is None:
-    return None
-  plain = re.sub(r'\s+', '', answer).casefold()
-  plain = re.sub(r'(?<=\d),(?=\d{3}(?!\d))', '', plain)
-  return re.sub(r'(\d)\.0*$', r'\1', plain) or None
+  return None if answer is None else answer_text.canonical(answer) or None
 
 
 def _majority(answers: Sequence[str | None], rewards: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import logging
 import re
 from typing import Any
 
+from rlax_llm import answer_text
 from rlax_llm import config as config_lib
 
 _MARGIN = 256  # characters beyond twice the right answer's
@@ -24,7 +25,17 @@ _EXPLOSIVE = re.compile(
     r'(?:\^|\*\*)\s*[{(]*\s*-?\s*[0-9]{5,}|'
     r'(?:\^|\*\*)\s*(?:\{[^{}A-Za-z]*|[0-9]\s*)(?:\^|\*\*|!)|'
     r'binom[{\s]*[0-9]{5,}')
-_DELIMITERS = (('$$', '$$'), ('$', '$'), ('\\(', '\\)'), ('\\[', '\\]'))
+_SPACE = r'(?:\s|\\[ ,;:]|~)'
+# The grammar multiplies, or adds up, what stands side by side. A mixed number
+# with its fraction in \frac it reads as one; thousands it reads with a comma.
+_MIXED = re.compile(rf'(?<![\w.,^}}])([0-9]+){_SPACE}+([0-9]+)\s*/\s*([0-9]+)'
+                    r'(?![\w/]|[.,][0-9])')
+_THOUSANDS = re.compile(rf'(?<![\w.,^}}])([1-9][0-9]{{0,2}})((?:{_SPACE}[0-9]'
+                        r'{3})+)(?![\w/]|,[0-9])')
+# Arguments without braces are no numbers that stand apart: \frac 1 2, \log_2 8.
+_ARGUMENTS = re.compile(r'\\[dtc]?(?:frac|binom)\s*[0-9]\s*[0-9]|'
+                        r'\\sqrt\s*[0-9]|[_^]\s*[0-9]+')
+_APART = re.compile(rf'[0-9.]{_SPACE}+\.?[0-9]')
 
 
 def require() -> None:
@@ -48,15 +59,22 @@ def require() -> None:
   is_equivalent('(x+1)^2', 'x^2+2x+1')
 
 
-def _bare(text: str) -> str:
-  """Returns the text without the marks of a formula around it."""
-  text = text.strip()
-  for begin, end in _DELIMITERS:
-    inner = text[len(begin):-len(end)]
-    if (len(text) > len(begin) + len(end) and text.startswith(begin) and
-        text.endswith(end) and begin not in inner):
-      return inner.strip()
-  return text
+def _with_one_meaning(text: str) -> str:
+  r"""Returns the text with 2 1/2 as 2\frac{1}{2} and 1 250 as 1250."""
+
+  def mix(found: re.Match[str]) -> str:
+    whole, upper, lower = found.groups()
+    if int(upper) >= int(lower):
+      return found.group()
+    return rf'{whole}\frac{{{upper}}}{{{lower}}}'
+
+  text = _MIXED.sub(mix, text)
+  return _THOUSANDS.sub(lambda m: re.sub('[^0-9]', '', m.group()), text)
+
+
+def _holds_numbers_apart(text: str) -> bool:
+  """Whether two numbers stand side by side, with nothing but space between."""
+  return _APART.search(_ARGUMENTS.sub(' @ ', text)) is not None
 
 
 def _admit(answer: str, truth: str) -> bool:
@@ -93,15 +111,20 @@ def is_equivalent(answer: str, truth: str) -> bool:
   are compared to six decimal places; an equation x=5 stands for its right
   side. Answers much longer than the right one, with braces that do not
   balance, or with powers, factorials and binomials too large to compute are
-  wrong.
+  wrong. So are answers in which two numbers stand apart, 10 20, which
+  math-verify adds up; a mixed number, 2 1/2, is one number.
 
   Args:
     answer: what the model gave, LaTeX or plain, with or without $...$.
     truth: the right answer.
   """
   import math_verify  # pylint: disable=g-import-not-at-top
-  answer, truth = _bare(answer), _bare(truth)
-  if not _admit(answer, truth):
+  answer, truth = (_with_one_meaning(answer_text.strip_formula(text))
+                   for text in (answer, truth))
+  if answer.split() == truth.split():
+    return True
+  if not _admit(answer, truth) or any(map(_holds_numbers_apart,
+                                          (answer, truth))):
     return False
   return bool(
       math_verify.verify(_parse_truth(truth),

@@ -1,6 +1,6 @@
 """Where the answer stands in a completion."""
 
-import re
+from rlax_llm import answer_text
 
 FORMATS = ('tag', 'scratchpad', 'last_line', 'after_equals', 'boxed', 'hashes',
            'all')
@@ -10,8 +10,6 @@ MARKED = ('tag', 'boxed', 'hashes')
 _OPEN = '<answer>'
 _CLOSE = '</answer>'
 _HASHES = '####'
-# A box, an escaped brace or backslash, a brace. A doubled backslash before a
-# box is a model's way of escaping it, no line break.
 _OPENINGS = {
     'tag': _OPEN,
     'scratchpad': ')',
@@ -20,27 +18,6 @@ _OPENINGS = {
     'boxed': '\\boxed{',
     'hashes': f'\n{_HASHES} ',
 }
-_BRACE = re.compile(r'\\boxed *\{|\\[{}]|\\\\(?!boxed)|[{}]')
-
-
-def _last_box(text: str) -> str:
-  """Returns what the last balanced \\boxed{...} holds, or ''.
-
-  Of boxes in one another the innermost counts. One pass, so that a completion
-  of nothing but boxes takes linear time.
-  """
-  open_at: list[int | None] = []  # where a box's content begins; None: a group
-  begin = end = 0
-  for found in _BRACE.finditer(text):
-    mark = found.group()
-    if mark == '}':
-      if open_at and (start := open_at.pop()) is not None and start > begin:
-        begin, end = start, found.start()
-    elif mark == '{':
-      open_at.append(None)
-    elif mark.endswith('{') and mark != '\\{':
-      open_at.append(found.end())
-  return text[begin:end]
 
 
 def extract_answer(completion: str, answer_format: str) -> str | None:
@@ -52,8 +29,8 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
       follows the last ')'; all of it where there is none), last_line (the last
       line that is not blank), after_equals (behind the last '='; all of it
       where there is none, since the prompt's own '=' stands before it), boxed
-      (the last \\boxed{...} whose braces balance), hashes (the line behind the
-      last ####), all.
+      (the last \\boxed{...} or \\fbox{...}, see `answer_text.last_box`), hashes
+      (the line behind the last ####), all.
 
   Returns:
     The answer, or None where it is missing or blank.
@@ -72,7 +49,7 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
   elif answer_format == 'after_equals':
     answer = completion.rpartition('=')[2]
   elif answer_format == 'boxed':
-    answer = _last_box(completion)
+    answer = answer_text.last_box(completion)
   elif answer_format == 'hashes':
     _, mark, behind = completion.rpartition(_HASHES)
     answer = behind.strip().partition('\n')[0] if mark else ''

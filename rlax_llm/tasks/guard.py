@@ -10,8 +10,8 @@ import fractions
 import re
 from typing import Any, Callable, Mapping
 
+from rlax_llm import answer_text
 from rlax_llm.tasks import arithmetic
-from rlax_llm.tasks import match
 
 _MAX_DEPTH = 64  # nested brackets
 _MARGIN = 4096  # characters beyond four times the oracle's length
@@ -142,7 +142,8 @@ def _admit_oracle(answer: str, item: Mapping[str, Any]) -> bool:
 
 
 def _admit_number(answer: str, item: Mapping[str, Any]) -> bool:
-  return (_admit_text(answer, item) and match.parse_number(answer) is not None)
+  return (_admit_text(answer, item) and
+          answer_text.parse_number(answer) is not None)
 
 
 _RULES: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {

@@ -1,6 +1,9 @@
 """Problems from a JSON-lines file: {"question": ..., "answer": ...}."""
 
+import errno
 import json
+import os
+import stat
 from typing import Any, Mapping
 
 from rlax_llm import config as config_lib
@@ -19,7 +22,10 @@ def _parse_line(line: bytes) -> dict[str, Any]:
   if len(line) > _MAX_LINE:
     raise ValueError(f'longer than {_MAX_LINE} bytes; shorten the line')
   try:
-    row = json.loads(line.decode('utf-8'), parse_constant=_reject_constant)
+    row = json.loads(line.decode('utf-8'),
+                     parse_float=question_answer.Numeral,
+                     parse_int=question_answer.Numeral,
+                     parse_constant=_reject_constant)
   except UnicodeDecodeError as error:
     raise ValueError(f'no UTF-8 at byte {error.start}; save it as UTF-8') from (
         error)
@@ -30,7 +36,8 @@ def _parse_line(line: bytes) -> dict[str, Any]:
     raise ValueError(f'no JSON ({error}); write one object to a line') from (
         error)
   if not isinstance(row, dict):
-    raise ValueError(f'holds a {type(row).__name__}; write a JSON object')
+    kind = type(row).__name__.replace('Numeral', 'number')
+    raise ValueError(f'holds a {kind}; write a JSON object')
   return row
 
 
@@ -49,6 +56,9 @@ def read_problems(path: str, options: Mapping[str, str],
   problems: dict[str, tuple[Row, int]] = {}
   number = 0
   try:
+    # Worker processes read the file again: a pipe would be empty, or block.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+      raise OSError(errno.EINVAL, 'not a regular file')
     with open(path, 'rb') as file:
       # A bounded readline: a file without line breaks would fill the memory.
       while line := file.readline(_MAX_LINE + 2):
@@ -89,7 +99,7 @@ class JsonlTask(question_answer.QuestionAnswerTask):
       config: `path`, `held_out_path`, `options`, `match`, `answer_format` and
         `instruction` are read. The options are question_field and
         answer_field, names of fields, and gold_format, where the answer stands
-        in its field: all, boxed (the last \\boxed{...}), or hashes (behind the
+        in its field: all, boxed (the last box), or hashes (behind the
         last ####).
       seed: shuffles the training problems.
 

@@ -5,6 +5,7 @@ import hashlib
 import math
 from typing import Any, Iterable, Mapping, Sequence
 
+from rlax_llm import answer_text
 from rlax_llm import config as config_lib
 from rlax_llm.tasks import equivalence
 from rlax_llm.tasks import extract
@@ -19,6 +20,12 @@ OPTIONS: Mapping[str, str] = {
     'answer_field': 'answer',
     'gold_format': 'all',
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Numeral:
+  """A number as its file writes it; a float would round it."""
+  text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,7 @@ def make_row(fields: Mapping[str, Any], options: Mapping[str, str],
   """Returns the problem that a data set's record holds.
 
   Args:
-    fields: the record, of JSON types.
+    fields: the record, of JSON types; its numbers may be `Numeral`s.
     options: from `read_options`.
     config: `match` and `answer_format` are read.
 
@@ -76,7 +83,9 @@ def make_row(fields: Mapping[str, Any], options: Mapping[str, str],
     raise ValueError(f'field {names[0]!r} must be a string that is not blank')
   field = f'field {names[1]!r}'
   if isinstance(gold, float) and not math.isfinite(gold):
-    raise ValueError(f'{field} is too large a number; write a string')
+    raise ValueError(f'{field} is {gold}, no finite number; write a string')
+  if isinstance(gold, Numeral):
+    gold = gold.text
   if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
     raise ValueError(f'{field} is a {type(gold).__name__}; it must be a string '
                      'or a number')
@@ -89,9 +98,12 @@ def make_row(fields: Mapping[str, Any], options: Mapping[str, str],
         f'{field} ends in {gold[-60:]!r}, without an answer in the format '
         f"{options['gold_format']!r}; correct it, or set "
         "task.options['gold_format']")
-  if config.match == 'numeric' and match_lib.parse_number(answer) is None:
-    raise ValueError(f'{field} has the answer {answer[:60]!r}, no number; set '
-                     "task.match='exact' or 'math'")
+  if config.match == 'numeric' and answer_text.parse_number(answer) is None:
+    raise ValueError(
+        f'{field} has the answer {answer[:60]!r}, no number; set '
+        "task.match='exact' or 'math', or write one number, of at most "
+        f'{answer_text.MAX_CHARACTERS} characters and with an exponent of at '
+        'most three digits')
   fits = options['gold_format'] == config.answer_format != 'all'
   return Row(question, answer, gold if fits else None)
 

@@ -3,6 +3,7 @@
 from typing import Any, Mapping, Sequence
 
 from absl import logging
+import numpy as np
 
 from rlax_llm import config as config_lib
 from rlax_llm.tasks import question_answer
@@ -39,6 +40,22 @@ def _prepare_command(options: Mapping[str, str]) -> str:
           'file_format=\'array_record\').download_and_prepare()"')
 
 
+def _unreadable(options: Mapping[str, str], place: str,
+                error: Exception) -> config_lib.ConfigError:
+  """Returns the refusal of prepared files: missing, damaged or cut short.
+
+  Args:
+    options: of the task.
+    place: the folder of the files.
+    error: what tfds, protobuf or array_record raised.
+  """
+  reason = ' '.join(str(error).split())[:200]
+  return config_lib.ConfigError(
+      f'the prepared files of the dataset {options["dataset"]!r} in {place} '
+      f'cannot be read ({type(error).__name__}: {reason}); remove them and run '
+      f'{_prepare_command(options)}')
+
+
 def _open(options: Mapping[str, str]) -> Any:
   """Returns the builder of a prepared dataset; downloads nothing.
 
@@ -49,19 +66,30 @@ def _open(options: Mapping[str, str]) -> Any:
   name, data_dir = options['dataset'], options['data_dir']
   try:
     # pylint: disable-next=g-import-not-at-top
+    # pylint: disable-next=g-import-not-at-top
+    # pylint: disable-next=g-import-not-at-top
+    from tensorflow_datasets.core import naming
     from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core import registered
   except ImportError as error:
     raise config_lib.ConfigError(
         f'the dataset {name!r} is read by tensorflow-datasets ({error}); '
         'pip install tensorflow-datasets array_record') from error
+  where = data_dir or 'TFDS_DATA_DIR or ~/tensorflow_datasets'
+  absent = config_lib.ConfigError(
+      f'the dataset {name!r} is not prepared in {where}; run '
+      f'{_prepare_command(options)} (first remove what there is of it), or set '
+      "task.options['data_dir']")
+  try:
+    naming.parse_builder_name_kwargs(name)
+  except ValueError as error:  # no name of a dataset
+    raise absent from error
   try:
     return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
-  except (ValueError, OSError) as error:  # tfds' own not-found is a ValueError
-    where = data_dir or 'TFDS_DATA_DIR or ~/tensorflow_datasets'
-    raise config_lib.ConfigError(
-        f'the dataset {name!r} is not prepared in {where}; run '
-        f"{_prepare_command(options)}, or set task.options['data_dir']") from (
-            error)
+  except registered.DatasetNotFoundError as error:
+    raise absent from error
+  except Exception as error:  # JSON's errors, protobuf's, tfds' own, the disk's
+    raise _unreadable(options, where, error) from error
 
 
 def _source(builder: Any, split: str, option: str,
@@ -85,23 +113,44 @@ def _source(builder: Any, split: str, option: str,
         f'task.options[{option!r}]={split!r} cannot be read ('
         f'{" ".join(str(error).split())}); give a split, or a slice of one '
         "such as 'train[:90%]'") from error
+  except ImportError as error:
+    raise config_lib.ConfigError(
+        f'the dataset {name!r} is read by array_record ({error}); '
+        'pip install array_record') from error
+  except Exception as error:  # array_record raises RuntimeError
+    raise _unreadable(options, str(builder.data_dir), error) from error
 
 
 def _plain(value: Any) -> Any:
   """Returns a feature as a JSON type: text for bytes, numbers for scalars."""
   if isinstance(value, bytes):
-    return value.decode('utf-8', 'replace')
+    try:
+      return value.decode('utf-8')
+    except UnicodeDecodeError as error:
+      raise ValueError(f'holds no UTF-8 (byte {error.start} of '
+                       f'{value[:60]!r})') from error
+  if isinstance(value, np.floating) and np.isfinite(value):
+    # A float32 of 0.1 is written 0.1, and is another number as a float64.
+    return question_answer.Numeral(str(value))
   return value.item() if hasattr(value, 'item') else value
 
 
 def _read(source: Any, split: str, options: Mapping[str, str],
-          config: config_lib.TaskConfig) -> dict[str, Row]:
+          config: config_lib.TaskConfig, place: str) -> dict[str, Row]:
   """Returns question -> problem; of a repeated question the first counts."""
   rows: dict[str, Row] = {}
   conflicts = 0
-  for index, record in enumerate(source):
+  used = {options['question_field'], options['answer_field']}
+  for index in range(len(source)):
     try:
-      fields = {name: _plain(value) for name, value in record.items()}
+      record = source[index]
+    except Exception as error:  # array_record's, or of an example's bytes
+      raise _unreadable(options, place, error) from error
+    try:
+      fields = {
+          name: _plain(value) if name in used else value
+          for name, value in record.items()
+      }
       row = question_answer.make_row(fields, options, config)
     except ValueError as error:
       raise ValueError(f'{options["dataset"]}, split {split}, example {index}: '
@@ -148,10 +197,11 @@ class TfdsTask(question_answer.QuestionAnswerTask):
     sources = [_source(builder, train, 'train_split', options)]
     if held_out:
       sources.append(_source(builder, held_out, 'held_out_split', options))
-    problems = _read(sources[0], train, options, config)
+    place = str(builder.data_dir)
+    problems = _read(sources[0], train, options, config, place)
     rows: Sequence[Row] | None = None
     if held_out:
-      others = _read(sources[1], held_out, options, config)
+      others = _read(sources[1], held_out, options, config, place)
       shared = problems.keys() & others.keys()
       if shared:
         logging.warning(
