@@ -74,7 +74,10 @@ def train(config: Config,
           'their content: they come from another law than the policy, whose '
           'log-probabilities are not known; train with 0, and give it to '
           'rlax_llm.evaluate')
-    warnings = manifest.check_workdir(workdir, to_dict(config))
+    warnings = [
+        *run.tokenizer.warnings,
+        *manifest.check_workdir(workdir, to_dict(config))
+    ]
     held_out = evaluation.held_out_problems(run)
     run.check_prompts([*held_out, *run.known_problems()])
     if config.sft.steps:
