@@ -45,8 +45,8 @@ class PretrainedTokenizer:
     self._backend = tokenizer_files.load_backend(folder)
     tokenizer_files.add_tokens(folder, self._backend, declared)
     # Published with the tokenizer: names of special tokens are text to it.
-    self._backend.encode_special_tokens = (config.get('split_special_tokens')
-                                           is True)
+    split = config.get('split_special_tokens')
+    self._backend.encode_special_tokens = split is True
     vocabulary = self._backend.get_vocab()
     self._ids = frozenset(vocabulary.values())
     self._vocab_size = max(self._ids) + 1

@@ -1,5 +1,6 @@
 """Published weights: config.json, safetensors, folders that do not fit."""
 
+import io
 import json
 import pathlib
 import re
@@ -15,10 +16,12 @@ import numpy as np
 import published
 import pytest
 import safetensors.numpy
+import tokenizer_helpers
 
 from rlax_llm import export
 from rlax_llm import manifest
 from rlax_llm import pretrained
+from rlax_llm import progress
 from rlax_llm import safetensors_files
 from rlax_llm import sample
 from rlax_llm import sharding
@@ -1068,6 +1071,30 @@ def test_a_published_tokenizer_is_exported_too(tmp_path, folder):
   ]
   assert (out / 'tokenizer.json').read_text() == '{"a": 1}'
   assert pretrained.read_config(str(out))['eos_token_id'] == 9
+
+
+def test_a_run_prints_the_warnings_of_its_tokenizer(tmp_path):
+  """Law: a template without the header of a reply is one `warning:` line.
+
+  Mutant: train.py drops the tokenizer's warnings.
+  """
+  folder = tmp_path / 'model'
+  changes = {'vocab_size': 320, 'num_hidden_layers': 1}
+  _save(folder, _config(changes), _tensors(_read(changes)))
+  tokenizer_helpers.write(
+      folder,
+      'qwen',
+      chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+      '\n{% endfor %}')
+  config = _tiny(folder, tokenizer='')
+  config.num_steps = config.evaluate.every = 0
+  config.evaluate.problems = 1
+  config.rollout.prompt_length = 64
+  config.task.chat_template = True
+  shown = io.StringIO()
+  train_quietly(config, tmp_path / 'run', display=progress.Progress(shown))
+  lines = [line for line in shown.getvalue().split('\n') if 'warning:' in line]
+  assert len(lines) == 1 and 'add_generation_prompt' in lines[0], lines
 
 
 def test_the_fingerprint_sees_changes(folder):

@@ -188,16 +188,19 @@ def test_harmless_keys_do_not_change_the_function(family):
     model.config.return_dict = True  # else the logits come in a tuple
     return not np.allclose(_their_logits(model, tokens), want, atol=1e-5)
 
-  def strike(name):
-    for value in (STRIKING.get(name, True), 3):
+  def strike(name, flag):
+    for value in (STRIKING.get(name, flag), 3):
       try:
-        configure(**{name: value})
+        transformers.GenerationConfig.from_model_config(
+            configure(**{name: value}))  # as the model's constructor does
         return value
       except Exception:  # pylint: disable=broad-except
         continue  # a bool is no value of this key; 3 is one
     raise AssertionError(f'{name} has no value that transformers takes')
 
-  assert not differs(**{name: strike(name) for name in hugging_face._HARMLESS})
+  for flag in (True, False):
+    assert not differs(
+        **{name: strike(name, flag) for name in hugging_face._HARMLESS})
   assert differs(is_causal=False)
 
 

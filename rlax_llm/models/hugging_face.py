@@ -304,8 +304,8 @@ def _check_keys(items: Mapping[str, Any], family: Family,
     more = len(unknown) - _NAMED
     read.refuse(f'has keys that are not known: {names}'
                 f'{f" and {more} more" if more > 0 else ""}'
-                f'{nearest(unknown[0], known)}. A key may change what the '
-                'model computes; delete keys that do not, or use another model')
+                '. A key may change what the model computes; delete keys that '
+                f'do not, or use another model{nearest(unknown[0], known)}')
 
 
 def _check_layer_types(layers: int, read: _Reader) -> None:
