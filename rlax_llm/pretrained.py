@@ -416,14 +416,3 @@ def fingerprint(folder: str) -> dict[str, Any]:
       'weights_bytes': total,
       'weights_sha256': digest.hexdigest(),
   }
-
-
-def tokenizer_digest(folder: str) -> str:
-  """Returns what tells the tokenizer of a folder from another one.
-
-  Raises:
-    ConfigError: its files are no tokenizer's.
-  """
-  # Imported here: it needs packages that other runs do without.
-  from rlax_llm import tokenizer_files
-  return tokenizer_files.digest(folder)

@@ -12,11 +12,11 @@ import pytest
 import tokenizer_helpers as helpers
 
 from rlax_llm import chat_template
-from rlax_llm import pretrained
 from rlax_llm import pretrained_tokenizer
 from rlax_llm import sample
 from rlax_llm import testing
 from rlax_llm import tokenizer as tokenizer_lib
+from rlax_llm import tokenizer_files
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.run import make_run
@@ -492,7 +492,7 @@ def test_the_digest_covers_declared_tokens(tmp_path):
   def digest(name, **changes):
     folder, _ = helpers.write(tmp_path / name, 'qwen', **changes)
     load(folder)
-    return pretrained.tokenizer_digest(folder)
+    return tokenizer_files.digest(folder)
 
   plain = digest('plain')
   content = (tmp_path / 'plain' / 'tokenizer.json').read_bytes()
