@@ -488,8 +488,8 @@ def from_dict(items: Mapping[str, Any]) -> Config:
     known = {field.name for field in dataclasses.fields(section)}
     for name, value in values.items():
       if name not in known:
-        raise ConfigError(f'the recorded config has the unknown field '
-                          f'{path}{name}; it is of another version')
+        raise ConfigError('the recorded config has the unknown field '
+                          f'{path + name!r}; it is of another version')
       current = getattr(section, name)
       if isinstance(current, Section):
         fill(current, value, f'{path}{name}.')

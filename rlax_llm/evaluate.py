@@ -129,6 +129,8 @@ def main(argv: list[str]) -> None:
   del argv
   config: Config = _CONFIG.value
   run = make_run(config)
+  for line in run.tokenizer.warnings if processes.is_writer() else ():
+    print(f'warning: {line}', file=sys.stderr)
   manifest.check_workdir(_WORKDIR.value, to_dict(run.config))
   problems = held_out_problems(run)
   run.check_prompts(problems)

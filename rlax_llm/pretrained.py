@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any, Mapping
+from typing import Any, Mapping, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ModelConfig
 from rlax_llm.models import hugging_face
+from rlax_llm.models import rotary
 from rlax_llm.models import weight_layout
 from rlax_llm.safetensors_files import Tensor
 from rlax_llm.types import Params
@@ -31,6 +32,31 @@ INDEX_FILE = 'model.safetensors.index.json'
 TOKENIZER = 'pretrained'  # model.tokenizer: the folder's
 
 _NAMED = 8  # problems named in one message
+
+
+class _Problem(NamedTuple):
+  """What is wrong with a folder, and what mends it."""
+  text: str
+  remedy: str
+
+
+# A remedy for each cause. A message has those of its problems, each once.
+_PERMISSIONS = 'check the permissions of the files that cannot be read'
+_DAMAGED = 'fetch the damaged files again'
+_MISSING = 'fetch the missing files'
+_INDEX = (f'fetch {INDEX_FILE} and the files that it lists again, all from one '
+          'publication')
+_NO_INDEX = (f'fetch {INDEX_FILE}, or leave {WEIGHTS_FILE} alone in the folder '
+             'if it holds all weights')
+_FORMAT = 'give a folder with safetensors files, or convert its weights to them'
+_STRAY = (f'move the files that {INDEX_FILE} does not list out of the folder, '
+          f'or fetch the {INDEX_FILE} that lists them')
+_UNKNOWN = (f'give the {CONFIG_FILE} of these weights, or delete the tensors '
+            'that belong to no parameter')
+_OTHER = f'give the {CONFIG_FILE} of these weights, or the weights of this one'
+_DTYPE = (f'convert the weights to {", ".join(safetensors_files.DTYPES)}, or '
+          'give a model that is published so')
+_ROTARY = f'correct rope_theta in {CONFIG_FILE}, or delete these tensors'
 
 
 def read_config(folder: str) -> dict[str, Any]:
@@ -45,8 +71,11 @@ def read_config(folder: str) -> dict[str, Any]:
                       'the folder of a published model')
   try:
     return json.loads(path.read_text(encoding='utf-8'))
-  except (ValueError, OSError, RecursionError) as error:
-    raise ConfigError(f'{path} cannot be read: {error}; fetch the folder '
+  except OSError as error:
+    raise ConfigError(f'{path} cannot be read: {error.strerror}; check its '
+                      'permissions') from error
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f'{path} is no JSON: {error}; fetch this file '
                       'again') from error
 
 
@@ -81,7 +110,9 @@ def resolve(config: Config) -> Config:
 
 
 def find_tensors(folder: str, model: ModelConfig) -> dict[str, Tensor]:
-  """Returns every published tensor of a model by its name; reads headers only.
+  """Returns every published tensor of a model by its name.
+
+  Reads headers, and rotary frequencies where they are stored.
 
   Args:
     folder: of the model.
@@ -89,10 +120,11 @@ def find_tensors(folder: str, model: ModelConfig) -> dict[str, Tensor]:
 
   Raises:
     ConfigError: files or tensors are missing, damaged, double, left over, or
-      of another shape or dtype; one message names them together.
+      of another shape or dtype, or stored rotary frequencies are not those of
+      config.json; one message names them together, and what mends each.
   """
   root = pathlib.Path(folder)
-  problems: list[str] = []
+  problems: list[_Problem] = []
   index, names = _list_files(root, problems)
   found: dict[str, Tensor] = {}
   unread = set()
@@ -100,20 +132,29 @@ def find_tensors(folder: str, model: ModelConfig) -> dict[str, Tensor]:
     try:
       header = safetensors_files.read_header(root / name)
     except FileNotFoundError:
-      problems.append(f'{name} is missing, but {INDEX_FILE} lists it')
+      problems.append(
+          _Problem(f'{name} is missing, but {INDEX_FILE} lists it', _MISSING))
       unread.add(name)
       continue
-    except (ValueError, OSError) as error:
-      problems.append(f'{name} {error}')
+    except OSError as error:
+      problems.append(
+          _Problem(f'{name} cannot be read: {error.strerror}', _PERMISSIONS))
+      unread.add(name)
+      continue
+    except ValueError as error:
+      problems.append(_Problem(f'{name} {error}', _DAMAGED))
       unread.add(name)
       continue
     for tensor in header:
       if tensor in found:
-        problems.append(f'{tensor} is in {found[tensor].path.name} and in '
-                        f'{name}')
+        problems.append(
+            _Problem(f'{tensor} is in {found[tensor].path.name} and in {name}',
+                     _INDEX))
       elif index is not None and index.get(tensor) != name:
-        problems.append(f'{tensor} is in {name}, but {INDEX_FILE} says '
-                        f'{index.get(tensor, "nothing of it")}')
+        problems.append(
+            _Problem(
+                f'{tensor} is in {name}, but {INDEX_FILE} says '
+                f'{index.get(tensor, "nothing of it")}', _INDEX))
     found = header | found
   # What a lost file should have held is not named again, one by one.
   accounted = set() if names and not (index is None and unread) else set(
@@ -122,28 +163,33 @@ def find_tensors(folder: str, model: ModelConfig) -> dict[str, Tensor]:
     if tensor not in found:
       accounted.add(tensor)
       if name not in unread:
-        problems.append(f'{tensor} is not in {name}, where {INDEX_FILE} puts '
-                        'it')
+        problems.append(
+            _Problem(f'{tensor} is not in {name}, where {INDEX_FILE} puts it',
+                     _INDEX))
   _compare(found, model, accounted, problems)
   if problems:
     more = len(problems) - _NAMED
-    raise ConfigError(
-        f'the weights in {folder!r} do not fit: {"; ".join(problems[:_NAMED])}'
-        f'{f"; and {more} more" if more > 0 else ""}. Fetch the folder again, '
-        'or give the one that belongs to this config.json')
+    texts = '; '.join(problem.text for problem in problems[:_NAMED])
+    remedies = '; '.join(dict.fromkeys(p.remedy for p in problems))
+    raise ConfigError(f'the weights in {folder!r} do not fit: {texts}'
+                      f'{f"; and {more} more" if more > 0 else ""}. To mend '
+                      f'it: {remedies}')
   return found
 
 
-def _list_files(root: pathlib.Path,
-                problems: list[str]) -> tuple[dict[str, str] | None, list[str]]:
+def _list_files(
+    root: pathlib.Path,
+    problems: list[_Problem]) -> tuple[dict[str, str] | None, list[str]]:
   """Returns (tensor -> file of the index or None, files to read)."""
   present = sorted(path.name for path in root.glob('*.safetensors'))
   path = root / INDEX_FILE
   if not path.is_file():
     if present != [WEIGHTS_FILE]:
       problems.append(
-          f'neither {INDEX_FILE} nor {WEIGHTS_FILE} alone is there'
-          f' (found: {", ".join(present) or "no safetensors file"})')
+          _Problem(
+              f'neither {INDEX_FILE} nor {WEIGHTS_FILE} alone is there'
+              f' (found: {", ".join(present) or "no safetensors file"})',
+              _NO_INDEX if present else _FORMAT))
       return None, []
     return None, present
   try:
@@ -151,13 +197,21 @@ def _list_files(root: pathlib.Path,
     names = sorted(set(index.values()))
     if any(os.path.basename(name) != name for name in names):
       raise ValueError('it names files elsewhere')
+  except OSError as error:
+    problems.append(
+        _Problem(f'{INDEX_FILE} cannot be read: {error.strerror}',
+                 _PERMISSIONS))
+    return None, []
   except (ValueError, KeyError, TypeError, AttributeError,
           RecursionError) as error:
-    problems.append(f'{INDEX_FILE} is no index ({type(error).__name__}: '
-                    f'{error})')
+    problems.append(
+        _Problem(
+            f'{INDEX_FILE} is no index ({type(error).__name__}: '
+            f'{error})', _DAMAGED))
     return None, []
   problems += [
-      f'{name} is not listed in {INDEX_FILE}' for name in present
+      _Problem(f'{name} is not listed in {INDEX_FILE}', _STRAY)
+      for name in present
       if name not in names
   ]
   return index, names
@@ -172,28 +226,65 @@ def _wanted(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _compare(found: Mapping[str, Tensor], model: ModelConfig,
-             accounted: set[str], problems: list[str]) -> None:
+             accounted: set[str], problems: list[_Problem]) -> None:
   """Adds what is missing, left over or of another kind."""
   wanted = _wanted(model)
-  optional = {}
+  buffers = weight_layout.rotary_buffers(model)
+  optional = dict(buffers)
   if model.tied_head:
     # Some writers store the tied head too; `load_params` compares it.
     optional[weight_layout.HEAD] = wanted[weight_layout.EMBEDDING]
   problems += [
-      f'{name} is missing' for name in wanted
+      _Problem(f'{name} is missing', _OTHER)
+      for name in wanted
       if name not in found and name not in accounted
   ]
   for name, tensor in found.items():
     shape = wanted.get(name) or optional.get(name)
     if shape is None:
-      problems.append(f'{name} in {tensor.path.name} belongs to no parameter')
+      problems.append(
+          _Problem(f'{name} in {tensor.path.name} belongs to no parameter',
+                   _UNKNOWN))
       continue
     if tensor.shape != shape:
-      problems.append(f'{name} has shape {list(tensor.shape)}, not '
-                      f'{list(shape)}')
-    if tensor.dtype not in safetensors_files.DTYPES:
-      problems.append(f'{name} is of dtype {tensor.dtype}; read are '
-                      f'{", ".join(safetensors_files.DTYPES)}')
+      problems.append(
+          _Problem(
+              f'{name} has shape {list(tensor.shape)}, not '
+              f'{list(shape)}', _OTHER))
+    elif tensor.dtype not in safetensors_files.DTYPES:
+      problems.append(
+          _Problem(
+              f'{name} is of dtype {tensor.dtype}; read are '
+              f'{", ".join(safetensors_files.DTYPES)}', _DTYPE))
+    elif name in buffers and not _fits_rotary(tensor, model):
+      problems.append(
+          _Problem(
+              f'{name} in {tensor.path.name} holds other rotary frequencies '
+              f'than {CONFIG_FILE} implies (rope_theta={model.rope_theta:g})',
+              _ROTARY))
+
+
+# A bfloat16 keeps 8 bits; a float16 below 2^-14 is a multiple of 2^-24.
+_ROTARY_RELATIVE, _ROTARY_ABSOLUTE = 2.0**-7, 2.0**-24
+
+
+def _fits_rotary(tensor: Tensor, model: ModelConfig) -> bool:
+  """Whether stored rotary frequencies are the model's, up to their rounding.
+
+  Writers that scaled the positions instead stored unscaled frequencies.
+  """
+  stored = safetensors_files.read_rows(tensor, slice(0, tensor.shape[0]))
+  head_dim = model.head_dim or model.width // model.heads
+  scalings = (rotary.RopeScaling(),
+              rotary.RopeScaling(model.rope_scaling, model.rope_factor,
+                                 model.rope_low, model.rope_high,
+                                 model.rope_original))
+  return any(
+      np.allclose(stored.astype(np.float32),
+                  rotary.rotary_frequencies(head_dim, model.rope_theta,
+                                            scaling),
+                  rtol=_ROTARY_RELATIVE,
+                  atol=_ROTARY_ABSOLUTE) for scaling in scalings)
 
 
 def load_params(folder: str, model: ModelConfig, abstract: Params) -> Params:
@@ -325,9 +416,3 @@ def fingerprint(folder: str) -> dict[str, Any]:
       'weights_bytes': total,
       'weights_sha256': digest.hexdigest(),
   }
-
-
-def tokenizer_digest(folder: str) -> str:
-  """Returns the SHA-256 of a folder's tokenizer.json."""
-  path = pathlib.Path(folder) / 'tokenizer.json'
-  return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -18,6 +18,7 @@ _OURS = frozenset(
     ('messages', 'add_generation_prompt'))  # variables that the run sets
 _NAMED = 20  # names in one message
 _PROBE = 'How many legs have 3 cats?'
+_REPLY = '12 legs.'
 
 
 class PretrainedTokenizer:
@@ -39,8 +40,13 @@ class PretrainedTokenizer:
     self._folder = folder
     self._chat = chat
     self._system = system
-    config, self._names = tokenizer_files.special_tokens(folder)
+    declared = tokenizer_files.read_declared(folder)
+    config, self._names = declared.config, declared.names
     self._backend = tokenizer_files.load_backend(folder)
+    tokenizer_files.add_tokens(folder, self._backend, declared)
+    # Published with the tokenizer: names of special tokens are text to it.
+    split = config.get('split_special_tokens')
+    self._backend.encode_special_tokens = split is True
     vocabulary = self._backend.get_vocab()
     self._ids = frozenset(vocabulary.values())
     self._vocab_size = max(self._ids) + 1
@@ -56,6 +62,7 @@ class PretrainedTokenizer:
     self._template = None if source is None else chat_template.ChatTemplate(
         source[0], origin=source[1], date=date)
     self._variables = {**self._names, **variables}
+    self._warnings: tuple[str, ...] = ()
     if chat:
       self._check_template()
       self._check_variables(variables)
@@ -82,6 +89,42 @@ class PretrainedTokenizer:
       if part not in text:
         raise ConfigError(f'the chat template of {self._folder!r} drops the '
                           f'{name}; mend it or set task.chat_template=False')
+    if not self._begins_reply(text):
+      self._warnings = (
+          f'the chat template of {self._folder!r} ignores '
+          'add_generation_prompt: no prompt has the header of the model\'s own '
+          'turn, and the model may continue the user\'s turn; write a template '
+          'that adds the header to chat_template.jinja, or set '
+          'task.chat_template=False',)
+
+  def _begins_reply(self, prompt: str) -> bool:
+    """Whether a prompt ends where the model's own turn begins.
+
+    A template that ignores add_generation_prompt is right if a reply has no
+    header and the user's turn has an end mark: Llama 2 writes
+    '[INST] problem [/INST] reply'.
+
+    Args:
+      prompt: the rendering of the probe.
+    """
+    turn = self._messages(_PROBE)
+    reply = {'role': 'assistant', 'content': _REPLY}
+
+    def render(messages: Sequence[Mapping[str, str]]) -> str | None:
+      try:
+        return self.render_chat(messages, add_generation_prompt=False)
+      except ConfigError:
+        return None
+
+    if render(turn) != prompt:
+      return True
+    answered = render([*turn, reply])
+    if answered is None:
+      return False
+    end_mark = prompt.rpartition(_PROBE)[2].strip()
+    header = answered.removeprefix(prompt).partition(_REPLY)[0].strip()
+    return (bool(end_mark) and answered.startswith(prompt) and
+            _REPLY in answered and not header)
 
   def _check_variables(self, variables: Mapping[str, Any]) -> None:
     """Refuses variables of the user's that change nothing."""
@@ -96,6 +139,11 @@ class PretrainedTokenizer:
             f'{self._folder!r} leaves to you'
             f'{config_lib.nearest(name, read)}; those are '
             f'{", ".join(sorted(read)[:_NAMED]) or "none"}')
+
+  @property
+  def warnings(self) -> tuple[str, ...]:
+    """What a run tells its user at its start, a line each."""
+    return self._warnings
 
   @property
   def vocab_size(self) -> int:

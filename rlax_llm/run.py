@@ -109,8 +109,9 @@ class Run:
     name = self.config.model.tokenizer
     if name != pretrained.TOKENIZER:
       return name
-    folder = self.config.model.pretrained
-    return f'{name} {pretrained.tokenizer_digest(folder)}'
+    # Imported here: it needs packages that other runs do without.
+    from rlax_llm import tokenizer_files
+    return f'{name} {tokenizer_files.digest(self.config.model.pretrained)}'
 
   def problems(self, step: int) -> list[tasks.Problem]:
     """Returns the B problems of a training step.

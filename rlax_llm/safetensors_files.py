@@ -21,6 +21,7 @@ import numpy as np
 DTYPES: dict[str, np.dtype] = {
     'F32': np.dtype(np.float32),
     'BF16': np.dtype(ml_dtypes.bfloat16),
+    'F16': np.dtype(np.float16),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit

@@ -258,6 +258,8 @@ def main(argv: list[str]) -> None:
   if not 0 < top_p <= 1:
     raise ConfigError(f'--top_p={top_p} must be in (0, 1]')
   run = make_run(load_config(_WORKDIR.value, _BASE.value))
+  for line in run.tokenizer.warnings:
+    print(f'warning: {line}', file=sys.stderr)
   sampling = run.sampling._replace(top_p=top_p)
   if temperature is not None:
     sampling = sampling._replace(temperature=temperature)

@@ -15,6 +15,10 @@ class TextTokenizer(Protocol):
   """What a run needs of a tokenizer: `Tokenizer`, or a published model's."""
 
   @property
+  def warnings(self) -> tuple[str, ...]:
+    """What a run tells its user at its start, a line each."""
+
+  @property
   def vocab_size(self) -> int:
     """Number of ids, specials included; a model may have more."""
 
@@ -64,6 +68,11 @@ class Tokenizer:
     alphabet: the characters, each once; None: the 256 bytes of UTF-8.
   """
   alphabet: str | None = None
+
+  @property
+  def warnings(self) -> tuple[str, ...]:
+    """There are none."""
+    return ()
 
   @property
   def vocab_size(self) -> int:

@@ -78,7 +78,10 @@ def train(config: Config,
     allowed = field_classes.MAY_DIFFER
     if run.algorithm.leaps:  # They are judged as held-out answers are.
       allowed -= {field_classes.EVALUATION}
-    warnings = manifest.check_workdir(workdir, to_dict(config), allow=allowed)
+    warnings = [
+        *run.tokenizer.warnings,
+        *manifest.check_workdir(workdir, to_dict(config), allow=allowed)
+    ]
     held_out = evaluation.held_out_problems(run)
     run.check_prompts([*held_out, *run.known_problems()])
     if config.sft.steps:

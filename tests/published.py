@@ -37,6 +37,77 @@ CONFIG_JSON = {
                       max_position_embeddings=40960),
 }
 
+# The keys of published config.json files beside those above, with values that
+# stand in files of that family.
+_COMMON = dict(attention_dropout=0.0,
+               bos_token_id=1,
+               eos_token_id=2,
+               initializer_range=0.02,
+               torch_dtype='bfloat16',
+               transformers_version='4.40.1',
+               use_cache=True)
+_LLAMA = _COMMON | dict(architectures=['LlamaForCausalLM'],
+                        model_type='llama',
+                        attention_bias=False,
+                        hidden_act='silu',
+                        hidden_size=64,
+                        intermediate_size=128,
+                        max_position_embeddings=4096,
+                        num_attention_heads=4,
+                        num_hidden_layers=2,
+                        num_key_value_heads=4,
+                        pretraining_tp=1,
+                        rms_norm_eps=1e-5,
+                        rope_scaling=None,
+                        tie_word_embeddings=False,
+                        vocab_size=32000)
+_LLAMA3 = dict(factor=32.0,
+               high_freq_factor=4.0,
+               low_freq_factor=1.0,
+               original_max_position_embeddings=8192,
+               rope_type='llama3')
+_WINDOW = dict(max_window_layers=21, sliding_window=131072)
+KEYS = {
+    'Qwen2':
+        CONFIG_JSON['Qwen2.5-0.5B-Instruct'] | _COMMON | _WINDOW,
+    'Qwen2.5':
+        CONFIG_JSON['Qwen2.5-0.5B-Instruct'] | _COMMON | _WINDOW |
+        dict(use_mrope=False),
+    'Qwen3':
+        CONFIG_JSON['Qwen3-1.7B'] | _COMMON |
+        dict(max_window_layers=28, rope_scaling=None, sliding_window=None),
+    'Llama 1':
+        _LLAMA | dict(max_sequence_length=2048, pad_token_id=-1),
+    'Llama 2':
+        _LLAMA | dict(_name_or_path='meta-llama/Llama-2-7b-hf',
+                      max_length=4096,
+                      pad_token_id=0,
+                      torch_dtype='float16'),
+    'Llama 3.2':
+        _LLAMA | dict(eos_token_id=[128001, 128008, 128009],
+                      head_dim=16,
+                      max_position_embeddings=131072,
+                      mlp_bias=False,
+                      rope_scaling=_LLAMA3,
+                      rope_theta=500000.0,
+                      tie_word_embeddings=True),
+    'SmolLM2':
+        _LLAMA | {
+            'is_llama_config': True,
+            'pad_token_id': 2,
+            'rope_interleaved': False,
+            'rope_theta': 100000,
+            'tie_word_embeddings': True,
+            'transformers.js_config': {
+                'kv_cache_dtype': {
+                    'q4f16': 'float16'
+                }
+            }
+        },
+    'unsloth':
+        _LLAMA | dict(unsloth_fixed=True, unsloth_version='2025.1.1'),
+}
+
 
 def stand_in(config: Config, folder: pathlib.Path) -> Config:
   """Returns the config with a folder and data that are there; changes it.

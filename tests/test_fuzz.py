@@ -19,6 +19,7 @@ from rlax_llm import flags
 from rlax_llm import pretrained
 from rlax_llm import safetensors_files
 from rlax_llm import testing
+from rlax_llm import tokenizer_files
 from rlax_llm.checkpoint import Checkpoints
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
@@ -168,7 +169,8 @@ def test_any_jsonl_file_is_read_or_refused(tmp_path, lines, kind, gold_format):
 
 
 NAMES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-         'generation_config.json', 'config.json', 'chat_template.jinja')
+         'added_tokens.json', 'generation_config.json', 'config.json',
+         'chat_template.jinja')
 
 
 @pytest.fixture(name='model', scope='module')
@@ -181,7 +183,8 @@ def _model(tmp_path_factory):
     st.sampled_from(NAMES), BYTES | JSON.map(_dumps) | st.dictionaries(
         st.sampled_from([
             'eos_token', 'bos_token', 'add_bos_token', 'eos_token_id', 'model',
-            'added_tokens', 'chat_template', 'vocab', 'post_processor'
+            'added_tokens', 'chat_template', 'vocab', 'post_processor',
+            'pad_token', 'added_tokens_decoder', 'extra_special_tokens'
         ]), JSON).map(_dumps))
 def test_any_tokenizer_files_are_read_or_refused(model, tmp_path, name,
                                                  content):
@@ -202,8 +205,11 @@ def test_any_tokenizer_files_are_read_or_refused(model, tmp_path, name,
   except ConfigError as error:
     _one_line(error)
     return
-  ids = made.encode_prompt('How many legs have three cats?')
-  assert 'legs' in made.decode(ids)
+  text = 'How many legs have three cats?'
+  # A file may name a letter as a special token; then it is skipped.
+  named = tokenizer_files.read_declared(str(folder)).names.values()
+  if not any(name and name in text for name in named):
+    assert 'legs' in made.decode(made.encode_prompt(text))
 
 
 _PROGRAM = st.lists(st.sampled_from([

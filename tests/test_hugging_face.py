@@ -1,5 +1,6 @@
 """Published weights: config.json, safetensors, folders that do not fit."""
 
+import io
 import json
 import pathlib
 import re
@@ -12,12 +13,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import ml_dtypes
 import numpy as np
+import published
 import pytest
 import safetensors.numpy
+import tokenizer_helpers
 
 from rlax_llm import export
 from rlax_llm import manifest
 from rlax_llm import pretrained
+from rlax_llm import progress
 from rlax_llm import safetensors_files
 from rlax_llm import sample
 from rlax_llm import sharding
@@ -57,6 +61,8 @@ LLAMA3 = dict(rope_type='llama3',
               low_freq_factor=1.0,
               high_freq_factor=4.0,
               original_max_position_embeddings=64)
+
+LLAMA = dict(architectures=['LlamaForCausalLM'], model_type='llama')
 
 
 def _config(changes):
@@ -332,6 +338,75 @@ BAD_CONFIGS = [
     ({
         'partial_rotary_factor': 0.5
     }, ['partial_rotary_factor=0.5']),
+    ({
+        'is_causal': False
+    }, ['is_causal=False', 'later tokens']),
+    ({
+        'rms_norm_epsilon': 1e-3
+    }, ["'rms_norm_epsilon'", "'rms_norm_eps'", 'delete']),
+    ({
+        'logit_scale': 2.0,
+        'attn_logit_softcapping': 30.0
+    }, ["'attn_logit_softcapping', 'logit_scale'"]),
+    (LLAMA | {
+        'sliding_window': 255
+    }, ['sliding_window=255', 'max_position_embeddings=256']),
+    (LLAMA | {
+        'attention_chunk_size': 128
+    }, ['attention_chunk_size=128', 'within a window']),
+    ({
+        'layer_types': ['full_attention'] * 3
+    }, ['3 layer_types', 'num_hidden_layers=2']),
+    ({
+        'layer_types': 'full_attention'
+    }, ["layer_types='full_attention'", 'list']),
+    ({
+        'per_layer_config': {
+            '0': {
+                'rms_norm_eps': 1.0
+            }
+        }
+    }, ['per_layer_config', 'layer to layer']),
+    ({
+        'transformers_weights': 'other.safetensors'
+    }, ["transformers_weights='other.safetensors'"]),
+    ({
+        'auto_map': {
+            'AutoModelForCausalLM': 'own.Model'
+        }
+    }, ['auto_map', 'own code']),
+    ({
+        'quantization': {
+            'bits': 4
+        }
+    }, ['quantization=', 'quantized']),
+    ({
+        'rope_scaling': {
+            'rope_type': 'linear',
+            'factor': 2.0,
+            'attention_factor': 0.5
+        }
+    }, ["'attention_factor'", "'linear'", 'delete']),
+    ({
+        'rope_scaling': {
+            'rope_type': 'default',
+            'factor': 2.0
+        }
+    }, ["'factor'", "'default'"]),
+    ({
+        'rope_scaling': {
+            'rope_type': 'default',
+            'type': 'linear'
+        }
+    }, ["rope_type='default'", "type='linear'"]),
+    ({
+        'rope_scaling': LLAMA3,
+        'original_max_position_embeddings': 128
+    }, ['original_max_position_embeddings=64', '128', 'keep one']),
+    # transformers takes 32 where the key of a Qwen model is absent.
+    ({
+        'num_key_value_heads': None
+    }, ['num_attention_heads=4', 'num_key_value_heads=32']),
 ]
 
 
@@ -342,13 +417,54 @@ def test_bad_configs_are_refused(changes, words):
   """Law: one line that names the file, the key and the value.
 
   Mutants: mlp_bias not looked at; layer_types not looked at; rope_parameters
-  that differ from rope_scaling accepted; whole numbers may be 0.
+  that differ from rope_scaling accepted; whole numbers may be 0; unknown keys
+  accepted; is_causal known as harmless.
   """
   with pytest.raises(ConfigError) as caught:
     _read(changes)
   for word in ['config.json', *words]:
     assert word in str(caught.value), caught.value
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', published.KEYS)
+def test_keys_of_published_models_are_known(name):
+  """Law: a config.json with every key that its family is published with is
+  read.
+
+  Mutants: use_mrope unknown; rope_interleaved=False refused.
+  """
+  model = hugging_face.from_config_json(published.KEYS[name], 'config.json')
+  assert model.layers == published.KEYS[name]['num_hidden_layers']
+
+
+def test_harmless_keys_and_neutral_values_change_nothing():
+  """Law: with a harmless key, whatever its value, or a neutral value, the
+  model is the one without; is_causal has one neutral value, and null is none.
+
+  Mutants: is_causal=None neutral; a harmless key refused.
+  """
+  plain = _read({})
+  items = _config({})
+  read = lambda name, value: hugging_face.from_config_json(
+      items | {name: value}, 'config.json')
+  # pylint: disable=protected-access
+  for name in hugging_face._HARMLESS:
+    for value in (None, 7, 'x', {'a': []}):
+      assert read(name, value) == plain
+  for name, key in hugging_face._NEUTRAL.items():
+    for value in key.values:
+      assert read(name, value) == plain
+    if 'qwen2' in key.families:
+      with pytest.raises(ConfigError, match=f'{name}=7'):
+        read(name, 7)
+  with pytest.raises(ConfigError, match='is_causal=None'):
+    read('is_causal', None)
+  assert _read(LLAMA | {'sliding_window': 256}) == _read(LLAMA)
+  assert _read({'layer_types': ['attention', 'full_attention']}) == plain
+  scaled = {'rope_scaling': LLAMA3}
+  assert _read(scaled |
+               {'original_max_position_embeddings': 64}) == _read(scaled)
 
 
 def test_config_json_comes_back():
@@ -382,7 +498,7 @@ def test_config_json_comes_back():
 # ---- Files -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('dtype', [np.float32, BFLOAT16])
+@pytest.mark.parametrize('dtype', [np.float32, BFLOAT16, np.float16])
 def test_files_are_those_of_the_library(tmp_path, dtype):
   """Law: what we write, the safetensors library reads, and the reverse.
 
@@ -460,12 +576,12 @@ def test_tensors_lie_where_the_model_reads_them(tmp_path, family, tied):
                                     weight(f'mlp.{name}_proj').T)
 
 
-@pytest.mark.parametrize('stored', [np.float32, BFLOAT16])
+@pytest.mark.parametrize('stored', [np.float32, BFLOAT16, np.float16])
 @pytest.mark.parametrize('wanted', ['float32', 'bfloat16'])
 def test_weights_are_cast_to_the_configured_dtype(tmp_path, stored, wanted):
   """Law: what is loaded is NumPy's cast of what is stored, bit for bit.
 
-  Mutant: bits reinterpreted instead of cast.
+  Mutants: bits reinterpreted instead of cast; F16 unknown.
   """
   model = _read({})
   tensors = _tensors(model, dtype=stored)
@@ -517,6 +633,63 @@ def test_a_stored_copy_of_a_tied_head_must_be_equal(tmp_path):
   _save(tmp_path, _config(changes), tensors)
   with pytest.raises(ConfigError, match='tie_word_embeddings=true'):
     _load(tmp_path, model)
+
+
+def _frequencies(theta=1e6, divided=1.0):
+  """Those of a head of 6, as Llama's first code wrote them."""
+  return (1 / theta**(np.arange(0, 6, 2) / 6) / divided).astype(np.float32)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, BFLOAT16])
+@pytest.mark.parametrize('scaled', [False, True])
+def test_stored_rotary_frequencies_are_skipped(tmp_path, dtype, scaled):
+  """Law: Llama 2 is published with them; they change no bit of the
+  parameters. Scaled models may store either kind.
+
+  Mutants: they belong to no parameter; scaled ones are refused; compared
+  exactly.
+  """
+  changes = LLAMA | ({
+      'rope_scaling': {
+          'type': 'linear',
+          'factor': 4.0
+      }
+  } if scaled else {})
+  model = _read(changes)
+  tensors = _tensors(model, dtype=dtype)
+  _save(tmp_path / 'plain', _config(changes), tensors)
+  want = digest_arrays(_load(tmp_path / 'plain', model))
+  for divided in (1.0, 4.0)[:1 + scaled]:
+    stored = _frequencies(divided=divided).astype(dtype)
+    names = [f'model.layers.{i}.self_attn' for i in range(2)] + ['model']
+    _save(tmp_path, _config(changes),
+          tensors | {f'{name}.rotary_emb.inv_freq': stored for name in names})
+    assert digest_arrays(_load(tmp_path, model)) == want
+
+
+INV_FREQ = 'model.layers.1.self_attn.rotary_emb.inv_freq'
+
+
+@pytest.mark.parametrize('name, stored, words', [
+    (INV_FREQ, _frequencies(theta=1e4), ['rope_theta=1e+06', 'correct rope']),
+    (INV_FREQ, np.full(3, np.nan, np.float32), ['other rotary frequencies']),
+    (INV_FREQ, _frequencies()[:2], ['has shape [2], not [3]']),
+    (INV_FREQ, np.zeros(3, np.int32), ['dtype I32']),
+    (INV_FREQ.replace('1', '2'), _frequencies(), ['belongs to no parameter']),
+    ('rotary_emb.inv_freq', _frequencies(), ['belongs to no parameter']),
+])
+def test_other_buffers_are_refused(tmp_path, name, stored, words):
+  """Law: what is no rotary frequency of this model is no stray to skip.
+
+  Mutants: any name that ends in inv_freq is skipped; the values are not
+  compared.
+  """
+  model = _read(LLAMA)
+  _save(tmp_path, _config(LLAMA), _tensors(model) | {name: stored})
+  with pytest.raises(ConfigError) as caught:
+    pretrained.find_tensors(str(tmp_path), model)
+  for word in [name, *words]:
+    assert word in str(caught.value), caught.value
 
 
 # ---- Folders that do not fit -------------------------------------------------
@@ -605,19 +778,77 @@ def test_all_problems_are_in_one_message(tmp_path):
   del tensors['model.layers.1.mlp.up_proj.weight']
   tensors['model.layers.2.mlp.up_proj.weight'] = np.zeros(3, np.float32)
   tensors['model.norm.weight'] = np.zeros((12, 1), np.float32)
-  tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(np.float16)
+  tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(np.float64)
   _save(tmp_path, _config({}), tensors)
   with pytest.raises(ConfigError) as caught:
     pretrained.find_tensors(str(tmp_path), model)
   for word in ('model.layers.1.mlp.up_proj.weight is missing',
                'model.layers.2.mlp.up_proj.weight in model-0',
                'model.norm.weight has shape [12, 1], not [12]',
-               'lm_head.weight is of dtype F16'):
+               'lm_head.weight is of dtype F64', 'convert the weights to F32'):
     assert word in str(caught.value), caught.value
   assert 'more' not in str(caught.value)
   _save(tmp_path, _config({}), {'odd': np.zeros(1, np.float32)}, shards=1)
   with pytest.raises(ConfigError, match=r'and \d+ more'):
     pretrained.find_tensors(str(tmp_path), model)
+
+
+def _unlist(folder):
+  (folder / 'model.safetensors.index.json').unlink()
+
+
+def _empty(folder):
+  for path in folder.glob('*safetensors*'):
+    path.unlink()
+
+
+REMEDIES = [
+    (lambda f: _shard(f, 2).unlink(), 'fetch the missing files'),
+    (_truncate, 'fetch the damaged files again'),
+    (lambda f: (f / 'model.safetensors.index.json').write_text('[]'),
+     'fetch the damaged files again'),
+    (lambda f: _shard(f, 2).write_bytes(b'abc'),
+     'fetch the damaged files again'),
+    (lambda f: shutil.copy(_shard(f, 1), f / 'stray.safetensors'),
+     'move the files that model.safetensors.index.json does not list out'),
+    (_unlist, 'fetch model.safetensors.index.json, or leave'),
+    (_empty, 'give a folder with safetensors files'),
+    (lambda f: _changed_index(f, lambda m: m.pop(NORM)),
+     'fetch model.safetensors.index.json and the files that it lists'),
+    (lambda f:
+     _rewrite(_shard(f, 1), lambda t: t.update(
+         {sorted(t)[0]: np.zeros(1, np.float32)})), 'give the config.json of'),
+]
+
+
+@pytest.mark.parametrize('damage, remedy', REMEDIES)
+def test_the_remedy_fits_the_cause(folder, damage, remedy):
+  """Law: the message ends in what mends this damage, and nothing else.
+
+  Mutant: one remedy for all.
+  """
+  damage(folder)
+  with pytest.raises(ConfigError) as caught:
+    pretrained.find_tensors(str(folder), _read({}))
+  _, found = str(caught.value).split('. To mend it: ')
+  assert found.startswith(remedy) and ';' not in found, found
+
+
+def test_the_remedy_of_a_tensor_that_is_left_over(tmp_path):
+  """Law: nothing is to be fetched where a tensor has no parameter, or a file
+  no place.
+
+  Mutants: as of missing tensors; read_config asks for the whole folder.
+  """
+  model = _read({})
+  _save(tmp_path, _config({}),
+        _tensors(model) | {'odd': np.zeros(1, np.float32)})
+  with pytest.raises(ConfigError, match='delete the tensors') as caught:
+    pretrained.find_tensors(str(tmp_path), model)
+  assert 'fetch' not in str(caught.value)
+  (tmp_path / 'config.json').write_text('{')
+  with pytest.raises(ConfigError, match='is no JSON.*fetch this file again'):
+    pretrained.read_config(str(tmp_path))
 
 
 # ---- Export ------------------------------------------------------------------
@@ -840,6 +1071,30 @@ def test_a_published_tokenizer_is_exported_too(tmp_path, folder):
   ]
   assert (out / 'tokenizer.json').read_text() == '{"a": 1}'
   assert pretrained.read_config(str(out))['eos_token_id'] == 9
+
+
+def test_a_run_prints_the_warnings_of_its_tokenizer(tmp_path):
+  """Law: a template without the header of a reply is one `warning:` line.
+
+  Mutant: train.py drops the tokenizer's warnings.
+  """
+  folder = tmp_path / 'model'
+  changes = {'vocab_size': 320, 'num_hidden_layers': 1}
+  _save(folder, _config(changes), _tensors(_read(changes)))
+  tokenizer_helpers.write(
+      folder,
+      'qwen',
+      chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+      '\n{% endfor %}')
+  config = _tiny(folder, tokenizer='')
+  config.num_steps = config.evaluate.every = 0
+  config.evaluate.problems = 1
+  config.rollout.prompt_length = 64
+  config.task.chat_template = True
+  shown = io.StringIO()
+  train_quietly(config, tmp_path / 'run', display=progress.Progress(shown))
+  lines = [line for line in shown.getvalue().split('\n') if 'warning:' in line]
+  assert len(lines) == 1 and 'add_generation_prompt' in lines[0], lines
 
 
 def test_the_fingerprint_sees_changes(folder):

@@ -3,7 +3,9 @@
 Needs the extra `[parity]`; skipped without it.
 """
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from rlax_llm.types import TRAIN
 torch = pytest.importorskip('torch', reason='needs the extra [parity]')
 transformers = pytest.importorskip('transformers',
                                    reason='needs the extra [parity]')
+import safetensors.torch  # noqa: E402  pylint: disable=wrong-import-position
 
 VOCABULARY, POSITIONS = 61, 512
 NEW = 24  # tokens of a completion
@@ -108,6 +111,124 @@ def _pair(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('parity')
   theirs = _make(folder, request.param)
   return (folder, theirs, *_load(folder))
+
+
+# pylint: disable=protected-access
+KNOWN = (hugging_face._READ | hugging_face._HARMLESS |
+         hugging_face._NEUTRAL.keys())
+
+
+@pytest.mark.parametrize('family', ['Qwen2', 'Qwen3', 'Llama'])
+def test_every_key_of_the_config_classes_is_known(tmp_path, family):
+  """Law: no key of transformers is unknown: none of the family's class, of its
+  base class, of the settings of `generate` that it moves away, or of the file
+  that it writes.
+
+  Mutants: initializer_range or sliding_window taken from the tables.
+  """
+  config = getattr(transformers, f'{family}Config')()
+  names = {field.name for field in dataclasses.fields(config)}
+  names |= config.to_dict().keys() | {'torch_dtype', 'rope_scaling'}
+  names |= transformers.GenerationConfig._get_default_generation_params().keys()
+  config.save_pretrained(tmp_path)
+  names |= json.loads((tmp_path / 'config.json').read_text()).keys()
+  # Attributes of the class alone, which no file sets.
+  assert {
+      name for name in names - KNOWN if not name.startswith(('base_model_',))
+  } == set()
+
+
+# Values that these keys may have, and that some model would react to.
+STRIKING = dict(initializer_range=0.7,
+                transformers_version='5.0',
+                dtype='bfloat16',
+                torch_dtype='bfloat16',
+                attention_dropout=0.9,
+                attn_implementation='eager',
+                _attn_implementation='eager',
+                tokenizer_class='X',
+                problem_type='regression',
+                id2label={'0': 'a'},
+                label2id={'a': 0})
+
+
+@pytest.mark.parametrize('family', ['Qwen2', 'Qwen3', 'Llama'])
+def test_harmless_keys_do_not_change_the_function(family):
+  """Law: with every key that is called harmless set to a striking value at
+  once, transformers computes the same logits, up to the order of its sums; with
+  is_causal=False it does not.
+
+  Mutant: is_causal among the harmless keys.
+  """
+  fields = dict(vocab_size=VOCABULARY,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=64,
+                bos_token_id=1,
+                eos_token_id=0)
+  tokens = _tokens(1, 12)
+  torch.manual_seed(0)
+
+  def configure(**changes):
+    return getattr(transformers, f'{family}Config')(**(fields | changes))
+
+  def make(**changes):
+    model = getattr(transformers, f'{family}ForCausalLM')(configure(**changes))
+    return model.float().eval()
+
+  plain = make(initializer_range=0.3)
+  want = _their_logits(plain, tokens)
+
+  def differs(**changes):
+    model = make(**changes)
+    model.load_state_dict(plain.state_dict())
+    model.config.return_dict = True  # else the logits come in a tuple
+    return not np.allclose(_their_logits(model, tokens), want, atol=1e-5)
+
+  def strike(name, flag):
+    for value in (STRIKING.get(name, flag), 3):
+      try:
+        transformers.GenerationConfig.from_model_config(
+            configure(**{name: value}))  # as the model's constructor does
+        return value
+      except Exception:  # pylint: disable=broad-except
+        continue  # a bool is no value of this key; 3 is one
+    raise AssertionError(f'{name} has no value that transformers takes')
+
+  for flag in (True, False):
+    assert not differs(
+        **{name: strike(name, flag) for name in hugging_face._HARMLESS})
+  assert differs(is_causal=False)
+
+
+def test_float16_and_stored_frequencies_as_llama_2_is_published(tmp_path):
+  """Law: a folder of float16 weights with inv_freq in every layer has the
+  logits of transformers, which reads the same folder.
+
+  Mutants: F16 read as BF16; the buffers refused.
+  """
+  theirs = _make(tmp_path / 'made', 'llama, 4 / 4')
+  tensors = {
+      name: value.half().contiguous()
+      for name, value in theirs.state_dict().items()
+  }
+  frequencies = theirs.model.rotary_emb.inv_freq.half()
+  tensors |= {
+      f'model.layers.{i}.self_attn.rotary_emb.inv_freq': frequencies.clone()
+      for i in range(2)
+  }
+  safetensors.torch.save_file(tensors,
+                              tmp_path / 'model.safetensors',
+                              metadata={'format': 'pt'})
+  shutil.copy(tmp_path / 'made/config.json', tmp_path / 'config.json')
+  again = type(theirs).from_pretrained(tmp_path, dtype=torch.float32).eval()
+  _, model, params = _load(tmp_path)
+  np.testing.assert_allclose(_our_logits(model, params, _tokens()),
+                             _their_logits(again, _tokens()),
+                             atol=2e-4)
 
 
 def _their_logits(model, tokens):

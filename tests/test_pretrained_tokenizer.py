@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import gc
+import hashlib
 import json
 import time
 
@@ -15,6 +16,7 @@ from rlax_llm import pretrained_tokenizer
 from rlax_llm import sample
 from rlax_llm import testing
 from rlax_llm import tokenizer as tokenizer_lib
+from rlax_llm import tokenizer_files
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.run import make_run
@@ -282,28 +284,228 @@ def test_eos_is_the_union_in_order(tmp_path, files, expected):
   assert _tokens(backend, load(folder).eos_ids) == expected
 
 
-def test_special_tokens_map_fills_gaps_only(tmp_path):
-  """Law: special_tokens_map.json names what tokenizer_config.json leaves out;
-  a null there means none.
+def test_when_special_tokens_map_is_read(tmp_path):
+  """Law: special_tokens_map.json goes before tokenizer_config.json, and is not
+  read where that file has added_tokens_decoder: as in transformers 5.
 
-  Mutant: the map goes first.
+  Mutants: the map fills gaps only; the map is read always.
   """
-  folder, backend = helpers.write(tmp_path, 'qwen', bos_token=None)
-  path = tmp_path / 'tokenizer_config.json'
-  config = json.loads(path.read_text())
-  del config['eos_token']
-  path.write_text(json.dumps(config))
-  (tmp_path / 'special_tokens_map.json').write_text(
-      json.dumps({
-          'eos_token': {
-              'content': '<|im_end|>',
-              'lstrip': False
-          },
-          'bos_token': '<|im_start|>'
-      }))
-  tokenizer = load(folder)
-  assert _tokens(backend, tokenizer.eos_ids) == ['<|im_end|>']
-  assert tokenizer.bos_id is None
+  roles = {
+      'eos_token': {
+          'content': '<|im_end|>',
+          'lstrip': False
+      },
+      'bos_token': '<|im_start|>'
+  }
+  for modern in (False, True):
+    decoder = {'added_tokens_decoder': {}} if modern else {}
+    folder, backend = helpers.write(tmp_path / str(modern),
+                                    'qwen',
+                                    files={'special_tokens_map.json': roles},
+                                    eos_token='<|endoftext|>',
+                                    **decoder)
+    tokenizer = load(folder)
+    want = '<|endoftext|>' if modern else '<|im_end|>'
+    assert _tokens(backend, tokenizer.eos_ids) == [want]
+    assert tokenizer.bos_id == (None if modern else backend.token_to_id(
+        roles['bos_token']))
+
+
+# Tokens that other files declare ---------------------------------------------
+
+# Ids of the layout 'qwen': 64 a, 65 b, 291 How, 300 to 302 specials, 303 and
+# 304 <think> and </think>.
+MIXED = 'a <|extra|>  b<think> c<|two|>How </think><|im_end|> d [PAD]x'
+
+
+def _declare(i, content, **flags):
+  return {str(i): {'content': content, **flags}}
+
+
+DECLARED = {
+    'none': ({}, {}),
+    'decoder': ({
+        'added_tokens_decoder': _declare(305, '<|extra|>', special=True)
+    }, {}),
+    'decoder, out of order': ({
+        'added_tokens_decoder':
+            _declare(306, '<|two|>') | _declare(305, '<|extra|>', special=True)
+    }, {}),
+    'decoder, strips': ({
+        'added_tokens_decoder':
+            _declare(305, '<|extra|>', lstrip=True, rstrip=True)
+    }, {}),
+    'decoder, single word': ({
+        'added_tokens_decoder':
+            _declare(305, '[PAD]', single_word=True) | _declare(306, '<|two|>')
+    }, {}),
+    'decoder, other flags than tokenizer.json': ({
+        'added_tokens_decoder':
+            _declare(303, '<think>', special=True) |
+            _declare(302, '<|im_end|>', special=True, lstrip=True)
+    }, {}),
+    'decoder, of the base vocabulary': ({
+        'added_tokens_decoder': _declare(291, 'How', special=True)
+    }, {}),
+    'decoder, names a role': ({
+        'added_tokens_decoder': _declare(305, '<|extra|>', lstrip=True),
+        'eos_token': '<|extra|>'
+    }, {}),
+    'decoder goes before added_tokens.json': ({
+        'added_tokens_decoder': {}
+    }, {
+        'added_tokens.json': {
+            '<|extra|>': 305
+        }
+    }),
+    'added_tokens.json': ({}, {
+        'added_tokens.json': {
+            '<|two|>': 306,
+            '<|extra|>': 305
+        }
+    }),
+    'added_tokens.json, names a role': ({
+        'eos_token': '<|extra|>'
+    }, {
+        'added_tokens.json': {
+            '<|extra|>': 305
+        }
+    }),
+    'added_tokens.json, special by the map': ({}, {
+        'added_tokens.json': {
+            '<|extra|>': 305
+        },
+        'special_tokens_map.json': {
+            'extra_special_tokens': ['<|extra|>']
+        }
+    }),
+    'map': ({}, {
+        'special_tokens_map.json': {
+            'pad_token': {
+                'content': '[PAD]',
+                'lstrip': True,
+                'rstrip': False,
+                'normalized': False,
+                'single_word': False
+            }
+        }
+    }),
+    'both lists': ({
+        'extra_special_tokens': ['<|two|>']
+    }, {
+        'special_tokens_map.json': {
+            'extra_special_tokens': ['<|extra|>', '<|two|>']
+        }
+    }),
+    'extra_special_tokens, roles': ({
+        'extra_special_tokens': {
+            'image_token': '<|extra|>'
+        }
+    }, {}),
+    'additional_special_tokens': ({
+        'additional_special_tokens': ['<|extra|>', '<think>']
+    }, {}),
+    'another role': ({
+        'image_token': '<|extra|>'
+    }, {}),
+    'all at once': ({
+        'added_tokens_decoder': _declare(305, '<|two|>'),
+        'extra_special_tokens': ['<|extra|>'],
+        'pad_token': {
+            '__type': 'AddedToken',
+            'content': '[PAD]',
+            'lstrip': True,
+            'normalized': True,
+            'rstrip': False,
+            'single_word': False,
+            'special': False
+        }
+    }, {}),
+    'a role makes a token special': ({
+        'pad_token': '<think>'
+    }, {}),
+    'a role of the base vocabulary': ({
+        'pad_token': 'How'
+    }, {}),
+    'split_special_tokens': ({
+        'split_special_tokens': True
+    }, {}),
+}
+
+
+@pytest.mark.parametrize('name', DECLARED)
+def test_declared_tokens_are_those_of_transformers(tmp_path, name):
+  """Law: ids, text, vocabulary and the flags of every added token equal those
+  that transformers makes of the same folder.
+
+  Mutants: added_tokens_decoder not read; added_tokens.json not read; the list
+  not read; flags of tokenizer.json win; a role makes nothing special; tokens
+  added in the order of the file.
+  """
+  transformers = pytest.importorskip('transformers',
+                                     reason='needs the extra [parity]')
+  changes, files = DECLARED[name]
+  folder, _ = helpers.write(tmp_path, 'qwen', files=files, **changes)
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+  ours = load(folder)
+  ids = theirs.encode(MIXED, add_special_tokens=False)
+  assert ours.encode_prompt(MIXED) == ids
+  every = [*ids, *range(len(theirs))]
+  assert ours.decode(every) == theirs.decode(every,
+                                             skip_special_tokens=True,
+                                             clean_up_tokenization_spaces=False)
+  assert ours.vocab_size == len(theirs)
+  backend = ours._backend  # pylint: disable=protected-access
+  flags = lambda tokens: {i: t.__getstate__() for i, t in tokens.items()}
+  assert flags(backend.get_added_tokens_decoder()) == flags(
+      theirs.added_tokens_decoder)
+  assert ours.eos_ids[0] == theirs.eos_token_id
+
+
+def test_declared_tokens_by_hand(tmp_path):
+  """Law: a token that only another file declares is one id, a special one is
+  skipped, and neither becomes U+FFFD.
+
+  Mutant: as before, tokenizer.json alone.
+  """
+  for special in (False, True):
+    folder, _ = helpers.write(tmp_path / str(special),
+                              'qwen',
+                              added_tokens_decoder=_declare(305,
+                                                            '<|extra|>',
+                                                            special=special))
+    tokenizer = load(folder)
+    assert tokenizer.encode_prompt('<|extra|>') == [305]
+    assert tokenizer.decode([64, 305]) == ('a' if special else 'a<|extra|>')
+    assert tokenizer.vocab_size == 306
+    # Names of special tokens are text to `encode`, those of others are not.
+    assert (tokenizer.encode('<|extra|>') == [305]) != special
+
+
+def test_the_digest_covers_declared_tokens(tmp_path):
+  """Law: other declared tokens are another tokenizer; what repeats
+  tokenizer.json changes nothing.
+
+  Mutants: only tokenizer.json is hashed; added_tokens_decoder is always hashed.
+  """
+
+  def digest(name, **changes):
+    folder, _ = helpers.write(tmp_path / name, 'qwen', **changes)
+    load(folder)
+    return tokenizer_files.digest(folder)
+
+  plain = digest('plain')
+  content = (tmp_path / 'plain' / 'tokenizer.json').read_bytes()
+  assert plain == hashlib.sha256(content).hexdigest()
+  same = _declare(302, '<|im_end|>', special=True, normalized=False)
+  assert digest('same', added_tokens_decoder=same) == plain
+  others = [
+      digest('a', added_tokens_decoder=_declare(305, '<|extra|>')),
+      digest('b', added_tokens_decoder=_declare(305, '<|two|>')),
+      digest('c', added_tokens_decoder=_declare(305, '<|two|>', lstrip=True)),
+      digest('d', pad_token='[PAD]'),
+  ]
+  assert len({plain, *others}) == 5
 
 
 # Text and ids ----------------------------------------------------------------
@@ -534,6 +736,59 @@ def test_templates_that_do_not_serve(tmp_path, source, system, words):
     assert word in str(error.value)
 
 
+HEADLESS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" \
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+IGNORING = {
+    'no header': (HEADLESS, True),
+    'plain roles': ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+                    '\n{% endfor %}', True),
+    'no marks': ("{% for m in messages %}{{ m['content'] }}{% endfor %}", True),
+    'refuses replies': (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{{ raise_exception('no') }}{% endif %}{{ m['content'] }}|{% endfor %}",
+        True),
+    'drops the reply': ("{{ messages[0]['content'] }}|", True),
+    'header': (HEADLESS + '{% if add_generation_prompt %}<|im_start|>assistant'
+               '\n{% endif %}', False),
+    'needs the flag':
+        (HEADLESS + '{% if not add_generation_prompt %}'
+         "{{ raise_exception('no') }}{% endif %}<|im_start|>assistant\n", False
+        ),
+    # The end of the user's turn is all that a reply follows.
+    'Llama 2': ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+                "{{ m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>"
+                '{% endif %}{% endfor %}', False),
+}
+
+
+@pytest.mark.parametrize('name', IGNORING)
+def test_a_template_without_the_header_of_a_reply_warns(tmp_path, name):
+  """Law: one line where the model cannot tell that its turn begins.
+
+  Mutants: no comparison of the two renderings; templates whose replies have
+  no header warn too.
+  """
+  source, warns = IGNORING[name]
+  folder, _ = helpers.write(tmp_path, 'qwen', chat_template=source)
+  warnings = load(folder, chat=True).warnings
+  assert len(warnings) == warns
+  for line in warnings:
+    assert '\n' not in line
+    for word in ('add_generation_prompt', folder, 'task.chat_template=False'):
+      assert word in line
+  assert load(folder).warnings == ()
+
+
+@pytest.mark.parametrize('layout', helpers.LAYOUTS)
+def test_published_layouts_do_not_warn(tmp_path, layout):
+  """Law: templates that are right say nothing.
+
+  Mutant: every template whose two renderings are equal warns.
+  """
+  folder, _ = helpers.write(tmp_path, layout)
+  assert load(folder, chat=True).warnings == ()
+
+
 def test_mistral_takes_no_system_text(tmp_path):
   """Law: the template's own refusal reaches the user.
 
@@ -579,6 +834,78 @@ HOSTILE = [
     }, ['eos_token_id -1', 'config.json']),
     ('chat_template.jinja', b'\x80', ['no UTF-8']),
     ('special_tokens_map.json', _DEEP, ['nested too deeply']),
+    ('added_tokens.json', _DEEP, ['nested too deeply']),
+    ('added_tokens.json', '[]', ['holds a list']),
+    # transformers gives an added token the next id whatever a file says.
+    ('added_tokens.json', {
+        '<|extra|>': 306
+    }, ["'<|extra|>'", '306', '305', 'added_tokens.json']),
+    ('added_tokens.json', {
+        '<|im_end|>': 305
+    }, ["'<|im_end|>'", '305', '302']),
+    ('added_tokens.json', {
+        '<|extra|>': 305,
+        '<|two|>': 305
+    }, ['id 305 twice']),
+    ('added_tokens.json', {
+        '<|extra|>': True
+    }, ['<|extra|>', 'no id']),
+    ('added_tokens.json', {
+        '<|extra|>': 2**40
+    }, ['<|extra|>', 'no id']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'added_tokens_decoder': _declare(310, '<|extra|>')
+    }, ["'<|extra|>'", '310', '305', 'without a gap']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'added_tokens_decoder': _declare(64, '<|extra|>')
+    }, ["'<|extra|>'", '64', '305']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'added_tokens_decoder': _declare(305, '<|x|>') | _declare(306, '<|x|>')
+    }, ["token '<|x|>' twice"]),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'added_tokens_decoder': None
+    }, ['added_tokens_decoder', 'NoneType']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'added_tokens_decoder': {
+            'x': {
+                'content': '<|x|>'
+            }
+        }
+    }, ["added_tokens_decoder['x']", 'no id']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'added_tokens_decoder': {
+            '305': '<|x|>'
+        }
+    }, ["added_tokens_decoder['305']", 'no token']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'added_tokens_decoder': _declare(305, '<|x|>', lstrip='yes')
+    }, ["added_tokens_decoder['305']", 'no token']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'added_tokens_decoder': _declare(305, '<|x|>', strip=True)
+    }, ["added_tokens_decoder['305']", 'no token']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'extra_special_tokens': '<|x|>'
+    }, ['extra_special_tokens', 'is a str']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'extra_special_tokens': [7]
+    }, ['extra_special_tokens', 'no token']),
+    ('tokenizer_config.json', {
+        'eos_token': 7
+    }, ['eos_token', 'no token']),
+    ('tokenizer_config.json', {
+        'eos_token': '<|im_end|>',
+        'pad_token': '\ud800'
+    }, ['pad_token', 'no token']),
 ]
 
 
@@ -588,7 +915,8 @@ HOSTILE = [
 def test_hostile_files(tmp_path, name, content, words):
   """Law: each is one short line that names the file.
 
-  Mutants: no limit of size; RecursionError not caught; EOS ids not checked.
+  Mutants: no limit of size; RecursionError not caught; EOS ids not checked;
+  declared ids not compared with those that the tokens get.
   """
   folder, _ = helpers.write(tmp_path, 'qwen')
   if content is None:

@@ -1,8 +1,11 @@
 """config.json of published models, and back: Qwen2, Qwen3 and Llama.
 
 Both layouts of rotary positions are read: `rope_theta` with `rope_scaling`, and
-the later `rope_parameters`. Whatever would change the model's function and is
-not implemented is refused; a key that is not looked at changes nothing.
+the later `rope_parameters`. Every key is one of four kinds: it is read; it is
+known to leave the model's function unchanged; it is accepted only with the
+value that has no effect; or it is unknown, and refused. Unknown keys are
+refused because any later key may change the function, as `is_causal` does. The
+tables below were checked key by key against transformers 5.
 """
 
 import dataclasses
@@ -20,21 +23,182 @@ class Family(NamedTuple):
   qkv_bias: bool
   qk_norm: bool
   head_dim: int  # where config.json gives none; 0: width / heads
+  kv_heads: int  # where config.json lacks the key; 0: as many as heads
 
 
 FAMILIES = {
-    'LlamaForCausalLM': Family('llama', False, False, 0),
-    'Qwen2ForCausalLM': Family('qwen2', True, False, 0),
-    'Qwen3ForCausalLM': Family('qwen3', False, True, 128),
+    'LlamaForCausalLM': Family('llama', False, False, 0, 0),
+    'Qwen2ForCausalLM': Family('qwen2', True, False, 0, 32),
+    'Qwen3ForCausalLM': Family('qwen3', False, True, 128, 32),
 }
 _SILU = ('silu', 'swish')  # two names of one function
-# Key -> (values under which it has no effect, what it would ask for).
-_UNUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    'mlp_bias': ((None, False), 'biases in the MLP'),
-    'use_sliding_window': ((None, False), 'attention within a sliding window'),
-    'quantization_config': ((None,), 'quantized weights'),
-    'partial_rotary_factor': ((None, 1.0), 'rotation of a part of each head'),
+# Keys by which the cache of transformers drops positions.
+_WINDOWS = ('sliding_window', 'attention_chunk_size')
+_FULL = ('full_attention', 'attention')  # likewise
+_READ = frozenset((
+    'architectures',
+    'model_type',
+    'vocab_size',
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'num_key_value_heads',
+    'head_dim',
+    'max_position_embeddings',
+    'original_max_position_embeddings',
+    'sliding_window',
+    'attention_chunk_size',
+    'rms_norm_eps',
+    'hidden_act',
+    'tie_word_embeddings',
+    'layer_types',
+    'rope_theta',
+    'rope_scaling',
+    'rope_parameters',
+))
+
+
+class _Neutral(NamedTuple):
+  """A key that is accepted with some values only."""
+  values: tuple[Any, ...]  # those without effect
+  asks_for: str  # what any other value asks for
+  families: tuple[str, ...] = ('llama', 'qwen2', 'qwen3')  # others ignore it
+
+
+_OFF, _NONE = (None, False), (None,)
+_NEUTRAL = {
+    # Null is not neutral: transformers tests `not config.is_causal`.
+    'is_causal':
+        _Neutral((True,), 'attention to later tokens'),
+    'attention_bias':  # Of Qwen2 the key says nothing: its biases are fixed.
+        _Neutral(_OFF, 'a bias on the output of attention', ('llama', 'qwen3')),
+    'mlp_bias':
+        _Neutral(_OFF, 'a bias in the MLP'),
+    'use_sliding_window':
+        _Neutral(_OFF, 'attention within a sliding window'),
+    'kv_sharing_modes':
+        _Neutral(_NONE, 'sharing of keys and values between layers'),
+    'partial_rotary_factor':
+        _Neutral((None, 1.0), 'rotation of a part of each head'),
+    'rope_interleaved':
+        _Neutral(_OFF, 'rotation of neighbouring dimensions'),
+    'use_mrope':
+        _Neutral(_OFF, 'multimodal rotary positions'),
+    'per_layer_config':
+        _Neutral((None, {}), 'a config that differs from layer to layer'),
+    'pruned_heads':
+        _Neutral((None, {}), 'removal of heads'),
+    'is_encoder_decoder':
+        _Neutral(_OFF, 'an encoder'),
+    'add_cross_attention':
+        _Neutral(_OFF, 'cross-attention'),
+    'cross_attention_hidden_size':
+        _Neutral(_NONE, 'cross-attention'),
+    'quantization_config':
+        _Neutral(_NONE, 'reading quantized weights'),
+    'quantization':
+        _Neutral(_NONE, 'reading quantized weights'),
+    'fusion_config':
+        _Neutral((None, {}), 'replacement of modules'),
+    'transformers_weights':
+        _Neutral(_NONE, 'reading weights from a file of another name'),
+    'auto_map':
+        _Neutral((None, {}), "running the model's own code"),
 }
+# Keys that leave the function of these architectures unchanged.
+_HARMLESS = frozenset((
+    # Where the file came from, and what wrote it.
+    '_name_or_path',
+    'name_or_path',
+    '_commit_hash',
+    'transformers_version',
+    'is_llama_config',
+    'unsloth_fixed',
+    'unsloth_version',
+    'transformers.js_config',
+    # How weights are stored, initialised and trained.
+    'dtype',
+    'torch_dtype',
+    '_pre_quantization_dtype',
+    'use_bfloat16',
+    'initializer_range',
+    'attention_dropout',  # only training in transformers drops anything
+    'gradient_checkpointing',
+    # Read together with use_sliding_window only.
+    'max_window_layers',
+    # How the function is computed, and what is returned beside the logits.
+    'use_cache',
+    'pretraining_tp',
+    'attn_implementation',
+    '_attn_implementation',
+    '_attn_implementation_autoset',
+    '_flash_attn_2_enabled',
+    'chunk_size_feed_forward',
+    'torchscript',
+    'return_dict',
+    'output_hidden_states',
+    'output_attentions',
+    'tie_last_hidden_states',
+    'max_sequence_length',  # of LLaMA 1; max_position_embeddings repeats it
+    # Other heads than that of a language model, other kinds of models.
+    'id2label',
+    'label2id',
+    'num_labels',
+    'problem_type',
+    'finetuning_task',
+    'task_specific_params',
+    'is_decoder',
+    'tie_encoder_decoder',
+    'tf_legacy_loss',
+    # Special tokens: the tokenizer and the export read them.
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+    'sep_token_id',
+    'decoder_start_token_id',
+    'tokenizer_class',
+    'prefix',
+    # Settings of `generate` in transformers; a run has a sampling law of its
+    # own.
+    'max_length',
+    'min_length',
+    'do_sample',
+    'early_stopping',
+    'num_beams',
+    'num_beam_groups',
+    'diversity_penalty',
+    'temperature',
+    'top_k',
+    'top_p',
+    'typical_p',
+    'epsilon_cutoff',
+    'eta_cutoff',
+    'repetition_penalty',
+    'encoder_repetition_penalty',
+    'length_penalty',
+    'no_repeat_ngram_size',
+    'encoder_no_repeat_ngram_size',
+    'bad_words_ids',
+    'num_return_sequences',
+    'output_scores',
+    'return_dict_in_generate',
+    'forced_bos_token_id',
+    'forced_eos_token_id',
+    'remove_invalid_values',
+    'exponential_decay_length_penalty',
+    'suppress_tokens',
+    'begin_suppress_tokens',
+    'max_new_tokens',
+    'min_new_tokens',
+    'min_p',
+    'num_assistant_tokens',
+    'num_assistant_tokens_schedule',
+    'assistant_confidence_threshold',
+    'assistant_lookbehind',
+    'target_lookbehind',
+))
+_NAMED = 8  # unknown keys named in one message
 _REQUIRED: Any = object()
 
 
@@ -84,33 +248,33 @@ def from_config_json(items: Any, where: str) -> ModelConfig:
                       'a model')
   read = _Reader(items, where)
   family = _family(items, read)
-  for name, (allowed, what) in _UNUSED.items():
-    if items.get(name) not in allowed:
-      read.refuse(f'has {name}={items[name]!r}: {what} is not implemented; use '
-                  'another model')
-  # Of Qwen2 the key says nothing: its biases are fixed.
-  if family.model_type != 'qwen2' and read('attention_bias', bool, False):
-    read.refuse('has attention_bias=True, which puts a bias on the output of '
-                'attention: that is not implemented; use another model')
-  kinds = set(items.get('layer_types') or ()) - {'full_attention'}
-  if kinds:
-    read.refuse(f'has layer_types with {sorted(map(str, kinds))[0]!r}: only '
-                'full_attention is implemented; use another model')
+  _check_keys(items, family, read)
   activation = read('hidden_act', str, 'silu')
   if activation not in _SILU:
     read.refuse(f'has hidden_act={activation!r}; only silu is implemented')
   heads = read('num_attention_heads', int)
+  kv_heads = heads
+  if 'num_key_value_heads' not in items:
+    kv_heads = family.kv_heads or heads
+  layers = read('num_hidden_layers', int)
+  _check_layer_types(layers, read)
   model = ModelConfig(vocabulary=read('vocab_size', int),
-                      layers=read('num_hidden_layers', int),
+                      layers=layers,
                       width=read('hidden_size', int),
                       heads=heads,
-                      kv_heads=read('num_key_value_heads', int, heads),
+                      kv_heads=read('num_key_value_heads', int, kv_heads),
                       mlp_width=read('intermediate_size', int),
                       max_positions=read('max_position_embeddings', int),
                       norm_epsilon=float(read('rms_norm_eps', float, 1e-6)),
                       qkv_bias=family.qkv_bias,
                       qk_norm=family.qk_norm,
                       tied_head=read('tie_word_embeddings', bool, False))
+  # Qwen reads windows with use_sliding_window only, which is refused.
+  for name in _WINDOWS if family.model_type == 'llama' else ():
+    if read(name, int, model.max_positions) < model.max_positions:
+      read.refuse(f'has {name}={items[name]}, fewer positions than '
+                  f'max_position_embeddings={model.max_positions}: attention '
+                  'within a window is not implemented; use another model')
   head_dim = read('head_dim', int, family.head_dim)
   if not head_dim and model.width % heads:
     read.refuse(f'has hidden_size={model.width}, which is not divisible by '
@@ -123,6 +287,39 @@ def from_config_json(items: Any, where: str) -> ModelConfig:
     read.refuse(f'has head_dim={model.head_dim}; rotary positions need an even '
                 'one')
   return dataclasses.replace(model, **_rope(items, read))
+
+
+def _check_keys(items: Mapping[str, Any], family: Family,
+                read: _Reader) -> None:
+  """Refuses keys that ask for what is not implemented, and unknown keys."""
+  for name, key in _NEUTRAL.items():
+    if (name in items and family.model_type in key.families and
+        items[name] not in key.values):
+      read.refuse(f'has {name}={items[name]!r}: {key.asks_for} is not '
+                  'implemented; use another model')
+  known = _READ | _HARMLESS | _NEUTRAL.keys()
+  unknown = sorted(items.keys() - known)
+  if unknown:
+    names = ', '.join(map(repr, unknown[:_NAMED]))
+    more = len(unknown) - _NAMED
+    read.refuse(f'has keys that are not known: {names}'
+                f'{f" and {more} more" if more > 0 else ""}'
+                '. A key may change what the model computes; delete keys that '
+                f'do not, or use another model{nearest(unknown[0], known)}')
+
+
+def _check_layer_types(layers: int, read: _Reader) -> None:
+  """Refuses layers of other kinds, and a list of another length."""
+  kinds = read('layer_types', list, None)
+  if kinds is None:
+    return
+  for kind in kinds:
+    if kind not in _FULL:
+      read.refuse(f'has layer_types with {kind!r}: only full_attention is '
+                  'implemented; use another model')
+  if len(kinds) != layers:
+    read.refuse(f'has {len(kinds)} layer_types, but num_hidden_layers={layers}'
+                '; correct one of them')
 
 
 def _family(items: Mapping[str, Any], read: _Reader) -> Family:
@@ -150,7 +347,9 @@ def _rope(items: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
   for name in ('rope_scaling', 'rope_parameters'):
     part = read(name, dict, None)
     if part:
-      parts.append(_rope_part(part, _Reader(part, f'{name} of {read.where}')))
+      parts.append(
+          _rope_part(part, read('original_max_position_embeddings', int, None),
+                     _Reader(part, f'{name} of {read.where}')))
   # Either layout may give the base apart.
   bases = {float(read('rope_theta', float, 1e4))
           } if items.get('rope_theta') is not None else set()
@@ -165,8 +364,25 @@ def _rope(items: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
   return (parts[0] if parts else {}) | {'rope_theta': base}
 
 
-def _rope_part(part: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
-  """Returns the fields rope_* that one object gives."""
+# Kind of scaling -> the keys that it reads besides those of all kinds.
+_ROPE_KEYS = {
+    'default': (),
+    'linear': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
+               'original_max_position_embeddings'),
+}
+_ROPE_COMMON = ('rope_type', 'type', 'rope_theta', 'partial_rotary_factor')
+
+
+def _rope_part(part: Mapping[str, Any], original: int | None,
+               read: _Reader) -> dict[str, Any]:
+  """Returns the fields rope_* that one object gives.
+
+  Args:
+    part: the object.
+    original: original_max_position_embeddings beside the object, if any.
+    read: of the object.
+  """
   if any(isinstance(value, Mapping) for value in part.values()):
     read.refuse('differs from layer to layer, which is not implemented; use '
                 'another model')
@@ -175,20 +391,33 @@ def _rope_part(part: Mapping[str, Any], read: _Reader) -> dict[str, Any]:
                 ' rotation of a part of each head is not implemented; use '
                 'another model')
   kind = read('rope_type', str, read('type', str, 'default'))
+  if read('type', str, kind) != kind:
+    read.refuse(f'has rope_type={kind!r} and type={part["type"]!r}; keep one')
   fields: dict[str, Any] = {}
   theta = read('rope_theta', float, None)
   if theta is not None:
     fields['rope_theta'] = float(theta)
-  if kind == 'default':
-    return fields
-  if kind not in ('linear', 'llama3'):
+  if kind not in _ROPE_KEYS:
     read.refuse(f'has rope_type={kind!r}; implemented are default, linear and '
                 'llama3')
+  known = (*_ROPE_COMMON, *_ROPE_KEYS[kind])
+  for name, value in part.items():
+    if name not in known and value is not None:
+      read.refuse(
+          f'has {name!r}: {str(value)[:40]!r}, which rope_type={kind!r} does '
+          'not read; delete it, or correct rope_type')
+  if kind == 'default':
+    return fields
   fields |= dict(rope_scaling=kind, rope_factor=float(read('factor', float)))
   if kind == 'llama3':
+    within = read('original_max_position_embeddings', int, original)
+    if within != (original or within):
+      read.refuse(f'has original_max_position_embeddings={within}, but beside '
+                  f'it the file has {original}; keep one')
     fields |= dict(rope_low=float(read('low_freq_factor', float)),
                    rope_high=float(read('high_freq_factor', float)),
-                   rope_original=read('original_max_position_embeddings', int))
+                   rope_original=within or
+                   read('original_max_position_embeddings', int))
     if fields['rope_low'] >= fields['rope_high']:
       read.refuse(f'has low_freq_factor={fields["rope_low"]}, which must be '
                   f'below high_freq_factor={fields["rope_high"]}')

@@ -104,6 +104,21 @@ def leaves(model: ModelConfig) -> dict[str, Leaf]:
   return result
 
 
+def rotary_buffers(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Returns names and shapes of the rotary frequencies that some files store.
+
+  Old writers stored them for every layer (Llama 2 is published so), later ones
+  once. They are no parameters: config.json implies them.
+
+  Args:
+    model: the architecture.
+  """
+  head_dim = model.head_dim or model.width // model.heads
+  places = ['model'
+           ] + [f'model.layers.{i}.self_attn' for i in range(model.layers)]
+  return {f'{place}.rotary_emb.inv_freq': (head_dim // 2,) for place in places}
+
+
 def drafter_leaves(model: ModelConfig) -> dict[str, Leaf]:
   """Returns a drafter's parameters by path; named and laid as EAGLE's are.
 
