@@ -265,8 +265,8 @@ class Learner:
         log-probabilities are all scored before any step moves them.
       samples: whole groups, in order; as many of them in each of
         `learning.minibatches` optimizer steps.
-      reference: parameters for the KL term, or None; gaps stand for frozen
-        ones, which are the policy's.
+      reference: parameters for the KL term, if the objective has one, or
+        None; gaps stand for frozen ones, which are the policy's.
       critic: its parameters, where there is one.
       rehearsed: of the initial policy, dealt to the optimizer steps.
 
@@ -280,7 +280,7 @@ class Learner:
     ]
     padding = float(np.mean([batches.padding_fraction(b) for b in packed]))
     placed = [self._score_old(params, self.put(b)) for b in packed]
-    if reference is not None:
+    if reference is not None and self._algorithm.kl_coefficient:
       reference = self._whole(reference, params)
       placed = [
           b.replace(reference_logprobs=self.score(reference, b)) for b in placed

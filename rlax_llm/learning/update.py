@@ -177,7 +177,7 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
         select_masked(rehearsed, batch.weights) * rehearsal)
   total = lambda x: jnp.sum(select_masked(mask, x.astype(jnp.float32)))
   k3 = jnp.zeros_like(logprobs)
-  if algorithm.has_reference:
+  if algorithm.kl_coefficient:
     k3 = divergences.k3(now, reference)
   sampler = select_masked(mask, batch.behaviour_logprobs)
   # No yardstick for itself.
@@ -326,7 +326,7 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
     metrics['policy/rejected_fraction'] = mean(totals.rejected)
   if algorithm.kl_coefficient:
     metrics['policy/kl_reference'] = mean(totals.divergence)
-  if algorithm.has_reference:
+  if algorithm.kl_coefficient:
     metrics['policy/kl_reference_k3'] = mean(totals.divergence_k3)
   if algorithm.rehearsal != 'none':
     metrics['policy/rehearsal_divergence'] = (
