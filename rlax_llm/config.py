@@ -134,8 +134,8 @@ class TaskConfig(Section):
   length_cache: int = 0  # tokens
   verifier_processes: int = 1
   verifier_seconds: float = 4.0  # CPU seconds for one sample
-  # Control experiment: shuffle rewards, missing ones included, among the samples
-  # of a step. `control` decides by those before the shuffle.
+  # Control experiment: shuffle rewards, missing ones included, among the
+  # samples of a step. `control` decides by those before the shuffle.
   permute_rewards: bool = False
 
 
@@ -248,9 +248,9 @@ class ControlConfig(Section):
   over_provision: float = 1.0
   # Steps after which a group that was put off must be complete.
   max_staleness: int = 4
-  # DAPO: a step takes only groups that are neither all right nor all wrong, and
-  # asks for more until it has enough of them, at most so many times. 0: it takes
-  # what comes.
+  # DAPO: a step takes only groups that are neither all right nor all wrong,
+  # and asks for more until it has enough of them, at most so many times. 0: it
+  # takes what comes.
   dynamic_sampling: int = 0
   # Step t learns from what the parameters of step t - staleness sampled, as an
   # asynchronous trainer would; the first steps from those of step 0.

@@ -35,7 +35,7 @@ def make_group(rewards,
   request = Request(np.array([ord(c) for c in prompt], np.int32), count, 0, 0,
                     0)
   rollouts = tuple(
-      Rollout(tokens=np.full(length, 3, np.int32),
+      Rollout(tokens=np.full(length, 2 + i % 4, np.int32),
               length=length,
               finished=finished[i] if finished else True,
               token_version=np.zeros(length, np.int32),

@@ -464,6 +464,7 @@ def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
   assert values == {
       'step': 4,
       'evaluate/accuracy': base[1]['accuracy_after'],
+      'evaluate/unscorable': 0,
       'evaluate/tokens_mean': np.mean([len(t) for t in sampled[-1]])
   }
   many = [
@@ -472,8 +473,8 @@ def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
   ]
   assert many[0] == many[1] and sampled[1] == sampled[2]
   assert set(many[0]) == {
-      'step', 'evaluate/accuracy', 'evaluate/tokens_mean', 'evaluate/pass_at_2',
-      'evaluate/pass_at_4'
+      'step', 'evaluate/accuracy', 'evaluate/unscorable',
+      'evaluate/tokens_mean', 'evaluate/pass_at_2', 'evaluate/pass_at_4'
   }
   with pytest.raises(ConfigError, match='holds no checkpoint'):
     _evaluate(monkeypatch, capsys, tmp_path / 'nowhere')
