@@ -126,14 +126,17 @@ class TaskConfig(Section):
   # verifier), format (1 where there is an answer in answer_format), length
   # (DAPO's soft overlong punishment: 0 up to length_limit - length_cache
   # tokens, then linear to -1 at length_limit), and 'module:function' of your
-  # own (see tasks/rewards.py).
+  # own (see tasks/rewards.py). `correct` alone decides which groups have a
+  # signal and which prompts are hard; where its weight is 0 or missing, the sum
+  # does. A sample without a reward, because the verifier failed, is left out.
   rewards: Mapping[str, float] = dataclasses.field(
       default_factory=lambda: {'correct': 1.0})
   length_limit: int = 0  # tokens
   length_cache: int = 0  # tokens
   verifier_processes: int = 1
   verifier_seconds: float = 4.0  # CPU seconds for one sample
-  # Control experiment: shuffle rewards among the samples of a step.
+  # Control experiment: shuffle rewards, missing ones included, among the
+  # samples of a step. `control` decides by those before the shuffle.
   permute_rewards: bool = False
 
 
@@ -246,14 +249,15 @@ class ControlConfig(Section):
   over_provision: float = 1.0
   # Steps after which a group that was put off must be complete.
   max_staleness: int = 4
-  # DAPO: a step takes groups whose rewards differ only, and asks for more until
-  # it has enough of them, at most so many times. 0: it takes what comes.
+  # DAPO: a step takes only groups that are neither all right nor all wrong,
+  # and asks for more until it has enough of them, at most so many times. 0: it
+  # takes what comes.
   dynamic_sampling: int = 0
   # Step t learns from what the parameters of step t - staleness sampled, as an
   # asynchronous trainer would; the first steps from those of step 0.
   staleness: int = 0
   # So many groups of a step are taken again from those of the last
-  # replay_steps steps, if their rewards differ.
+  # replay_steps steps, if they are neither all right nor all wrong.
   replay: int = 0
   replay_steps: int = 4
   # In which order new groups are sampled: arrival | longest_first |
@@ -261,7 +265,7 @@ class ControlConfig(Section):
   # or of prompts like it.
   order: str = 'arrival'
   # ARRoL: behind so many tokens a share of each group's samples goes on, drawn
-  # by what a head on hidden states says of their rewards; in the first steps
+  # by what a head on hidden states says of their success; in the first steps
   # all are drawn alike. 0: off.
   prune_at: int = 0
   prune_keep: float = 0.5

@@ -25,6 +25,7 @@ from rlax_llm.run import make_run
 from rlax_llm.run import Run
 from rlax_llm.states import drafter_params
 from rlax_llm.tasks import task as tasks
+from rlax_llm.tasks.verifier import Judged
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Params
@@ -49,14 +50,21 @@ def evaluation_sampling(run: Run) -> Sampling:
   return Sampling(temperature=e.temperature, top_p=e.top_p)
 
 
-def summarize(correct: np.ndarray) -> dict[str, float]:
+def summarize(judged: Judged) -> dict[str, float]:
   """Returns avg@k as `evaluate/accuracy` and pass@k for k = 2, 4, ...
 
+  A sample that the verifier could not judge counts as wrong, as is the custom:
+  accuracies then have one denominator. `evaluate/unscorable` counts them.
+
   Args:
-    correct: bool[problems, k].
+    judged: of held-out problems.
   """
+  correct = judged.correct
   samples = correct.shape[1]
-  values = {'evaluate/accuracy': float(np.mean(correct))}
+  values = {
+      'evaluate/accuracy': float(np.mean(correct)),
+      'evaluate/unscorable': int(np.sum(~judged.known)),
+  }
   k = 2
   while k <= samples:
     values[f'evaluate/pass_at_{k}'] = float(
@@ -74,6 +82,32 @@ def evaluate(run: Run,
              problems: Sequence[tasks.Problem],
              *,
              drafter_params: Params = ()) -> dict[str, float]:
+  """Returns the metrics of `summarize`, and the tokens that the answers took.
+
+  Args:
+    run: see `judge`.
+    engine: likewise.
+    params: likewise.
+    verifier: likewise.
+    problems: likewise.
+    drafter_params: likewise.
+  """
+  judged, values = judge(run,
+                         engine,
+                         params,
+                         verifier,
+                         problems,
+                         drafter_params=drafter_params)
+  return summarize(judged) | values
+
+
+def judge(run: Run,
+          engine: RolloutEngine,
+          params: Params,
+          verifier: Verifier,
+          problems: Sequence[tasks.Problem],
+          *,
+          drafter_params: Params = ()) -> tuple[Judged, dict[str, float]]:
   """Samples and verifies every problem `evaluate.samples` times.
 
   The noise is that of the problem, not of the training step: two evaluations
@@ -89,7 +123,7 @@ def evaluate(run: Run,
     drafter_params: see `RolloutEngine.generate`.
 
   Returns:
-    The metrics of `summarize`, and the tokens that the answers took.
+    (what the verifier says, metrics of the tokens that the answers took).
   """
   samples = run.config.evaluate.samples
   requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
@@ -115,13 +149,15 @@ def evaluate(run: Run,
     values['evaluate/tokens_mean'] = float(np.mean([r.length for r in rollouts
                                                    ]))
 
-  def score(mine: Sequence[int]) -> list[bool]:
+  def score(mine: Sequence[int]) -> list[list[bool]]:
     scores = verifier.score([problems[i // samples] for i in mine],
                             [texts[i] for i in mine])
-    return (scores.rewards == 1.0).tolist()
+    known = ~scores.unscorable
+    return np.stack([(scores.rewards == 1.0) & known, known], axis=1).tolist()
 
-  correct = processes.share(score, range(len(texts)))
-  return summarize(np.reshape(correct, (len(problems), samples))) | values
+  verdicts = np.array(processes.share(score, range(len(texts))), bool)
+  shape = (len(problems), samples)
+  return Judged(*(column.reshape(shape) for column in verdicts.T)), values
 
 
 def main(argv: list[str]) -> None:

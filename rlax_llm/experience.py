@@ -1,18 +1,21 @@
 """What a step learns from: problems -> rollouts -> rewards, by group.
 
 By default a step asks for its groups, samples them and takes them. `control`
-changes who is taken: APRIL puts groups off that are not complete when enough
-are, dynamic sampling passes groups by whose rewards are equal, a queue makes
-steps learn from an earlier policy, and past groups may come again. All of them
-work on one state, `groups.Experience`, and decide on training values alone.
+changes which groups a step takes: APRIL defers groups that are not complete
+when enough are, dynamic sampling discards groups that are all right or all
+wrong, a queue makes steps learn from an earlier policy, and past groups may
+come again. All of them work on one state, `groups.Experience`, and decide on
+training values alone.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
+from rlax_llm import credit
 from rlax_llm import groups as records
 from rlax_llm import processes
 from rlax_llm.config import ConfigError
@@ -86,7 +89,8 @@ class Collector:
     self._state = self._next = records.restore(
         record, self._sampler.problem,
         lambda prompt: self._run.encode(prompt, prompt=True),
-        self._run.tokenizer.decode, TRAIN)
+        self._run.tokenizer.decode, functools.partial(credit.judge,
+                                                      self._run), TRAIN)
 
   def collect(self,
               params: Params,
@@ -131,8 +135,11 @@ class Collector:
     self._observe_lengths([g for g in batch if not g.replayed])
     # Not before the end of the step: what it asks for is decided by then.
     if self._control.extra_samples:
+      known = [(g.request.prompt, accuracy)
+               for g in seen
+               if (accuracy := g.accuracy) is not None]
       self._update(successes=self._next.successes.observe(
-          [g.request.prompt for g in seen], [g.accuracy for g in seen]))
+          [p for p, _ in known], [a for _, a in known]))
     groups = self._keep_scores(params, step, batch)
     watch.lap('score')
     self._values |= self._sampler.values | {
@@ -241,9 +248,10 @@ class Collector:
     solved = []
     for group in self._sampler.sample_apart(params, algorithm.rehearsal_prompts,
                                             REHEARSE, watch):
-      correct = group.parts['correct']
-      if correct.mean() >= algorithm.rehearsal_least and (correct == 1).any():
-        solved.append(group.only(correct == 1))
+      right = group.known & (group.correctness >= 1)
+      if right.any() and (group.correctness[group.known].mean()
+                          >= algorithm.rehearsal_least):
+        solved.append(group.only(right))
     if not solved:
       raise ConfigError(
           f'the policy before RL solves none of {algorithm.rehearsal_prompts} '

@@ -1,6 +1,7 @@
 """What samples would earn if they had to answer earlier. MRT's progress."""
 
 import bisect
+import math
 import re
 from typing import Callable, Sequence
 
@@ -97,7 +98,8 @@ class ForcedAnswers:
 
     J_j is the mean score of answers forced behind episode j, and that of the
     sample itself behind its last one. Episode 0 has nothing to be compared
-    with, nor has a sample that the verifier could not judge: 0.
+    with, nor has a sample that the verifier could not judge: 0. An episode of
+    which the verifier could judge no answer is one with the next.
 
     Args:
       params: the policy's.
@@ -125,6 +127,10 @@ class ForcedAnswers:
             for (group, rollout, _), mine in zip(samples, ends)
             for end in mine]
     forced = self._scores(params, cuts, step, drafter_params)
+    judged = ~np.isnan(forced)
+    left = iter(judged)
+    ends = [[end for end in mine if next(left)] for mine in ends]
+    forced = forced[judged]
     # What a sample lacks of episodes counts as its end: without progress.
     success = np.array(
         [[group.parts['correct'][i]] * algorithm.progress_episodes
@@ -140,14 +146,20 @@ class ForcedAnswers:
       lengths = np.diff([0, *mine, rollout.length])
       found.append(
           np.repeat(np.append(np.float32(0), gains[:len(mine)]), lengths))
-    values = {'reward/forced': float(np.mean(forced))} if cuts else {}
-    return found, values
+    if not cuts:
+      return found, {}
+    mean = float(np.mean(forced)) if len(forced) else math.nan
+    return found, {'reward/forced': mean}
 
   def _scores(self, params: Params, cuts: Sequence[tuple[Group, Rollout, int]],
               step: int, drafter_params: Params) -> np.ndarray:
-    """Returns float32[len(cuts)]: mean scores of answers forced there."""
+    """Returns float64[len(cuts)]: mean scores of answers forced there.
+
+    Answers that the verifier could not judge are left out; the mean of none is
+    NaN.
+    """
     if not cuts:
-      return np.zeros(0, np.float32)
+      return np.zeros(0)
     count = self._run.algorithm.progress_samples
     earlier, requests = {}, []
     for number, (_, rollout, end) in enumerate(cuts):
@@ -176,8 +188,9 @@ class ForcedAnswers:
 
     def score(mine: Sequence[int]) -> list[float]:
       problems = [cuts[i // count][0].problem for i in mine]
-      return self._verifier.score(problems,
-                                  [texts[i] for i in mine]).rewards.tolist()
+      scores = self._verifier.score(problems, [texts[i] for i in mine])
+      return np.where(scores.unscorable, math.nan, scores.rewards).tolist()
 
     scores = processes.share(score, range(len(texts)))
-    return np.reshape(scores, (len(cuts), count)).mean(axis=1)
+    known = [row[~np.isnan(row)] for row in np.reshape(scores, (-1, count))]
+    return np.array([row.mean() if len(row) else math.nan for row in known])

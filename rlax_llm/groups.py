@@ -1,10 +1,12 @@
 """Groups of samples, and what a run keeps of them from step to step."""
 
 import dataclasses
-from typing import Any, Callable, ClassVar, Mapping, Sequence
+import math
+from typing import Any, Callable, ClassVar, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
+from rlax_llm.learning import filters
 from rlax_llm.learning.allocation import SuccessHistory
 from rlax_llm.learning.length_ranker import LengthHistory
 from rlax_llm.learning.quality_head import QualityHead
@@ -14,15 +16,35 @@ from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 
 
+class Labels(NamedTuple):
+  """What is learned from G samples; see `Group`."""
+  rewards: np.ndarray  # float32[G]
+  correctness: np.ndarray  # float32[G]
+  known: np.ndarray  # bool[G]
+
+
+# (texts, the verifier's rewards, unscorable, parts) -> labels; `credit.judge`.
+Judge = Callable[
+    [Sequence[str], np.ndarray, np.ndarray, Mapping[str, np.ndarray]], Labels]
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """The samples of one problem, scored."""
+  """The samples of one problem, scored.
+
+  `unscorable` and `parts` are the verifier's. `rewards`, `correctness` and
+  `known` are the labels that are learned from; see `credit.judge`. Advantages
+  are made of the rewards. Signal, hardness and replay go by correctness, which
+  shaping does not touch. Whatever is not known is 0, and enters no statistic.
+  """
   problem: Problem
   rollouts: tuple[Rollout, ...]
   texts: tuple[str, ...]  # the rollouts' tokens, decoded
-  rewards: np.ndarray  # float32[G]
+  rewards: np.ndarray  # float32[G], weighted sums
+  correctness: np.ndarray  # float32[G]
+  known: np.ndarray  # bool[G]: reward and correctness are known
   unscorable: np.ndarray  # bool[G]: the verifier gave no reward
-  parts: dict[str, np.ndarray]  # float32[G] by name, what rewards are made of
+  parts: dict[str, np.ndarray]  # float32[G] by name; 0 where unscorable
   number: int = 0  # of the problem, in the run's stream of them
   replayed: bool = False  # was trained on before
 
@@ -40,11 +62,17 @@ class Group:
     return self.rollouts[0].request
 
   @property
-  def accuracy(self) -> float:
-    """Mean reward in [0, 1], as if nobody had been pruned."""
-    chances = [rollout.survival for rollout in self.rollouts]
-    return float(
-        np.average(np.clip(self.rewards, 0, 1), weights=1 / np.array(chances)))
+  def success(self) -> np.ndarray:
+    """float32[known samples], their correctness clipped to [0, 1]."""
+    return np.clip(self.correctness[self.known], 0, 1)
+
+  @property
+  def accuracy(self) -> float | None:
+    """Mean success as if no sample had been pruned; None: nothing is known."""
+    if not self.known.any():
+      return None
+    chances = np.array([rollout.survival for rollout in self.rollouts])
+    return float(np.average(self.success, weights=1 / chances[self.known]))
 
   @property
   def age_order(self) -> tuple[int, int]:
@@ -59,6 +87,8 @@ class Group:
         rollouts=pick(self.rollouts),
         texts=pick(self.texts),
         rewards=self.rewards[chosen],
+        correctness=self.correctness[chosen],
+        known=self.known[chosen],
         unscorable=self.unscorable[chosen],
         parts={
             name: value[chosen] for name, value in self.parts.items()
@@ -66,8 +96,20 @@ class Group:
 
   @property
   def has_signal(self) -> bool:
-    """Whether the rewards differ."""
-    return bool(np.ptp(self.rewards) > 0)
+    """Whether the known correctness differs."""
+    return bool(filters.has_signal(self.correctness, self.known))
+
+
+def mean_known(values: Sequence[np.ndarray],
+               known: Sequence[np.ndarray]) -> float:
+  """Returns the mean of the known values of all groups; NaN if none is.
+
+  Args:
+    values: [G] of each group.
+    known: bool[G] of each group.
+  """
+  found = np.concatenate(values)[np.concatenate(known)]
+  return float(np.mean(found)) if found.size else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +205,9 @@ def dump(state: Experience) -> dict[str, Any]:
 
 
 def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
-            encode: Callable[[str], Sequence[int]],
-            decode: Callable[[Any], str], domain: int) -> Experience:
+            encode: Callable[[str], Sequence[int]], decode: Callable[[Any],
+                                                                     str],
+            judge: Judge, domain: int) -> Experience:
   """Returns the state that `dump` took apart.
 
   Args:
@@ -172,6 +215,7 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
     problem: returns a problem of the run's stream by its number.
     encode: returns the token ids of a prompt.
     decode: returns the text of token ids.
+    judge: gives the labels of a group's samples.
     domain: of the requests.
   """
 
@@ -183,12 +227,17 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
 
   def group(item: Mapping[str, Any]) -> Group:
     rollouts = records.unpack_rollouts(item['rollouts'], prompt(item))
+    texts = tuple(decode(r.tokens) for r in rollouts)
+    unscorable = records.unpack_array(item['unscorable'])
+    parts = unpack(item['parts'])
+    labels = judge(texts, records.unpack_array(item['rewards']), unscorable,
+                   parts)
     return Group(problem=problem(item['number']),
                  rollouts=rollouts,
-                 texts=tuple(decode(r.tokens) for r in rollouts),
-                 rewards=records.unpack_array(item['rewards']),
-                 unscorable=records.unpack_array(item['unscorable']),
-                 parts=unpack(item['parts']),
+                 texts=texts,
+                 **labels._asdict(),
+                 unscorable=unscorable,
+                 parts=parts,
                  number=item['number'],
                  replayed=item['replayed'])
 

@@ -1,22 +1,30 @@
 """Leaps along the direction in which a policy moves, taken if they hold."""
 
 import functools
+import math
 from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlax_llm.config import ConfigError
 from rlax_llm.ops import distillation
 from rlax_llm.run import Run
 from rlax_llm.tasks import task as tasks
+from rlax_llm.tasks.verifier import Judged
 from rlax_llm.types import Params
 from rlax_llm.types import TrainState
 
 States = dict[str, TrainState]
-# (states, problems) -> the share of them that the policy solves.
-Judge = Callable[[States, Sequence[tasks.Problem]], float]
+# (states, problems) -> which of them the policy solves.
+Judge = Callable[[States, Sequence[tasks.Problem]], Judged]
 _EARLIER = 'earlier'  # the state whose parameters a leap comes from
+
+
+def _accuracy(found: Judged, known: np.ndarray) -> float:
+  """Returns the share of correct samples among those known; NaN of none."""
+  return float(np.mean(found.correct[known])) if known.any() else math.nan
 
 
 def _extrapolated(now: Params, earlier: Params, power: int) -> Params:
@@ -34,7 +42,9 @@ class Leaps:
   Before steps 1, 2, 4, 8, ... it tries W + 2^k (W - W'), k = 1 ... `leaps`, W'
   being the parameters after the leap before (those of step 0 at first), on
   problems of the training split. The best is taken if it solves no fewer than
-  W does; of equals the nearest. The optimizer's state stays.
+  W does; of equals the nearest. The optimizer's state stays. Two policies are
+  compared on the samples that the verifier could judge for both; where there is
+  none, no leap is taken.
   """
 
   def __init__(self, run: Run, judge: Judge) -> None:
@@ -42,7 +52,7 @@ class Leaps:
 
     Args:
       run: its algorithm takes leaps.
-      judge: says how good a policy is.
+      judge: says which problems a policy solves.
 
     Raises:
       ConfigError: the task has too few problems.
@@ -100,7 +110,12 @@ class Leaps:
                                 earlier.params,
                                 out_shardings=_placement(policy.params)))
       found = self._judge(states | {'policy': tried}, self._problems)
-      if found > score or (found == score and not far):
+      known = score.known & found.known
+      new, old = _accuracy(found, known), _accuracy(score, known)
+      if new > old or (new == old and not far):  # never so of NaN
         best, far, score = tried, 2**power, found
-    values = {'learning/leap': float(far), 'learning/leap_accuracy': score}
+    values = {
+        'learning/leap': float(far),
+        'learning/leap_accuracy': _accuracy(score, score.known)
+    }
     return states | {'policy': best} | self._remembered(best), values

@@ -16,7 +16,7 @@ TRAINING, EVALUATION, SPEED = 'training', 'evaluation', 'speed'
 _T, _E, _S = TRAINING, EVALUATION, SPEED
 METRICS: dict[str, Metric] = {
     'reward/mean':
-        Metric('1', _T, 'mean reward of the step'),
+        Metric('1', _T, 'mean known reward of the step'),
     'reward/correct':
         Metric('1', _T, "mean of the task's own reward, before its weight"),
     'reward/format':
@@ -28,7 +28,7 @@ METRICS: dict[str, Metric] = {
     'reward/unscorable':
         Metric('samples', _T, 'samples the verifier could not judge'),
     'reward/groups_with_signal':
-        Metric('fraction', _T, 'groups whose rewards differ'),
+        Metric('fraction', _T, 'groups whose correctness differs'),
     'reward/forced':
         Metric('1', _T, 'mean score of answers forced in the middle'),
     'reward/label_accuracy':
@@ -58,11 +58,11 @@ METRICS: dict[str, Metric] = {
     'rollout/length_tau':
         Metric('1', _T, "Kendall's tau of predicted and mean group lengths"),
     'prune/head_loss':
-        Metric('nats', _T, 'of the head that foretells rewards, as it prunes'),
+        Metric('nats', _T, 'of the head that predicts success, as it prunes'),
     'prune/success':
-        Metric('1', _T, 'mean reward in [0, 1], as if nobody had been pruned'),
+        Metric('1', _T, 'mean success in [0, 1], as if nothing were pruned'),
     'prune/kept_success':
-        Metric('1', _T, 'mean reward in [0, 1] of those that went on'),
+        Metric('1', _T, 'mean success in [0, 1] of those that went on'),
     'prune/effective_share':
         Metric('fraction', _T, 'effective samples of the weighted ones'),
     'rollout/refills':
@@ -120,7 +120,8 @@ METRICS: dict[str, Metric] = {
     'learning/step_scale':
         Metric('1', _T, "factor of the optimizer's step"),
     'learning/trained_fraction':
-        Metric('fraction', _T, "samples that the objective's filter keeps"),
+        Metric('fraction', _T,
+               "samples that are trained on: filter, reward known"),
     'critic/loss':
         Metric('1', _T, 'value loss, mean over tokens'),
     'critic/grad_norm':
@@ -137,6 +138,8 @@ METRICS: dict[str, Metric] = {
         Metric('nats', _T, 'warm start: cross-entropy per token'),
     'evaluate/accuracy':
         Metric('fraction', _E, 'held-out problems solved, mean over samples'),
+    'evaluate/unscorable':
+        Metric('samples', _E, 'that the verifier could not judge: wrong'),
     'evaluate/tokens_mean':
         Metric('tokens', _E, 'of an answer, without probes'),
     'evaluate/probe_tokens_mean':

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from typing import Callable
 
 import numpy as np
@@ -30,10 +31,13 @@ class Progression:
     self.tokens_sampled += sum(r.length for r in rollouts)
 
   def add_reward(self, mean: float) -> None:
-    """Notes the mean reward of a step."""
-    self.reward_last = mean
+    """Notes the mean reward of a step; NaN, of no reward, as None.
+
+    The first is that of the first step with a reward.
+    """
+    self.reward_last = None if math.isnan(mean) else mean
     if self.reward_first is None:
-      self.reward_first = mean
+      self.reward_first = self.reward_last
 
   def add_accuracy(self, step: int, accuracy: float) -> None:
     """Notes the held-out accuracy after a step; the first is before RL."""

@@ -1,13 +1,14 @@
 """Online pruning: which samples of a group go on beyond their first tokens.
 
 Every sample of a group is sampled up to `control.prune_at` tokens; a head on
-the policy's hidden states there foretells its reward; a fixed share of the
+the policy's hidden states there predicts its success; a fixed share of the
 group goes on, drawn so that successes and failures are balanced. See
 `ops/pruning.py` and `learning/quality_head.py`.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Sequence
 
 import numpy as np
@@ -76,7 +77,10 @@ class Pruner:
 
   def learn(self, params: Params, head: QualityHead,
             groups: Sequence[Group]) -> tuple[QualityHead, dict[str, float]]:
-    """Returns the head after the rewards of survivors, and metrics.
+    """Returns the head after the outcomes of survivors, and metrics.
+
+    The head predicts success: correctness in [0, 1]. It learns from the samples
+    whose correctness is known; from none, it stays as it is.
 
     Args:
       params: the policy's.
@@ -84,19 +88,20 @@ class Pruner:
       groups: complete, survivors only.
     """
     rollouts = [r for group in groups for r in group.rollouts]
-    labels = np.clip(np.concatenate([g.rewards for g in groups]), 0, 1)
-    inputs = self._features(params, rollouts)
-    weights = np.array([1 / r.survival for r in rollouts])
+    known = np.concatenate([group.known for group in groups])
+    labels = np.concatenate([group.success for group in groups])
+    inputs = self._features(params, rollouts)[known]
+    weights = np.array([1 / r.survival for r in rollouts])[known]
     used = np.array([r.weight for r in rollouts])
-    values = {
-        'prune/head_loss':
-            head.loss(inputs, labels),
-        'prune/success':
-            float(np.average(labels, weights=weights)),
-        'prune/kept_success':
-            float(np.mean(labels)),
-        'prune/effective_share':
-            float(used.sum()**2 / (len(used) * np.sum(used**2))),
+    share = float(used.sum()**2 / (len(used) * np.sum(used**2)))
+    values = {'prune/effective_share': share}
+    if not known.any():
+      names = 'prune/head_loss', 'prune/success', 'prune/kept_success'
+      return head, values | dict.fromkeys(names, math.nan)
+    values |= {
+        'prune/head_loss': head.loss(inputs, labels),
+        'prune/success': float(np.average(labels, weights=weights)),
+        'prune/kept_success': float(np.mean(labels)),
     }
     return head.learn(inputs, labels, weights, self._run.config.seed), values
 

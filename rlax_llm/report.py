@@ -126,11 +126,14 @@ def _chosen_samples(run: Run) -> list[tuple[str, dict[str, Any]]]:
   """Returns the best and the worst sample of some first and last steps."""
   by_step: dict[int, list[dict[str, Any]]] = {}
   for row in run.samples:
-    if isinstance(row.get('step'), int):
+    # A sample that the verifier could not judge is neither right nor wrong.
+    if isinstance(row.get('step'), int) and _is_number(row.get('reward')):
       by_step.setdefault(row['step'], []).append(row)
   steps = sorted(by_step)
   chosen = steps[:_TABLE_STEPS] + steps[_TABLE_STEPS:][-_TABLE_STEPS:]
-  top = max((_reward_of(row) for row in run.samples), default=0.0)
+  top = max(
+      (_reward_of(row) for row in run.samples if _is_number(row.get('reward'))),
+      default=0.0)
   rows = []
   for step in chosen:
     ranked = sorted(by_step[step], key=_reward_of)
@@ -139,9 +142,12 @@ def _chosen_samples(run: Run) -> list[tuple[str, dict[str, Any]]]:
   return rows
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float))
+
+
 def _reward_of(row: dict[str, Any]) -> float:
-  value = row.get('reward')
-  return float(value) if isinstance(value, (int, float)) else -float('inf')
+  return float(row['reward'])
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from rlax_llm import config as config_lib
+from rlax_llm import credit
 from rlax_llm import processes
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
@@ -323,14 +324,15 @@ class GroupSampler:
     groups = []
     for pending, problem, end in zip(complete, problems, np.cumsum(sizes)):
       mine = slice(end - len(pending.survivors), end)
+      lost = unscorable[mine].astype(bool)
+      parts = {name: value[mine] for name, value in zip(names, values)}
+      labels = credit.judge(self._run, texts[mine], rewards[mine], lost, parts)
       groups.append(
           Group(problem=problem,
                 rollouts=pending.survivors,
                 texts=tuple(texts[mine]),
-                rewards=rewards[mine],
-                unscorable=unscorable[mine].astype(bool),
-                parts={
-                    name: value[mine] for name, value in zip(names, values)
-                },
+                **labels._asdict(),
+                unscorable=lost,
+                parts=parts,
                 number=pending.number))
     return groups

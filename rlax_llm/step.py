@@ -1,6 +1,7 @@
 """One step of RL: rollout -> reward -> batch -> update."""
 
 import dataclasses
+import math
 from typing import Any, Sequence
 
 import jax
@@ -11,6 +12,7 @@ from rlax_llm import executables
 from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.experience import Collector
 from rlax_llm.groups import Group
+from rlax_llm.groups import mean_known
 from rlax_llm.leaps import Leaps
 from rlax_llm.learner import Diagnosis
 from rlax_llm.learner import Learner
@@ -60,10 +62,10 @@ def train_step(
   drafts: dict[str, Any] = {'drafter_params': drafter_params(states)}
   if loop.drafter:
     drafts['idle'] = loop.drafter.idle_work(states['drafter'], params, step)
-  groups = loop.collector.collect(params, step, watch, **drafts)
-  rewards = credit.group_rewards(run, groups, step)
-  advantages = credit.advantages(run, groups, rewards)
-  trained = credit.trained_samples(run, groups, rewards,
+  groups = credit.learned_groups(
+      run, loop.collector.collect(params, step, watch, **drafts), step)
+  advantages = credit.advantages(run, groups)
+  trained = credit.trained_samples(run, groups,
                                    loop.collector.solved_at_first(groups))
   watch.lap('reward')
   progress = loop.collector.progress(params,
@@ -108,14 +110,15 @@ def train_step(
     watch.lap('drafter')
 
   loop.progression.add_tokens(rollouts)
-  loop.progression.add_reward(float(np.mean(np.concatenate(rewards))))
+  told = group_metrics(groups, step)
+  loop.progression.add_reward(told['reward/mean'])
   seconds = watch.seconds
   after = executables.compile_totals()
   numbers: dict[str, Any] = {
       **values,
       **leaped,
-      **group_metrics(groups, rewards, step),
-      **credit.label_metrics(run, groups, rewards),
+      **told,
+      **credit.label_metrics(run, groups),
       'learning/trained_fraction':
           np.mean(np.concatenate(trained)),
       'learning/learning_rate':
@@ -135,7 +138,7 @@ def train_step(
       'memory/segment':
           run.pool.memory_bytes('segment'),
   }
-  rows = sample_rows(groups, rewards, advantages)
+  rows = sample_rows(groups, advantages)
   return states, numbers, rows
 
 
@@ -167,31 +170,33 @@ def sampling_gap(loop: Loop, params: Params, diagnosis: Diagnosis,
   return {name: float(jax.device_get(found[name]))} if name in found else {}
 
 
-def group_metrics(groups: Sequence[Group], rewards: Sequence[np.ndarray],
-                  step: int) -> dict[str, Any]:
+def group_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
   """Returns what groups and their rewards tell, under the fixed names.
 
+  Missing rewards enter no mean; the mean of none is NaN.
+
   Args:
-    groups: of one step.
-    rewards: float32[G] of each group, those that are learned from.
+    groups: of one step, with the labels that it learns from.
     step: from 0.
   """
   rollouts = [rollout for group in groups for rollout in group.rollouts]
   lengths = [rollout.length for rollout in rollouts]
+  judged = [~group.unscorable for group in groups]
   parts = {
       f'reward/{name}':
-          np.mean(np.concatenate([group.parts[name] for group in groups]))
+          mean_known([group.parts[name] for group in groups], judged)
       for name in groups[0].parts
   }
+  rewards = np.concatenate([group.rewards[group.known] for group in groups])
   return parts | {
       'reward/mean':
-          np.mean(np.concatenate(rewards)),
+          float(np.mean(rewards)) if rewards.size else math.nan,
       'reward/std':
-          np.std(np.concatenate(rewards)),
+          float(np.std(rewards)) if rewards.size else math.nan,
       'reward/unscorable':
           sum(int(np.sum(group.unscorable)) for group in groups),
       'reward/groups_with_signal':
-          np.mean([np.ptp(group) > 0 for group in rewards]),
+          np.mean([group.has_signal for group in groups]),
       'rollout/tokens':
           sum(lengths),
       'rollout/length_mean':
@@ -213,14 +218,13 @@ def group_metrics(groups: Sequence[Group], rewards: Sequence[np.ndarray],
   }
 
 
-def sample_rows(groups: Sequence[Group], rewards: Sequence[np.ndarray],
+def sample_rows(groups: Sequence[Group],
                 advantages: Sequence[np.ndarray]) -> list[dict]:
-  """Returns the rows of samples.jsonl."""
+  """Returns the rows of samples.jsonl; a missing reward is None."""
   return [{
       'prompt': group.problem.prompt,
       'completion': text,
-      'reward': float(reward),
+      'reward': float(reward) if known else None,
       'advantage': float(advantage),
-  }
-          for group, *of_group in zip(groups, rewards, advantages)
-          for text, reward, advantage in zip(group.texts, *of_group)]
+  } for group, worth in zip(groups, advantages) for text, reward, known,
+          advantage in zip(group.texts, group.rewards, group.known, worth)]

@@ -28,6 +28,7 @@ from rlax_llm.step import train_step
 from rlax_llm.stopping import Diverged
 from rlax_llm.stopping import Stopped
 from rlax_llm.tasks import task as tasks
+from rlax_llm.tasks.verifier import Judged
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import TrainState
 from rlax_llm.warm_start import warm_start
@@ -234,15 +235,15 @@ class Trainer:
                             f'for example, {left_out[0]}')
 
   def _judged(self, states: dict[str, TrainState],
-              problems: Sequence[tasks.Problem]) -> float:
-    """Returns the accuracy of a policy on some problems."""
-    return evaluation.evaluate(
-        self.run,
-        self._judge,
-        states['policy'].params,
-        self._verifier,
-        problems,
-        drafter_params=drafter_params(states))['evaluate/accuracy']
+              problems: Sequence[tasks.Problem]) -> Judged:
+    """Returns which of some problems a policy solves."""
+    judged, _ = evaluation.judge(self.run,
+                                 self._judge,
+                                 states['policy'].params,
+                                 self._verifier,
+                                 problems,
+                                 drafter_params=drafter_params(states))
+    return judged
 
   def _evaluate_and_save(self, done: int) -> None:
     """Evaluates and saves what is due after a step, unless that has been done.

@@ -31,6 +31,7 @@ from rlax_llm.learning.presets import PRESETS
 from rlax_llm.progression import Stopwatch
 from rlax_llm.run import make_run
 from rlax_llm.tasks import extract
+from rlax_llm.tasks.verifier import Judged
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import FORCE
 from rlax_llm.types import REHEARSE
@@ -263,8 +264,9 @@ def test_progress_by_hand():
 
   def score(problems, texts):
     letters = [(p.prompt, t.replace('=', '')) for p, t in zip(problems, texts)]
-    return types.SimpleNamespace(
-        rewards=np.array([t.count(p) / len(t) for p, t in letters]))
+    return types.SimpleNamespace(rewards=np.array(
+        [t.count(p) / len(t) for p, t in letters]),
+                                 unscorable=np.zeros(len(texts), bool))
 
   forced = forced_answers.ForcedAnswers(
       run, types.SimpleNamespace(generate=generate),
@@ -275,6 +277,8 @@ def test_progress_by_hand():
                 rollouts=tuple(_sample('a', t, run) for t in texts),
                 texts=texts,
                 rewards=np.zeros(3),
+                correctness=np.zeros(3),
+                known=np.array([True, True, False]),
                 unscorable=np.array([False, False, True]),
                 parts={'correct': np.array([5 / 6, 0, 0], np.float32)})
   found, values = forced.progress((), [group], 3)
@@ -329,7 +333,9 @@ def _leaps(run, scores):
     assert len(problems) == 2  # as many as the task has
     value = float(jax.tree.leaves(states['policy'].params)[0].ravel()[0])
     shown.append(value)
-    return scores(value)
+    found = scores(value)
+    return found if isinstance(found, Judged) else Judged(
+        np.arange(10)[None] < found, np.ones((1, 10), bool))
 
   return leaps.Leaps(run, judge), shown
 
@@ -353,7 +359,7 @@ def test_leaps_by_hand():
                                                           leaps=3))
   first = lambda states: float(
       jax.tree.leaves(states['policy'].params)[0].ravel()[0])
-  found, shown = _leaps(run, lambda value: -abs(value - 5))
+  found, shown = _leaps(run, lambda value: 10 - abs(value - 5))
   states = {'policy': _state(run, 0.0)}
   states |= found.init(states)
   states['policy'] = _state(run, 1.0)
@@ -361,7 +367,7 @@ def test_leaps_by_hand():
     assert found.before_step(step, states) == (states, {})
   leaped, values = found.before_step(2, states)
   assert shown == [1, 3, 5, 9] and first(leaped) == 5
-  assert values == {'learning/leap': 4.0, 'learning/leap_accuracy': 0}
+  assert values == {'learning/leap': 4.0, 'learning/leap_accuracy': 1}
   assert leaped['policy'].opt_state is states['policy'].opt_state
   # W = 6 since: worse whichever way it goes on, and it stays.
   leaped['policy'] = _state(run, 6.0)
@@ -369,7 +375,7 @@ def test_leaps_by_hand():
   stayed, values = found.before_step(4, leaped)
   assert shown == [6, 8, 10, 14] and first(stayed) == 6
   assert values['learning/leap'] == 0
-  equal, _ = _leaps(run, lambda value: 1.0)
+  equal, _ = _leaps(run, lambda value: 3)
   leaped, values = equal.before_step(1, states)
   assert first(leaped) == 3 and values['learning/leap'] == 2
 

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import json
-import types
 
+from group_helpers import make_group
 import numpy as np
 import pytest
 
@@ -97,7 +97,7 @@ def _check_extra(request, count, known):
                          ids=['alone', 'composed'])
 def test_hard_prompts_get_more_by_what_earlier_steps_saw(collect_with, changes):
   """Law: nobody gets more before it was sampled; then as many as DARS's
-  schedule gives for the mean reward of the prompt's newest group of an earlier
+  schedule gives for the accuracy of the prompt's newest group of an earlier
   step, groups that were dropped included. The first G samples of a group are
   those of the run without extra samples. The state comes back from JSON as it
   was.
@@ -119,8 +119,9 @@ def test_hard_prompts_get_more_by_what_earlier_steps_saw(collect_with, changes):
       assert collector.metrics()['rollout/extra_samples'] == sum(sizes[-1])
       assert [[r.tokens.tolist() for r in g.rollouts[:4]] for g in found
              ] == [[r.tokens.tolist() for r in g.rollouts] for g in base]
-    known.append(known[-1] |
-                 {g.request.prompt.tobytes(): g.rewards.mean() for g in seen})
+    known.append(
+        known[-1] |
+        {g.request.prompt.tobytes(): g.correctness.mean() for g in seen})
     seen.clear()
     record = json.loads(json.dumps(collector.dump()))
     assert sorted(record['successes']['accuracies'].values()) == pytest.approx(
@@ -131,18 +132,6 @@ def test_hard_prompts_get_more_by_what_earlier_steps_saw(collect_with, changes):
   assert not any(sizes[0]) and max(map(max, sizes)) == 6
 
 
-def _group(rewards, finished=None):
-  rewards = np.array(rewards, np.float32)
-  finished = finished or [True] * len(rewards)
-  return types.SimpleNamespace(
-      rewards=rewards,
-      texts=['1'] * len(rewards),
-      lengths=np.full(len(rewards), 3),
-      unscorable=np.zeros(len(rewards), bool),
-      parts={'correct': rewards},
-      rollouts=[types.SimpleNamespace(finished=f) for f in finished])
-
-
 def test_groups_of_different_sizes_are_judged_one_by_one():
   """Law: each group's advantages are those that it has alone; permuted rewards
   keep the sizes; a filter looks at each group.
@@ -151,29 +140,27 @@ def test_groups_of_different_sizes_are_judged_one_by_one():
   """
   run = _run()
   groups = [
-      _group([1, 0, 0, 1]),
-      _group([0, 0, 1, 0, 0, 0]),
-      _group([0, 0, 0, 0]),
-      _group([1, 1, 0, 1, 0])
+      make_group([1, 0, 0, 1]),
+      make_group([0, 0, 1, 0, 0, 0]),
+      make_group([0, 0, 0, 0]),
+      make_group([1, 1, 0, 1, 0])
   ]
-  rewards = credit.group_rewards(run, groups, 0)
   for name in ('grpo', 'dr_grpo', 'rloo', 'opo'):
     run = dataclasses.replace(run, algorithm=PRESETS[name])
-    found = credit.advantages(run, groups, rewards)
-    alone = [
-        credit.advantages(run, [g], [r])[0] for g, r in zip(groups, rewards)
-    ]
+    found = credit.advantages(run, groups)
+    alone = [credit.advantages(run, [g])[0] for g in groups]
     for mine, want in zip(found, alone):
       np.testing.assert_allclose(mine, want, rtol=1e-6)
     assert all(np.ptp(x) > 0 for x in found[:2]) and not found[2].any()
   signal = dataclasses.replace(run, algorithm=PRESETS['confucius3'])
   assert [
-      x.all() for x in credit.trained_samples(signal, groups, rewards,
+      x.all() for x in credit.trained_samples(signal, groups,
                                               np.zeros(len(groups), bool))
   ] == [True, True, False, True]
-  shuffled = credit.permuted(rewards, 0, 0)
-  assert [len(x) for x in shuffled] == [4, 6, 4, 5]
-  assert sum(x.sum() for x in shuffled) == sum(x.sum() for x in rewards)
+  shuffled = credit.permuted(groups, 0, 0)
+  assert [len(g.rewards) for g in shuffled] == [4, 6, 4, 5]
+  assert (sum(g.rewards.sum() for g in shuffled) == sum(
+      g.rewards.sum() for g in groups))
 
 
 def test_optimizer_steps_take_whole_groups():

@@ -14,6 +14,7 @@ from rollout_helpers import assert_same_tokens
 from rollout_helpers import by_sample
 from rollout_helpers import make_requests
 
+from rlax_llm import credit
 from rlax_llm import early_stop
 from rlax_llm import evaluate
 from rlax_llm import groups
@@ -477,7 +478,8 @@ def test_every_token_is_booked_and_every_problem_comes_once(
     assert json.dumps(other.dump()) == json.dumps(record)
     state = groups.restore(record, lambda n: run.problems(n // 4)[n % 4],
                            lambda p: run.encode(p, prompt=True),
-                           run.tokenizer.decode, TRAIN)
+                           run.tokenizer.decode,
+                           functools.partial(credit.judge, run), TRAIN)
     assert state.sampled_tokens == (state.trained_tokens +
                                     state.buffered_tokens +
                                     state.dropped_tokens)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from group_helpers import make_group
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -667,32 +668,20 @@ def test_behaviour_gap_is_that_of_the_sampler():
   assert values['policy/behaviour_gap_max'] == pytest.approx(0.5, rel=1e-4)
 
 
-def test_unscorable_samples_have_no_advantage():
-  """Law: an unscorable sample's advantage is 0, whatever its group's rest.
-
-  Mutant: the mask of unscorable samples ignored.
-  """
-  run = tiny_run()
-  rewards = np.array([[1, 0, 0, 1], [1, 1, 1, 1]], np.float32)
-  unscorable = np.zeros((2, 4), bool)
-  unscorable[0, 1] = True
-  advantages = credit.group_advantages(run, rewards, np.full((2, 4), 7),
-                                       unscorable)
-  assert advantages[0, 1] == 0 and advantages[0, 2] < 0 < advantages[0, 0]
-  assert np.all(advantages[1] == 0)
-
-
 def test_permuted_rewards_are_a_permutation():
   """Law: the control shuffles across groups, differently at each step.
 
   Mutant: shuffling within each group only, which keeps the group's mean.
   """
   rewards = np.arange(32, dtype=np.float32).reshape(8, 4)
-  one, two = (np.array(credit.permuted(rewards, 0, step)) for step in (0, 1))
+  groups = [make_group(r) for r in rewards]
+  get = lambda step: np.array(
+      [g.rewards for g in credit.permuted(groups, 0, step)])
+  one, two = get(0), get(1)
   assert sorted(one.ravel()) == sorted(rewards.ravel())
   assert not np.array_equal(one, two)
   assert not np.array_equal(one.mean(axis=1), rewards.mean(axis=1))
-  np.testing.assert_array_equal(one, credit.permuted(rewards, 0, 0))
+  np.testing.assert_array_equal(one, get(0))
 
 
 # ---- Optimizer and presets --------------------------------------------------
@@ -759,21 +748,23 @@ def test_estimators_of_a_batch():
   """
   rewards, lengths = _floats([[1, 0], [1, 1]]), jnp.asarray([[1, 3], [2, 2]])
   lengths3 = jnp.asarray([[3, 5, 7], [1, 4, 2]])
-  get = lambda name: np.asarray(estimators.ESTIMATORS[name](rewards, lengths))
+  estimate = lambda name, rewards, lengths: np.asarray(estimators.ESTIMATORS[
+      name](rewards, lengths, rewards, None))
+  get = lambda name: estimate(name, rewards, lengths)
   np.testing.assert_allclose(get('batch_scaled')[0], [1, -1], rtol=1e-3)
   assert np.all(get('batch_scaled')[1] == 0)
   np.testing.assert_allclose(get('signal_scaled')[0], [2 / 3, -2 / 3],
                              rtol=1e-6)
   np.testing.assert_allclose(get('length_weighted')[0], [.75, -.25], rtol=1e-6)
-  for name, estimate in estimators.ESTIMATORS.items():
+  for name in estimators.ESTIMATORS:
     if name == 'outcome':  # the reward itself
       continue
     for reward in (0.1, 0.3, 0.7, 1.1, 1.3):
       equal = jnp.full((2, 3), reward)
-      assert np.all(np.asarray(estimate(equal, lengths3)) == 0)
-  for estimate in estimators.PART_ESTIMATORS.values():
+      assert np.all(estimate(name, equal, lengths3) == 0)
+  for by_part in estimators.PART_ESTIMATORS.values():
     parts = jnp.stack([jnp.full((2, 3), 0.1), jnp.full((2, 3), 0.7)])
-    assert np.all(np.asarray(estimate(parts, _floats([1, 0.3]))) == 0)
+    assert np.all(np.asarray(by_part(parts, _floats([1, 0.3]), None)) == 0)
   place, ends = jnp.arange(3)[None], lengths.reshape(4, 1)
   outcome = jnp.where(place == ends - 1, rewards.reshape(4, 1), 0.0)
   by_token = batch_advantages.reinforce_plus_plus(outcome, place < ends)

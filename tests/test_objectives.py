@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import types
 
+from group_helpers import make_group
 import jax
 import jax.numpy as jnp
 from learning_helpers import CAPTURE
@@ -495,7 +496,7 @@ def test_vcpo_is_its_two_buffers():
   rng = np.random.default_rng(5)
   samples, rewards = _mixed(run)[:12], rng.normal(size=(3, 4))
   shifted = np.asarray(estimators.ESTIMATORS['group_population'](
-      jnp.float32(rewards), None))
+      jnp.float32(rewards), None, None, None))
   samples = [
       dataclasses.replace(s, advantage=float(a))
       for s, a in zip(samples, shifted.ravel())
@@ -642,14 +643,15 @@ def test_echos_advantages_and_clip_ranges():
 
 # ---- Which samples, and whose rewards ----------------------------------------
 def test_filters_by_hand():
-  """Law: who is trained on. Mutant: `signal` by sample, not by group."""
-  outcomes = filters.Outcomes(np.array([[1, 1], [0, 1]], np.float32),
-                              np.array([[False, True], [False, False]]),
+  """Law: which samples are kept. Mutants: `signal` by sample, not by group; a
+  missing value taken as 0.
+  """
+  outcomes = filters.Outcomes(np.array([[1, 0], [0, 1]], np.float32),
+                              np.array([[True, False], [True, True]]),
                               np.array([[True, True], [True, False]]),
                               np.array([[True, True], [False, False]]))
   get = lambda name: filters.FILTERS[name](outcomes).tolist()
   assert get('none') == [[True, True], [True, True]]
-  assert get('scorable') == [[True, False], [True, True]]
   assert get('signal') == [[False, False], [True, True]]
   assert get('finished') == [[True, True], [True, False]]
   assert get('unrehearsed') == [[False, False], [True, True]]
@@ -674,17 +676,20 @@ def test_what_a_filter_drops_is_as_if_never_sampled():
                   2 * _captured(run, algorithm, kept)) < 1e-6
 
 
-def _groups(texts, rewards):
-  return [
-      types.SimpleNamespace(texts=t,
-                            rewards=np.array(r, np.float32),
-                            lengths=np.full(len(r), 3),
-                            unscorable=np.zeros(len(r), bool),
-                            parts={
-                                'correct': np.array(r, np.float32),
-                                'length': np.array([-1, 0, 0, 0], np.float32)
-                            }) for t, r in zip(texts, rewards)
-  ]
+def _groups(run, texts, rewards, lost=()):
+  """Groups with the labels that the run learns from."""
+  groups = []
+  for i, (t, r) in enumerate(zip(texts, rewards)):
+    r, unscorable = np.array(r, np.float32), np.zeros(len(r), bool)
+    unscorable[[j for at, j in lost if at == i]] = True
+    parts = {'correct': r, 'length': np.array([-1, 0, 0, 0], np.float32)}
+    labels = credit.judge(run, t, r, unscorable, parts)
+    groups.append(
+        make_group(**labels._asdict(),
+                   texts=t,
+                   unscorable=unscorable,
+                   parts=parts))
+  return groups
 
 
 def test_majority_labels():
@@ -694,16 +699,18 @@ def test_majority_labels():
   Mutant: the verifier's rewards.
   """
   run = dataclasses.replace(tiny_run(), algorithm=PRESETS['ttrl'])
-  groups = _groups([['1,000', '1000.0', ' 1000', '7'], ['a', 'B', 'b', '']],
-                   [[0, 0, 0, 1], [0, 1, 1, 0]])
-  rewards = credit.group_rewards(run, groups, 0)
-  assert [r.tolist() for r in rewards] == [[1, 1, 1, 0], [0, 1, 1, 0]]
-  values = credit.label_metrics(run, groups, rewards)
+  said = ([['1,000', '1000.0', ' 1000', '7'], ['a', 'B',
+                                               'b', '']], [[0, 0, 0, 1],
+                                                           [0, 1, 1, 0]])
+  groups = _groups(run, *said)
+  assert [g.rewards.tolist() for g in groups] == [[1, 1, 1, 0], [0, 1, 1, 0]]
+  values = credit.label_metrics(run, groups)
   assert values['reward/label_accuracy'] == 0.5
   assert values['reward/label_agreement'] == 0.5
   plain = dataclasses.replace(run, algorithm=PRESETS['grpo'])
-  assert credit.group_rewards(plain, groups, 0)[0].tolist() == [0, 0, 0, 1]
-  assert credit.label_metrics(plain, groups, rewards) == {}
+  groups = _groups(plain, *said)
+  assert groups[0].rewards.tolist() == [0, 0, 0, 1]
+  assert credit.label_metrics(plain, groups) == {}
 
 
 def test_rewards_are_normalised_one_by_one():
@@ -722,8 +729,7 @@ def test_rewards_are_normalised_one_by_one():
   config = config_lib.freeze(dataclasses.replace(run.config, task=task))
   run = dataclasses.replace(run, algorithm=PRESETS['gdpo'], config=config)
   correct = [[1, 0, 0, 1], [0, 0, 0, 1]]
-  groups = _groups([['a'] * 4] * 2, correct)
-  found = credit.advantages(run, groups, np.array(correct, np.float32))
+  found = credit.advantages(run, _groups(run, [['a'] * 4] * 2, correct))
   z = lambda x, epsilon: (x - x.mean()) / (x.std(ddof=1) + epsilon)
   length = np.array([-1.0, 0, 0, 0])
   summed = np.stack(

@@ -330,7 +330,7 @@ def test_hardness_weighting_and_targeted_entropy():
   for row in oracle['pshw']:
     rewards = np.full(row['n'], -1.0)
     rewards[:row['correct']] = 1.0
-    found = advantage_ops.hardness_weighted(array(rewards))
+    found = advantage_ops.hardness_weighted(array(rewards), array(rewards))
     check(found[:row['correct']], row['A_correct'])
     check(found[row['correct']:], row['A_wrong'])
   ter = oracle['ter']

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 
 from rlax_llm import config as config_lib
-from rlax_llm import testing
-from rlax_llm.credit import group_advantages
-from rlax_llm.run import make_run
 from rlax_llm.tasks import rewards as rewards_lib
 from rlax_llm.tasks import task as task_lib
 from rlax_llm.tasks import verifier as verifier_lib
@@ -190,18 +187,6 @@ def test_a_reward_may_fork(own):
     after = [worker.process.pid for worker in verifier._workers]
   assert scores.rewards.tolist() == [0.5, 1.0] * 9
   assert before == after
-
-
-def test_unscorable_samples_teach_nothing():
-  """Law: the advantage of an unscorable sample is 0, whatever the estimator
-  makes of its reward. Mutant: advantages passed on as they are.
-  """
-  run = make_run(testing.tiny_config())
-  rewards = np.float32([[1, 0, 0, 2]])
-  lost = np.array([[False, True, False, False]])
-  advantages = group_advantages(run, rewards, np.ones((1, 4), np.int32), lost)
-  assert advantages[0, 1] == 0
-  assert (advantages[0, [0, 2, 3]] != 0).all()
 
 
 @pytest.mark.parametrize('path, words', [

@@ -28,6 +28,7 @@ from rlax_llm.files import WriteError
 from rlax_llm.learning import algorithms
 from rlax_llm.progress import Progress
 from rlax_llm.rollout.engine import RolloutEngine
+from rlax_llm.tasks.verifier import Judged
 from rlax_llm.types import EVALUATE
 
 VALUES = ('tokens_sampled', 'tokens_sha256', 'parameters_sha256',
@@ -468,6 +469,7 @@ def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
   assert values == {
       'step': 4,
       'evaluate/accuracy': base[1]['accuracy_after'],
+      'evaluate/unscorable': 0,
       'evaluate/tokens_mean': np.mean([len(t) for t in sampled[-1]])
   }
   many = [
@@ -476,8 +478,8 @@ def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
   ]
   assert many[0] == many[1] and sampled[1] == sampled[2]
   assert set(many[0]) == {
-      'step', 'evaluate/accuracy', 'evaluate/tokens_mean', 'evaluate/pass_at_2',
-      'evaluate/pass_at_4'
+      'step', 'evaluate/accuracy', 'evaluate/unscorable',
+      'evaluate/tokens_mean', 'evaluate/pass_at_2', 'evaluate/pass_at_4'
   }
   with pytest.raises(ConfigError, match='holds no checkpoint'):
     _evaluate(monkeypatch, capsys, tmp_path / 'nowhere')
@@ -486,14 +488,18 @@ def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
 
 
 def test_summarize_by_hand():
-  """Law: 2 of 4 and 0 of 4 right: accuracy 1/4; pass@2 = (5/6 + 0) / 2.
+  """Law: 2 of 4 and 0 of 4 right: accuracy 1/4; pass@2 = (5/6 + 0) / 2. What
+  the verifier could not judge is wrong, and counted.
 
-  Mutant: pass@2 as 1 - (1 - p)^2 = 3/4 for the first.
+  Mutants: pass@2 as 1 - (1 - p)^2 = 3/4 for the first; the mean over what was
+  judged.
   """
-  values = evaluate.summarize(
-      np.array([[True, True, False, False], [False] * 4]))
+  correct = np.array([[True, True, False, False], [False] * 4])
+  known = np.array([[True] * 4, [True, False, True, False]])
+  values = evaluate.summarize(Judged(correct, known))
   assert values == {
       'evaluate/accuracy': 0.25,
+      'evaluate/unscorable': 2,
       'evaluate/pass_at_2': pytest.approx(5 / 12),
       'evaluate/pass_at_4': 0.5
   }

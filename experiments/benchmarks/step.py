@@ -71,8 +71,7 @@ def main(argv: list[str]) -> None:
     middle = time.perf_counter()
     rewards = rng.random(shape, np.float32)
     lengths = np.array([r.length for r in rollouts]).reshape(shape)
-    advantages = credit.group_advantages(run, rewards, lengths,
-                                         np.zeros(shape, bool))
+    advantages = credit.group_advantages(run, rewards, lengths, rewards, None)
     samples = [
         Sample(r.request.prompt, r.tokens, float(a), r.behaviour_logprobs)
         for r, a in zip(rollouts, advantages.reshape(-1))

@@ -28,7 +28,8 @@ class Algorithm:
     rejection: which tokens are dropped; `objectives.REJECTIONS`.
     reject_low: least ratio of sampler to trainer.
     reject_high: bound of the statistic, a ratio for k1, else nats.
-    filter: which samples are out of the loss; `filters.FILTERS`.
+    filter: which samples are out of the loss, besides those whose reward is
+      missing; `filters.FILTERS`.
     labels: whom the rewards are from; `filters.LABELS`.
     step_scale: what the optimizer's step is multiplied by;
       `token_credit.STEP_SCALES`.
@@ -53,7 +54,7 @@ class Algorithm:
       loss; `f_divergences.F_DIVERGENCES`.
     rehearsal_coefficient: of it.
     rehearsal_prompts: first problems of the run that the initial policy tries.
-    rehearsal_least: mean score from which on a problem counts as solved.
+    rehearsal_least: mean correctness from which on a problem counts as solved.
     rehearsal_share: samples that are rehearsed in a step, by those of the step.
   """
   advantage: str = 'group'
@@ -105,6 +106,11 @@ class Algorithm:
     return (self.loss != 'negative_log_likelihood' and
             self.credit == 'sample' and self.step_scale == 'none' and
             self.kl_coefficient == 0 and self.entropy_coefficient == 0)
+
+  @property
+  def reads_rewards(self) -> bool:
+    """Whether a sample's reward enters its loss."""
+    return self.advantage != 'none' or self.credit == 'progress'
 
   @property
   def has_critic(self) -> bool:

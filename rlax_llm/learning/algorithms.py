@@ -220,10 +220,15 @@ def check(algorithm: Algorithm, config: Config) -> None:
     raise ConfigError(
         f'algorithm.advantage={algorithm.advantage!r} reads each reward by '
         'itself; task.permute_rewards shuffles their sum: set it to False')
+  if algorithm.advantage in PART_ESTIMATORS and algorithm.labels != 'verifier':
+    raise ConfigError(
+        f'algorithm.advantage={algorithm.advantage!r} reads each of the '
+        f"verifier's rewards by itself; algorithm.labels={algorithm.labels!r} "
+        "replaces them by one vote: use labels='verifier'")
   verified = [
       name for name, used in (('credit', algorithm.credit == 'progress'),
-                              ('rehearsal', algorithm.rehearsal != 'none'))
-      if used
+                              ('rehearsal', algorithm.rehearsal != 'none'),
+                              ('leaps', algorithm.leaps > 0)) if used
   ]
   if verified and (algorithm.labels != 'verifier' or
                    config.task.permute_rewards):

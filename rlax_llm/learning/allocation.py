@@ -19,7 +19,8 @@ class SuccessHistory:
   """What is known of prompts' successes; JSON-able. `observe` returns the next.
 
   Attributes:
-    accuracies: by prompt, mean reward of its last group, in [0, 1].
+    accuracies: by prompt, the mean correctness in [0, 1] of the last group of
+      which anything is known.
   """
   accuracies: Mapping[str, float] = dataclasses.field(default_factory=dict)
 

@@ -51,7 +51,7 @@ PRESETS: dict[str, Algorithm] = {
         Algorithm(advantage='best_minus_second', reduction='sequence_mean'),
     # PPO, https://arxiv.org/abs/1707.06347, with a critic of its own.
     'ppo':
-        Algorithm(advantage='outcome', credit='gae', filter='scorable'),
+        Algorithm(advantage='outcome', credit='gae'),
     # AReaL, https://arxiv.org/abs/2505.24298: three policies.
     'decoupled_ppo':
         Algorithm(correction='token_mask', weight_high=5.0),

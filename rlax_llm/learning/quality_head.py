@@ -1,8 +1,9 @@
-"""A head that foretells the reward of a sample from its first tokens.
+"""A head that predicts the success of a sample from its first tokens.
 
 It reads the policy's hidden states at a logical position, from a pass of fixed
-shape, and learns from the rewards of those that went on, each weighted by the
-inverse of the probability with which it did.
+shape. Success is correctness in [0, 1], not the weighted reward. The head
+learns from the samples that were not pruned and whose correctness is known,
+each weighted by the inverse of its survival probability.
 """
 
 import dataclasses
@@ -103,7 +104,7 @@ class QualityHead:
 
     Args:
       inputs: float32[n, D].
-      labels: float[n], rewards in [0, 1].
+      labels: float[n], successes in [0, 1].
       weights: float[n], inverse probabilities of having gone on.
       seed: of the first weights.
     """

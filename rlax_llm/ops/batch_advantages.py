@@ -1,7 +1,8 @@
 """Advantages that look at the whole batch: whitening and its relatives.
 
 Statistics are those of the global optimizer batch. Taken over a microbatch or
-a device they would change the objective with the layout.
+a device they would change the objective with the layout. `known` is that of
+`ops/advantages.py`: statistics are those of the samples whose reward is known.
 """
 
 import chex
@@ -38,6 +39,7 @@ def whiten(advantages: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
 
 def whitened_by_length(rewards: Array,
                        lengths: Array,
+                       known: Array | None = None,
                        *,
                        epsilon: float = 1e-8) -> Array:
   """Returns `whiten` over all tokens, where a sample's tokens share its reward.
@@ -49,16 +51,21 @@ def whitened_by_length(rewards: Array,
   Args:
     rewards: float[...], of samples.
     lengths: int[...], trained tokens of each.
+    known: bool[...] or None.
     epsilon: added to the variance.
   """
   chex.assert_equal_shape([rewards, lengths])
+  rewards = masking.select_known(known, rewards)
+  lengths = masking.select_known(known, lengths)
   tokens = jnp.maximum(jnp.sum(lengths), 1)
   centred = rewards - jnp.sum(lengths * rewards) / tokens
   squares = jnp.sum(lengths * centred**2)
   variance = squares / jnp.maximum(tokens - 1, 1)
   # Rounding of the mean must not give equal rewards a signal.
-  return jnp.where(
-      jnp.ptp(rewards) > 0, centred * jax.lax.rsqrt(variance + epsilon), 0.0)
+  signal = masking.spread(rewards, known) > 0
+  return masking.select_known(
+      known, jnp.where(signal, centred * jax.lax.rsqrt(variance + epsilon),
+                       0.0))
 
 
 def batch_normalised(advantages: Array,
@@ -88,6 +95,7 @@ def batch_normalised(advantages: Array,
 
 def batch_scaled(centred: Array,
                  rewards: Array,
+                 known: Array | None = None,
                  *,
                  epsilon: float = 1e-4) -> Array:
   """Returns centred / (std(all rewards) + epsilon), ddof = 1.
@@ -99,24 +107,30 @@ def batch_scaled(centred: Array,
   Args:
     centred: float[...], rewards less their group's mean.
     rewards: float[...], of the batch.
+    known: bool[...] or None.
     epsilon: added to the standard deviation.
   """
   chex.assert_equal_shape([centred, rewards])
-  return centred / (jnp.std(rewards, ddof=1) + epsilon)
+  return centred / (masking.deviation(rewards, known) + epsilon)
 
 
-def signal_scaled(centred: Array, rewards: Array) -> Array:
-  """Returns centred * (samples / samples of nonzero reward).
+def signal_scaled(centred: Array,
+                  correctness: Array,
+                  known: Array | None = None) -> Array:
+  """Returns centred * (samples / samples of nonzero correctness).
 
   "GPG: A Simple and Strong Reinforcement Learning Baseline for Model
   Reasoning", https://arxiv.org/abs/2504.02546, with its f_norm of 1.
 
   Args:
     centred: float[...], rewards less their group's mean.
-    rewards: float[...], of the batch.
+    correctness: float[...], of the batch; without shaping, the rewards.
+    known: bool[...] or None.
   """
-  chex.assert_equal_shape([centred, rewards])
-  return centred * (rewards.size / jnp.maximum(jnp.count_nonzero(rewards), 1))
+  chex.assert_equal_shape([centred, correctness])
+  correctness = masking.select_known(known, correctness)
+  samples = masking.count_known(correctness, known)
+  return centred * (samples / jnp.maximum(jnp.count_nonzero(correctness), 1))
 
 
 def reinforce_plus_plus(rewards: Array,

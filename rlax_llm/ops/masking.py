@@ -39,6 +39,54 @@ def masked_mean(mask: Array, values: Array) -> Array:
   return jnp.sum(select_masked(mask, values)) / count
 
 
+def select_known(known: Array | None, values: Array) -> Array:
+  """Returns the values with 0 where they are not known; None: all are.
+
+  Without a mask the values themselves, so that a program in which nothing is
+  missing does not change.
+
+  Args:
+    known: bool[...] or None.
+    values: [...], arbitrary where they are not known.
+  """
+  return values if known is None else select_masked(known, values)
+
+
+def count_known(values: Array, known: Array | None) -> Array | int:
+  """Returns how many values are known; None: all, a static number."""
+  return values.size if known is None else jnp.sum(known)
+
+
+def spread(values: Array, known: Array | None = None) -> Array:
+  """Returns max - min of the known values; -inf if none is.
+
+  Args:
+    values: float[...], arbitrary where they are not known.
+    known: bool[...]; None: all.
+  """
+  if known is None:
+    return jnp.ptp(values)
+  return (jnp.max(select_masked(known, values, -jnp.inf)) -
+          jnp.min(select_masked(known, values, jnp.inf)))
+
+
+def deviation(values: Array, known: Array | None = None) -> Array:
+  """Returns the standard deviation of the known values, ddof = 1.
+
+  0 where fewer than two are known; without a mask that is up to the caller.
+
+  Args:
+    values: float[...], arbitrary where they are not known.
+    known: bool[...]; None: all.
+  """
+  if known is None:
+    return jnp.std(values, ddof=1)
+  values = select_masked(known, values)
+  centred = select_masked(known, values - masked_mean(known, values))
+  freedom = jnp.maximum(jnp.sum(known) - 1, 1)
+  return jnp.sqrt(jnp.sum(jnp.square(centred)) / freedom)
+
+
 def _over_sample(reduce: Callable[..., Array], values: Array,
                  segments: Array) -> Array:
   """Reduces the last axis by segment; every position gets its segment's."""

@@ -8,7 +8,7 @@ import selectors
 import sys
 import threading
 import time
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -26,10 +26,16 @@ _MAX_WARNINGS = 20  # kinds of failures that are shown
 @dataclasses.dataclass(frozen=True)
 class Scores:
   """What the verifier says of n samples."""
-  rewards: np.ndarray  # float32[n]; 0.0 where unscorable
-  # By name, `correct` always among them: float32[n]; 0.0 where unscorable.
+  rewards: np.ndarray  # float32[n]; 0.0, a placeholder, where unscorable
+  # By name, `correct` always among them: float32[n]; likewise.
   parts: Mapping[str, np.ndarray]
   unscorable: np.ndarray  # bool[n]: hung, crashed or raised in the verifier
+
+
+class Judged(NamedTuple):
+  """What the verifier says of k samples of each problem."""
+  correct: np.ndarray  # bool[problems, k]; False where not known
+  known: np.ndarray  # bool[problems, k]: the verifier could judge the sample
 
 
 class Verifier:
@@ -37,7 +43,7 @@ class Verifier:
 
   A sample has `config.verifier_seconds` of CPU time and 2 GiB of memory. One
   that hangs or kills its worker is tried once more, alone in a fresh worker;
-  if that fails too its reward is 0.0 and it is marked unscorable. The others
+  if that fails too it is marked unscorable: its reward is missing. The others
   are not affected: answers depend on time through these limits only.
   Construction returns at once: workers start in the background.
   """

@@ -1,0 +1,118 @@
+"""Scored groups for tests, made of numbers."""
+
+import types
+
+import numpy as np
+
+from rlax_llm.experience import Collector
+from rlax_llm.groups import Group
+from rlax_llm.progression import Stopwatch
+from rlax_llm.run import make_run
+from rlax_llm.tasks.verifier import Scores
+from rlax_llm.types import Request
+from rlax_llm.types import Rollout
+
+
+def make_group(rewards,
+               *,
+               correctness=None,
+               known=None,
+               unscorable=None,
+               parts=None,
+               lengths=None,
+               texts=None,
+               finished=None,
+               survival=None,
+               prompt='a'):
+  """A group; by default nothing is missing and nothing is shaped."""
+  count = len(rewards)
+  rewards = np.array(rewards, np.float32)
+  correctness = rewards if correctness is None else np.array(
+      correctness, np.float32)
+  known = np.ones(count, bool) if known is None else np.array(known, bool)
+  unscorable = ~known if unscorable is None else np.array(unscorable, bool)
+  lengths = lengths or [3] * count
+  request = Request(np.array([ord(c) for c in prompt], np.int32), count, 0, 0,
+                    0)
+  rollouts = tuple(
+      Rollout(tokens=np.full(length, 2 + i % 4, np.int32),
+              length=length,
+              finished=finished[i] if finished else True,
+              token_version=np.zeros(length, np.int32),
+              behaviour_logprobs=np.zeros(length, np.float32),
+              drafted=np.zeros(length, bool),
+              forwards=length,
+              request=request,
+              index=i,
+              survival=survival[i] if survival else 1.0)
+      for i, length in enumerate(lengths))
+  parts = parts or {'correct': correctness}
+  return Group(problem=types.SimpleNamespace(prompt=prompt, prompt_id=prompt),
+               rollouts=rollouts,
+               texts=tuple(texts or ['1'] * count),
+               rewards=rewards,
+               correctness=correctness,
+               known=known,
+               unscorable=unscorable,
+               parts={
+                   k: np.array(v, np.float32) for k, v in parts.items()
+               })
+
+
+class ScriptedVerifier:
+  """A verifier whose verdicts are scripted.
+
+  Attributes:
+    script: (index of the sample within a call, samples of the call) -> (what
+      `correct` gives, whether the verifier fails).
+    shaping: (name, weight, value by index); None: none.
+    weight: of `correct`.
+  """
+
+  def __init__(self, script, shaping=None, weight=1.0):
+    self.script, self.shaping, self.weight = script, shaping, weight
+
+  def reward(self, problems, completions, *, tokens, finished):
+    del problems, tokens, finished
+    return self._scores(len(completions), self.shaping)
+
+  def score(self, problems, completions):
+    del problems
+    return self._scores(len(completions), None)
+
+  def _scores(self, count, shaping):
+    found = [self.script(i, count) for i in range(count)]
+    lost = np.array([fails for _, fails in found], bool)
+    correct = np.array([value for value, _ in found], np.float32)
+    parts = {'correct': np.where(lost, 0, correct)}
+    rewards = correct * np.float32(self.weight if shaping else 1)
+    if shaping:
+      name, weight, value = shaping
+      more = np.array([value(i) for i in range(count)], np.float32)
+      parts[name] = np.where(lost, 0, more)
+      rewards = rewards + np.float32(weight) * more
+    return Scores(np.where(lost, 0, rewards), parts, lost)
+
+
+def collect(config, verifier, *, collector=None, steps=1, step=0):
+  """Returns (run, collector, groups of the last step) of a scripted verifier.
+
+  Args:
+    config: of the run.
+    verifier: gives its rewards.
+    collector: one that goes on; None: a new one.
+    steps: how many to collect.
+    step: the first of them.
+  """
+  run = collector._run if collector else make_run(config)
+  params = run.states.init_params()
+  score = lambda params, samples: [
+      np.zeros(len(s.completion), np.float32) for s in samples
+  ]
+  collector = collector or Collector(run, run.engine(run.sampling), verifier,
+                                     run.rollout_store(), score)
+  groups = []
+  for number in range(step, step + steps):
+    groups = collector.collect(params, number, Stopwatch(run.clock))
+    collector.learned()
+  return run, collector, groups
