@@ -8,6 +8,7 @@ docstrings say where they differ from one another.
 import fractions
 import re
 from typing import NamedTuple
+import unicodedata
 
 # ---- Boxes -------------------------------------------------------------------
 
@@ -303,6 +304,29 @@ def _strip_markup(text: str) -> str:
     text = inner
 
 
+def _to_ascii(text: str) -> str:
+  """Returns the text with digits, signs and fractions of any script in ASCII.
+
+  A fraction of one character stays apart from what stands beside it: 2½ is
+  2 1/2.
+  """
+  if text.isascii():
+    return text
+  characters = []
+  for character in text:
+    digit = unicodedata.decimal(character, None)
+    kind = unicodedata.decomposition(character).partition(' ')[0]
+    if digit is not None:
+      character = str(digit)
+    elif kind == '<fraction>':
+      plain = unicodedata.normalize('NFKC', character).replace('\u2044', '/')
+      character = f' {plain} '
+    elif kind == '<wide>':
+      character = unicodedata.normalize('NFKC', character)
+    characters.append(character)
+  return ''.join(characters).replace('\u2212', '-')
+
+
 def parse_number(text: str) -> Number | None:
   r"""Returns the number that an answer is, exactly, or None.
 
@@ -314,9 +338,10 @@ def parse_number(text: str) -> Number | None:
       groups of three, with one separator throughout: a comma, 1{,}250,
       1,\!250, or one space, as math-verify reads 1 250;
     - a quotient of these, 1/2, \frac{1}{2}, \dfrac12; or
-    - a mixed number, 2 1/2 or 2\frac{1}{2}: an integer and a fraction below 1,
+    - a mixed number, 2 1/2, 2½ or 2\frac{1}{2}: an integer and a fraction
+      below 1,
 
-  with a sign (+, - or U+2212) and a unit: a currency or a percent sign before
+  with digits of any script, a sign (+, - or U+2212) and a unit: a currency or a percent sign before
   or after it, degrees, a common unit (cm, hours, km/h, cm^2), or what
   \text{...} holds. 5% is 5, in the unit %: data sets of numbers write what they
   ask for, and the way to compare 50% and 1/2 is `match='math'`. Words that
@@ -330,7 +355,7 @@ def parse_number(text: str) -> Number | None:
   """
   if len(text) > MAX_CHARACTERS:
     return None
-  plain = _strip_markup(text.replace('\u2212', '-'))
+  plain = _strip_markup(_to_ascii(text))
   found = _NUMBER.match(plain)
   if found is None or (found['sign'] and found['inner_sign']):
     return None

@@ -474,8 +474,9 @@ def test_a_run_without_any_reward(tmp_path, monkeypatch):
   summary = train_quietly(config, tmp_path / 'run')
   assert summary['reward_first'] is None is summary['reward_last']
   assert summary['accuracy_after'] == 0
-  start, row = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
-  assert start['evaluate/unscorable'] == row['evaluate/unscorable'] == 2
+  evaluations = read_jsonl(tmp_path / 'run' / 'evaluations.jsonl')
+  assert [e['evaluate/unscorable'] for e in evaluations] == [2, 2]
+  row, = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
   assert row['reward/mean'] is None is row['reward/correct']
   assert row['reward/unscorable'] == 16
   assert row['learning/grad_norm'] == row['learning/skipped'] == 0
