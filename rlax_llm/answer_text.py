@@ -341,11 +341,11 @@ def parse_number(text: str) -> Number | None:
     - a mixed number, 2 1/2, 2½ or 2\frac{1}{2}: an integer and a fraction
       below 1,
 
-  with digits of any script, a sign (+, - or U+2212) and a unit: a currency or a percent sign before
-  or after it, degrees, a common unit (cm, hours, km/h, cm^2), or what
-  \text{...} holds. 5% is 5, in the unit %: data sets of numbers write what they
-  ask for, and the way to compare 50% and 1/2 is `match='math'`. Words that
-  change the number ('5 million', '3 and a half') are no units.
+  with digits of any script, a sign (+, - or U+2212) and a unit: a currency or a
+  percent sign before or after it, degrees, a common unit (cm, hours, km/h,
+  cm^2), or what \text{...} holds. 5% is 5, in the unit %: data sets of numbers
+  write what they ask for, and the way to compare 50% and 1/2 is `match='math'`.
+  Words that change the number ('5 million', '3 and a half') are no units.
 
   Markup around the number is dropped: $...$, \(...\), boxes, \textbf{...},
   **bold**, the #### of GSM8K, and the punctuation of a sentence at the end.
