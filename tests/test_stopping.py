@@ -238,8 +238,8 @@ def _values(**changes):
 
 
 def test_rails_are_silent_until_something_is_wrong():
-  """Mutants: `_skipped` not reset; the gap's limit that of bfloat16; programs
-  of the pool counted as leaks."""
+  """Mutants: `_skipped` not reset; the gap's limit that of bfloat16; NaN below
+  the limit; programs of the pool counted as leaks."""
   rails, lines, pool = _rails(most_skipped=2)
   bad = _values(learning__skipped=1.0, learning__loss=float('nan'))
   rails.look(1, _values())
@@ -253,6 +253,13 @@ def test_rails_are_silent_until_something_is_wrong():
   lines.clear()
   rails.look(6, _values(policy__behaviour_gap_max=0.02))
   assert len(lines) == 1 and 'policy/behaviour_gap_max is 0.02' in lines[0]
+  rails.look(6, _values(policy__behaviour_gap_max=float('nan')))
+  assert len(lines) == 2 and 'policy/behaviour_gap_max is nan' in lines[1]
+  lines.clear()
+  rails.look_at_sampling('step 6', '')
+  assert not lines
+  rails.look_at_sampling('step 6', '3 samples')
+  assert lines == ['warning: step 6: 3 samples']
   lines.clear()
   pool(('a',), lambda x: x * 3.5, np.float32(2))
   rails.look(7, _values())
