@@ -23,7 +23,6 @@ from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
-from rlax_llm.states import drafter_params
 from rlax_llm.tasks import task as tasks
 from rlax_llm.tasks.verifier import Verifier
 from rlax_llm.types import EVALUATE
@@ -133,14 +132,14 @@ def main(argv: list[str]) -> None:
   problems = held_out_problems(run)
   run.check_prompts(problems)
   executables.enable_compilation_cache()
-  step, states, _ = run.states.restore_all(_WORKDIR.value)
+  step, params, drafts = run.states.restore_params(_WORKDIR.value, drafter=True)
   with Verifier(run.config.task, run.config.seed) as verifier:
     values = evaluate(run,
                       run.engine(evaluation_sampling(run)),
-                      states['policy'].params,
+                      params,
                       verifier,
                       problems,
-                      drafter_params=drafter_params(states))
+                      drafter_params=drafts)
   if processes.is_writer():
     json.dump({'step': step, **values}, sys.stdout)
     print()
