@@ -20,6 +20,7 @@ from rlax_llm import metrics
 from rlax_llm import processes
 from rlax_llm import report
 from rlax_llm import teacher as teachers
+from rlax_llm import validation
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
@@ -74,6 +75,7 @@ def train(config: Config,
           'their content: they come from another law than the policy, whose '
           'log-probabilities are not known; train with 0, and give it to '
           'rlax_llm.evaluate')
+    validation.check_durations(config, run.algorithm.critic_warmup)
     warnings = manifest.check_workdir(workdir, to_dict(config))
     held_out = evaluation.held_out_problems(run)
     run.check_prompts([*held_out, *run.known_problems()])
