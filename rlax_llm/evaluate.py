@@ -5,7 +5,7 @@
 
 import json
 import sys
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from rlax_llm import early_stop
 from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
+from rlax_llm import metric_names
 from rlax_llm import processes
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
@@ -88,7 +89,8 @@ def evaluate(run: Run,
     drafter_params: see `RolloutEngine.generate`.
 
   Returns:
-    The metrics of `summarize`, and the tokens that the answers took.
+    The metrics of `summarize`, the tokens that the answers took, and the
+    metrics of the task's own `score`.
   """
   samples = run.config.evaluate.samples
   requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
@@ -114,13 +116,18 @@ def evaluate(run: Run,
     values['evaluate/tokens_mean'] = float(np.mean([r.length for r in rollouts
                                                    ]))
 
-  def score(mine: Sequence[int]) -> list[bool]:
+  def score(mine: Sequence[int]) -> list[list[Any]]:
     scores = verifier.score([problems[i // samples] for i in mine],
                             [texts[i] for i in mine])
-    return (scores.rewards == 1.0).tolist()
+    # Pairs, as JSON has them.
+    return [[bool(reward == 1.0), sorted(own.items())]
+            for reward, own in zip(scores.rewards, scores.metrics)]
 
-  correct = processes.share(score, range(len(texts)))
-  return summarize(np.reshape(correct, (len(problems), samples))) | values
+  scored = processes.share(score, range(len(texts)))
+  correct = np.reshape([right for right, _ in scored], (len(problems), samples))
+  own = metric_names.user_means((dict(own) for _, own in scored),
+                                evaluated=True)
+  return summarize(correct) | values | own
 
 
 def main(argv: list[str]) -> None:

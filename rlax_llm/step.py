@@ -7,6 +7,7 @@ import numpy as np
 
 from rlax_llm import credit
 from rlax_llm import executables
+from rlax_llm import metric_names
 from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.experience import Collector
 from rlax_llm.groups import Group
@@ -138,7 +139,8 @@ def group_metrics(groups: Sequence[Group], rewards: Sequence[np.ndarray],
           np.mean(np.concatenate([group.parts[name] for group in groups]))
       for name in groups[0].parts
   }
-  return parts | {
+  own = metric_names.user_means(m for group in groups for m in group.metrics)
+  return parts | own | {
       'reward/mean':
           np.mean(np.concatenate(rewards)),
       'reward/std':

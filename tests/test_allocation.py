@@ -268,3 +268,26 @@ def test_histories_of_earlier_versions_are_taken_over(kind):
   again = type(history).restore(old)
   assert again == history
   assert list(getattr(again, name)) == list(record[name])
+
+
+def test_own_metrics_stay_with_their_samples(collect_with):
+  """Law: what a sample's score reports is in the group, in those of its samples
+  that are picked, and in groups that wait in a checkpoint.
+
+  Mutants: metrics of the first group for all; left out of the record, or of
+  `only`.
+  """
+  run = _run(replay=1, task__name='process_task:Reporting')
+  collector = collect_with(run)
+  for found in _collected(run, collector, 1):
+    for group in found:
+      wanted = tuple({'letters': float(len(text))} for text in group.texts)
+      assert group.metrics == wanted
+      last = np.array([False] * 3 + [True])
+      assert group.only(last).metrics == wanted[3:]
+  record = json.loads(json.dumps(collector.dump()))
+  again = collect_with(run)
+  again.restore(record)
+  assert json.dumps(again.dump()) == json.dumps(record)
+  assert [item['metrics'] for item in record['past']
+         ] == [list(group.metrics) for group in found]

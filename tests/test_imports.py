@@ -24,7 +24,7 @@ ALLOWED = {
         'executables', 'processes'
     },
     'learning': {*_BASE, 'ops', 'models', 'learning'},
-    'tasks': {*_BASE, 'tasks'},
+    'tasks': {*_BASE, 'metric_names', 'tasks'},
     'files': set(),
     'board': set(),
     'metric_names': set(),
