@@ -387,6 +387,7 @@ def _read_state(path: pathlib.Path, name: str, state: Any,
     _Damaged: its content is not what was saved.
     Exception: it could not be read.
   """
+  _quieten()
   item, _, part = name.partition('/')
   folder = path / item
   digests = record['sha256'][item]

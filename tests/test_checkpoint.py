@@ -265,6 +265,8 @@ _TEXTS = ('host/metadata', 'policy/_METADATA',
 _ARRAYS = ('policy/manifest.ocdbt', 'policy/d', 'policy/ocdbt.process_0/d')
 
 
+# Reads that were under way when one failed are abandoned.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('trouble, code, places', [
     (_forbid, errno.EACCES, _TEXTS + _ARRAYS + ('host', 'policy')),
     (_break_link, errno.ELOOP, _TEXTS + ('policy/manifest.ocdbt',)),
@@ -563,14 +565,22 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path, wanted):
     _earlier_form(tmp_path / 'checkpoints' / str(step))
   pick = lambda state: state if wanted == 'policy' else state.params
   with Checkpoints(tmp_path, warn=lambda _: None) as checkpoints:
-    for step, prefix in ((2, b'opt_state'), (1, None)):
+    damages = [
+        lambda path: None, lambda path: _drop_arrays(path / 'policy', b'opt_'),
+        _swap
+    ]
+    whole = tmp_path / 'whole'
+    shutil.copytree(tmp_path / 'checkpoints' / '2', whole)
+    for damage, want in zip(damages, (2, 1, 1)):
+      path = tmp_path / 'checkpoints' / '2'
+      shutil.rmtree(path)
+      shutil.copytree(whole, path)
+      damage(path)
       got, found, _ = checkpoints.restore({wanted: pick(_abstract(_state()))})
-      assert got == step
-      assert digest_arrays(found[wanted]) == digest_arrays(pick(_state(step)))
+      assert got == want
+      assert digest_arrays(found[wanted]) == digest_arrays(pick(_state(want)))
       assert jax.tree.structure(found[wanted]) == jax.tree.structure(
-          pick(_state(step)))
-      if prefix:
-        _drop_arrays(tmp_path / 'checkpoints' / '2' / 'policy', prefix)
+          pick(_state(want)))
 
 
 @pytest.mark.parametrize('kind', ['prompt_lookup', 'model'])
