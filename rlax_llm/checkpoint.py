@@ -31,8 +31,8 @@ import orbax.checkpoint as ocp
 
 from rlax_llm import processes
 from rlax_llm.config import ConfigError
-from rlax_llm.files import reading
 from rlax_llm.files import ReadError
+from rlax_llm.files import reading
 from rlax_llm.files import writing
 
 FOLDER = 'checkpoints'
