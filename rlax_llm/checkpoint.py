@@ -3,9 +3,13 @@
 
 workdir/checkpoints/STEP holds one item for each named device pytree (`policy`
 and whatever trains beside it), and `host`, a JSON object with the host-side
-state, the description of every leaf and a SHA-256 of each item. `restore` takes
-the newest step whose content matches its digests; a later one that does not is
-named and passed over.
+state, and the description and a SHA-256 of every leaf. `restore` takes the
+newest step whose content matches its digests. A later step whose content is
+damaged is named and passed over. Storage that cannot be read is no damage: it
+raises `ReadError`, and no older step is used in its place.
+
+A name may be that of a part of an item, as in `policy/params`: then nothing
+else of the item is read.
 """
 
 import contextlib
@@ -27,9 +31,24 @@ import orbax.checkpoint as ocp
 
 from rlax_llm import processes
 from rlax_llm.config import ConfigError
+from rlax_llm.files import ReadError
+from rlax_llm.files import reading
 from rlax_llm.files import writing
 
 FOLDER = 'checkpoints'
+_RECORD = pathlib.Path('host', 'metadata')  # where Orbax puts the JSON item
+# What there is instead of a file that should be there.
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# How TensorStore says that what it read is not what was written. Each also
+# stands for errors of the system, but those carry the system's code.
+_TENSORSTORE_DAMAGE = re.compile(
+    r'(NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION): Error '
+    r'|Error (?:opening|reading) .*Error decoding ', re.DOTALL)
+_SYSTEM_CODE = re.compile(r"\[os_error_code='(\d+)'")
+
+
+class _Damaged(Exception):
+  """The content of a checkpoint is not what was saved."""
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -53,10 +72,24 @@ def digest_arrays(tree: Any) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in _leaves(tree):
-    array = processes.whole(leaf)
-    digest.update(f'{path} {array.dtype.name} {array.shape}\n'.encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    _add_leaf(digest, path, leaf)
   return digest.hexdigest()
+
+
+def _digest_leaves(tree: Any) -> dict[str, str]:
+  """Returns a SHA-256 of every leaf by path, as `digest_arrays` has it."""
+  digests = {}
+  for path, leaf in _leaves(tree):
+    digest = hashlib.sha256()
+    _add_leaf(digest, path, leaf)
+    digests[path] = digest.hexdigest()
+  return digests
+
+
+def _add_leaf(digest: Any, path: str, leaf: Any) -> None:
+  array = processes.whole(leaf)
+  digest.update(f'{path} {array.dtype.name} {array.shape}\n'.encode())
+  digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class Checkpoints:
@@ -90,11 +123,21 @@ class Checkpoints:
     self._saved = False
 
   def steps(self) -> list[int]:
-    """Returns the steps that have a checkpoint, ascending, readable or not."""
-    found = list(self._root.iterdir()) if self._root.is_dir() else []
+    """Returns the steps that have a checkpoint, ascending, readable or not.
+
+    Raises:
+      ReadError: the folder cannot be read.
+    """
+    try:
+      with reading(self._root):
+        found = os.listdir(self._root)
+    except ReadError as error:
+      if not isinstance(error.__cause__,
+                        (FileNotFoundError, NotADirectoryError)):
+        raise
+      found = []
     # Another process may have begun to save meanwhile.
-    return processes.broadcast(
-        sorted(int(p.name) for p in found if p.name.isdecimal()))
+    return processes.broadcast(sorted(int(n) for n in found if n.isdecimal()))
 
   def save(self, step: int, states: Mapping[str, Any],
            host: Mapping[str, Any]) -> None:
@@ -115,12 +158,12 @@ class Checkpoints:
       with self._writing():
         self._clear()
       self._saved = True
-    record = {
+    record: dict[str, Any] = {
         'leaves': {
             name: _describe(state) for name, state in states.items()
         },
         'sha256': {
-            name: digest_arrays(state) for name, state in states.items()
+            name: _digest_leaves(state) for name, state in states.items()
         },
         'host': host,
     }
@@ -146,8 +189,10 @@ class Checkpoints:
 
     Args:
       abstract: by name, pytrees of `jax.ShapeDtypeStruct` (or arrays) as the
-        states were; their shardings place what is read. States that are not
-        named are not read.
+        states were; their shardings place what is read. `policy/params` names
+        a part of the state `policy`. What is not named is not read; but a
+        checkpoint with one digest for the whole of a state, as earlier versions
+        wrote it, is read as a whole into the host's memory, to verify it.
       step: the only one to read; None: the newest.
       optional: names that the result may lack, where none was saved.
 
@@ -158,6 +203,7 @@ class Checkpoints:
       ConfigError: checkpoints exist and none is whole, or none is of `step`, or
         the newest whole one is of another model; names the first leaf that
         differs.
+      ReadError: the newest one cannot be read, whether it is whole or not.
     """
     self.wait()
     failures: list[str] = []
@@ -170,8 +216,7 @@ class Checkpoints:
         continue
       path = self._root / str(candidate)
       found, reason = self._attempt(candidate, abstract, optional)
-      reason = next(filter(None, processes.gather(reason)), '')
-      if found is None or reason:
+      if found is None:
         failures.append(f'{path} is unreadable ({reason})')
         self._unreadable.append(candidate)
         continue
@@ -220,11 +265,11 @@ class Checkpoints:
     with writing(self._root):
       try:
         yield
-      except ValueError as error:  # TensorStore's, with the system's own code
-        code = re.search(r"\[os_error_code='(\d+)'", str(error))
-        if code is None:
+      except ValueError as error:
+        cause = _system_error(error)
+        if cause is None:
           raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise cause from error
 
   def _open(self) -> ocp.CheckpointManager:
     _quieten()
@@ -257,42 +302,229 @@ class Checkpoints:
   def _attempt(
       self, step: int, abstract: Mapping[str, Any],
       optional: Collection[str]) -> tuple[tuple[dict, Any] | None, str]:
-    """Returns ((states, host), ''), or (None, why it cannot be read)."""
+    """Returns ((states, host), ''), or (None, what is damaged).
+
+    Raises:
+      ConfigError: it is of another model.
+      Exception: any process failed to read it for another reason than damage.
+    """
+    found, damage, failure = None, '', None
     try:
-      return self._read(step, abstract, optional), ''
+      found = self._read(step, abstract, optional)
     except ConfigError:
       raise
-    except Exception as e:  # Orbax raises whatever its readers raise.
-      text = ' '.join(str(e).split()).split(' See full TensorStore')[0]
-      return None, f'{type(e).__name__}: {text[:200]}'
+    except _Damaged as error:
+      damage = ' '.join(str(error).split())
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      failure = error
+    # All processes use the same checkpoint, or all of them end.
+    said = processes.gather([damage, str(failure) if failure else ''])
+    if failure is not None:
+      raise failure
+    for i, (_, line) in enumerate(said):
+      if line:
+        raise ReadError(f'process {i}: {line}')
+    damage = next((text for text, _ in said if text), '')
+    return (None, damage) if damage else (found, '')
 
   def _read(self, step: int, abstract: Mapping[str, Any],
             optional: Collection[str]) -> tuple[dict[str, Any], Any]:
-    manager = self._open()
-    args = ocp.args.Composite(host=ocp.args.JsonRestore())
-    record = manager.restore(step, args=args).host
-    expected = record.pop('record_sha256')
-    if _digest_json(record) != expected:
-      raise ValueError('the digest of the host state does not match')
+    path = self._root / str(step)
+    record = _read_record(path / _RECORD)
     wanted = {
         name: state
         for name, state in abstract.items()
-        if name in record['leaves'] or name not in optional
+        if name.partition('/')[0] in record['leaves'] or name not in optional
     }
-    path = self._root / str(step)
     for name, state in wanted.items():
-      _check_leaves(path, name, record['leaves'].get(name, {}),
-                    _describe(state))
-    items = {
-        name: ocp.args.StandardRestore(jax.tree.map(_abstract, state))
+      item, _, part = name.partition('/')
+      _check_leaves(path, item, _below(part, record['leaves'].get(item, {})),
+                    _describe(_nested(part, state)))
+    states = {
+        name: _read_state(path, name, state, record)
         for name, state in wanted.items()
     }
-    read = manager.restore(step, args=ocp.args.Composite(**items))
-    states = {name: read[name] for name in wanted}
-    for name, state in states.items():
-      if digest_arrays(state) != record['sha256'][name]:
-        raise ValueError(f'the digest of the arrays of {name} does not match')
     return states, record['host']
+
+
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON item of a checkpoint; raises _Damaged or ReadError."""
+  text = _read_file(path)
+  try:
+    record = json.loads(text)
+    expected = record.pop('record_sha256')
+  except (ValueError, RecursionError, LookupError, TypeError,
+          AttributeError) as error:
+    raise _Damaged(f'{path} is no record: {type(error).__name__}: '
+                   f'{str(error)[:100]}') from error
+  if _digest_json(record) != expected:
+    raise _Damaged('the digest of the host state does not match')
+  return record
+
+
+def _read_file(path: pathlib.Path) -> bytes:
+  """Returns a file's content; raises _Damaged where there is no such file."""
+  try:
+    with reading(path):
+      return path.read_bytes()
+  except ReadError as error:
+    if isinstance(error.__cause__, _ABSENT):
+      raise _Damaged(f'{path} is missing') from error
+    raise
+
+
+def _read_state(path: pathlib.Path, name: str, state: Any,
+                record: Mapping[str, Any]) -> Any:
+  """Reads a state, or a part of one, and verifies its digests.
+
+  Args:
+    path: of the checkpoint.
+    name: `item`, or `item/part`.
+    state: what to read, as shapes.
+    record: verified.
+
+  Raises:
+    _Damaged: its content is not what was saved.
+    Exception: it could not be read.
+  """
+  _quieten()
+  item, _, part = name.partition('/')
+  folder = path / item
+  digests = record['sha256'][item]
+  by_leaf = not isinstance(digests, str)
+  tree = jax.tree.map(_abstract, _nested(part, state))
+  arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+  try:
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as reader:
+      if part and not by_leaf:
+        rest = dict(handler.metadata(folder).tree)
+        host = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), rest)
+        tree, arguments = rest | tree, host | arguments
+      found = reader.restore(folder,
+                             args=ocp.args.PyTreeRestore(
+                                 tree,
+                                 restore_args=arguments,
+                                 partial_restore=bool(part)))
+    if by_leaf:
+      same = _digest_leaves(found) == _below(part, digests)
+    else:
+      same = digest_arrays(found) == digests
+  except Exception as error:
+    _explain(error, folder, record['leaves'][item])
+    raise
+  if not same:
+    raise _Damaged(f'the digest of the arrays of {name} does not match')
+  return found[part] if part else found
+
+
+def _nested(part: str, state: Any) -> Any:
+  """Returns a state, or a dict with one part of it."""
+  return {part: state} if part else state
+
+
+def _below(part: str, values: Mapping[str, str]) -> dict[str, str]:
+  """Returns the values of the leaves of a part of a state; '': of all."""
+  return {
+      path: value
+      for path, value in values.items()
+      if part in ('', path) or path.startswith(f'{part}/')
+  }
+
+
+def _explain(error: BaseException, folder: pathlib.Path,
+             leaves: Collection[str]) -> None:
+  """Raises what an error of Orbax's readers means; returns if that is unknown.
+
+  Args:
+    error: whatever they raised.
+    folder: of the item that was read.
+    leaves: the paths of its leaves.
+
+  Raises:
+    ReadError: the system refused to read, or there is too little memory.
+    _Damaged: a file is missing, torn or altered.
+  """
+  with reading(folder):
+    for cause in _causes(error):
+      system = _system_error(cause)
+      if system is not None and not isinstance(system, _ABSENT):
+        raise system from error
+      if isinstance(cause, jax.errors.JaxRuntimeError) and ('RESOURCE_EXHAUSTED'
+                                                            in str(cause)):
+        raise MemoryError from error
+      if _TENSORSTORE_DAMAGE.match(str(cause)):
+        text = ' '.join(str(cause).split()).split(' [tensorstore_spec')[0]
+        raise _Damaged(text[:200]) from error
+  _check_texts(folder, leaves)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  """Yields an error and what led to it."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def _system_error(error: BaseException) -> OSError | MemoryError | None:
+  """Returns the system's error that an error is, or reports; None: neither."""
+  if isinstance(error, MemoryError):
+    return error
+  code = _SYSTEM_CODE.search(str(error))  # TensorStore's way to say it
+  number = int(code[1]) if code else getattr(error, 'errno', None)
+  return OSError(number, os.strerror(number)) if number else None
+
+
+def _check_texts(folder: pathlib.Path, leaves: Collection[str]) -> None:
+  """Checks the JSON files that Orbax keeps beside the arrays of an item.
+
+  Orbax has no digest of them, and raises all manner of errors where one is
+  altered. This is asked once it has raised something.
+
+  Args:
+    folder: of the item.
+    leaves: the paths of its leaves.
+
+  Raises:
+    _Damaged: one is missing, or is not what Orbax wrote.
+    ReadError: one cannot be read.
+  """
+  names = set()
+
+  def read_tree(record: dict[str, Any]) -> None:
+    for name, entry in record['tree_metadata'].items():
+      parts = [part['key'] for part in entry['key_metadata']]
+      kinds = [part['key_type'] for part in entry['key_metadata']]
+      entry['value_metadata']['value_type'].lower()
+      bool(entry['value_metadata']['skip_deserialize'])
+      if str(tuple(parts)) != name or not set(kinds) <= {1, 2}:
+        raise ValueError(name)
+      names.add('/'.join(parts))
+
+  def read_shapes(record: dict[str, Any]) -> None:
+    for entry in record['array_metadatas']:
+      shapes = entry['array_metadata']
+      tuple(shapes['write_shape']), tuple(shapes['chunk_shape'])
+      if shapes['param_name'].replace('.', '/') not in names:
+        raise ValueError(shapes['param_name'])
+
+  def check(path: pathlib.Path, read: Callable[[dict[str, Any]], None]) -> None:
+    text = _read_file(path)
+    try:
+      read(json.loads(text))
+    except (ValueError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:
+      raise _Damaged(f'{path} is altered: {type(error).__name__}: '
+                     f'{str(error)[:100]}') from error
+
+  check(folder / '_METADATA', read_tree)
+  if not names >= set(leaves):
+    raise _Damaged(f'{folder / "_METADATA"} names other arrays')
+  shapes = folder / 'array_metadatas'
+  with reading(shapes):
+    files = sorted(os.listdir(shapes)) if shapes.is_dir() else []
+  for file in files:
+    check(shapes / file, read_shapes)
 
 
 def _to_stderr(line: str) -> None:

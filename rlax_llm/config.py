@@ -343,6 +343,8 @@ class LearningConfig(Section):
   learning_rate: float = 1e-3
   schedule: str = 'constant'  # constant | linear | cosine, over num_steps
   warmup_steps: int = 0  # optimizer steps
+  # Of matrices, the untied head and adapters among them; norms, biases and the
+  # embedding are not decayed.
   weight_decay: float = 0.0
   b1: float = 0.9
   b2: float = 0.95

@@ -5,7 +5,7 @@
 
 import json
 import sys
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from rlax_llm import early_stop
 from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
+from rlax_llm import metric_names
 from rlax_llm import processes
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
@@ -23,7 +24,6 @@ from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.run import make_run
 from rlax_llm.run import Run
-from rlax_llm.states import drafter_params
 from rlax_llm.tasks import task as tasks
 from rlax_llm.tasks.verifier import Judged
 from rlax_llm.tasks.verifier import Verifier
@@ -123,7 +123,8 @@ def judge(run: Run,
     drafter_params: see `RolloutEngine.generate`.
 
   Returns:
-    (what the verifier says, metrics of the tokens that the answers took).
+    (what the verifier says, metrics of the tokens that the answers took and
+    those of the task's own `score`).
   """
   samples = run.config.evaluate.samples
   requests = run.requests(problems, samples=samples, domain=EVALUATE, step=0)
@@ -149,15 +150,23 @@ def judge(run: Run,
     values['evaluate/tokens_mean'] = float(np.mean([r.length for r in rollouts
                                                    ]))
 
-  def score(mine: Sequence[int]) -> list[list[bool]]:
+  def score(mine: Sequence[int]) -> list[list[Any]]:
     scores = verifier.score([problems[i // samples] for i in mine],
                             [texts[i] for i in mine])
     known = ~scores.unscorable
-    return np.stack([(scores.rewards == 1.0) & known, known], axis=1).tolist()
+    # Pairs, as JSON has them.
+    return [[bool(right), bool(told),
+             sorted(own.items())]
+            for right, told, own in zip((scores.rewards == 1.0) &
+                                        known, known, scores.metrics)]
 
-  verdicts = np.array(processes.share(score, range(len(texts))), bool)
-  shape = (len(problems), samples)
-  return Judged(*(column.reshape(shape) for column in verdicts.T)), values
+  scored = processes.share(score, range(len(texts)))
+  correct, known = (np.reshape([row[i]
+                                for row in scored], (len(problems), samples))
+                    for i in range(2))
+  values |= metric_names.user_means((dict(own) for *_, own in scored),
+                                    evaluated=True)
+  return Judged(correct, known), values
 
 
 def main(argv: list[str]) -> None:
@@ -171,15 +180,15 @@ def main(argv: list[str]) -> None:
   problems = held_out_problems(run)
   run.check_prompts(problems)
   executables.enable_compilation_cache()
-  step, states, _ = run.states.restore_all(_WORKDIR.value)
+  step, params, drafts = run.states.restore_params(_WORKDIR.value, drafter=True)
   engine = run.engine(evaluation_sampling(run))
   with Verifier(run.config.task, run.config.seed) as verifier:
     values = evaluate(run,
                       engine,
-                      states['policy'].params,
+                      params,
                       verifier,
                       problems,
-                      drafter_params=drafter_params(states))
+                      drafter_params=drafts)
   if processes.is_writer():
     if engine.stats.warning():
       print(f'warning: {engine.stats.warning()}', file=sys.stderr)

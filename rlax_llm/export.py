@@ -337,15 +337,17 @@ def export(workdir: str,
   # Before the checkpoint is read: no architecture may have these settings.
   hugging_face.to_config_json(model, '')
   if drafter:
-    step, states, _ = run.states.restore_all(workdir, step=step)
-    export_drafter(out, model, states['drafter'].params)
+    step, _, drafts = run.states.restore_params(workdir,
+                                                step=step,
+                                                drafter=True)
+    export_drafter(out, model, drafts)
     return step
   token_ids, files = tokenizer_facts(run)
-  step, state, _ = run.states.restore(workdir, step=step)
+  step, params, _ = run.states.restore_params(workdir, step=step)
   if adapter:
-    export_adapter(out, model, state.params)
+    export_adapter(out, model, params)
   else:
-    export_folder(out, model, state.params, token_ids=token_ids, files=files)
+    export_folder(out, model, params, token_ids=token_ids, files=files)
   return step
 
 

@@ -14,6 +14,27 @@ class WriteError(RuntimeError):
   """
 
 
+class ReadError(RuntimeError):
+  """A file of the run cannot be read at present: its content is not in doubt.
+
+  Storage that does not answer, missing permissions, too little memory.
+  Entrypoints report it in one line. No file has been changed.
+  """
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns an OSError or MemoryError of the block into a `ReadError`."""
+  try:
+    yield
+  except (OSError, MemoryError) as error:
+    reason = getattr(error, 'strerror', None) or 'out of memory'
+    raise ReadError(
+        f'{os.fspath(path)} cannot be read ({reason}); no file was changed and '
+        'nothing else was used in its place: remove the cause, then run the '
+        'same command again') from error
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
   """Turns an OSError of the block into a `WriteError` that names `path`."""

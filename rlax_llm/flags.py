@@ -32,6 +32,7 @@ from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
 from rlax_llm.config import Section
+from rlax_llm.files import ReadError
 from rlax_llm.files import WriteError
 from rlax_llm.stopping import Diverged
 
@@ -183,7 +184,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
   Raises:
     SystemExit: always. Code 2 after a user error, 1 when the updates are not
-      finite any more or a file cannot be written, 130 when interrupted.
+      finite any more or a file cannot be read or written, 130 when interrupted.
   """
 
   def together(argv: list[str]) -> Any:
@@ -195,7 +196,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
   except (ConfigError, flags.Error) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
-  except (Diverged, WriteError) as e:
+  except (Diverged, ReadError, WriteError) as e:
     print(f'error: {_one_line(e)}', file=sys.stderr, flush=True)
     sys.exit(STOPPED)
   except KeyboardInterrupt:

@@ -47,6 +47,8 @@ class Group:
   parts: dict[str, np.ndarray]  # float32[G] by name; 0 where unscorable
   number: int = 0  # of the problem, in the run's stream of them
   replayed: bool = False  # was trained on before
+  # Of each sample, metrics of the user's own by name; (): none has any.
+  metrics: tuple[Mapping[str, float], ...] = ()
 
   @property
   def tokens(self) -> int:
@@ -92,7 +94,8 @@ class Group:
         unscorable=self.unscorable[chosen],
         parts={
             name: value[chosen] for name, value in self.parts.items()
-        })
+        },
+        metrics=pick(self.metrics))
 
   @property
   def has_signal(self) -> bool:
@@ -179,6 +182,8 @@ def dump(state: Experience) -> dict[str, Any]:
       record['rewards'] = records.pack_array(item.rewards)
       record['unscorable'] = records.pack_array(item.unscorable)
       record['parts'] = pack(item.parts)
+      if item.metrics:
+        record['metrics'] = list(item.metrics)
     else:
       request = item.request
       record['request'] = [request.samples, request.step, request.request]
@@ -239,7 +244,8 @@ def restore(record: Mapping[str, Any], problem: Callable[[int], Problem],
                  unscorable=unscorable,
                  parts=parts,
                  number=item['number'],
-                 replayed=item['replayed'])
+                 replayed=item['replayed'],
+                 metrics=tuple(item.get('metrics', ())))
 
   def pending(item: Mapping[str, Any]) -> Pending:
     samples, step, number = item['request']

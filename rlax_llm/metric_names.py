@@ -1,8 +1,9 @@
 # Copyright 2026 The rlax_llm Authors. Apache-2.0 licence.
 """The vocabulary of metrics: each name with its unit, kind and meaning."""
 
+import math
 import re
-from typing import NamedTuple
+from typing import Iterable, Mapping, NamedTuple
 
 
 class Metric(NamedTuple):
@@ -215,14 +216,48 @@ METRICS: dict[str, Metric] = {
 }
 _PASS_AT = re.compile(r'evaluate/pass_at_[1-9]\d*')
 _OWN_REWARD = re.compile(r'reward/[\w.]+:\w+')
+LONGEST_NAME = 100  # characters of a metric of the user's own
+_USER_NAME = re.compile(r'[\w.-]+(/[\w.-]+)*', re.ASCII)
+_USER, _EVALUATED = 'user/', 'evaluate/user/'  # before its name
+
+
+def is_user_name(name: str) -> bool:
+  """Returns whether a metric of the user's own may be called so."""
+  return (len(name) <= LONGEST_NAME and _USER_NAME.fullmatch(name) is not None)
+
+
+def user_means(samples: Iterable[Mapping[str, float]],
+               *,
+               evaluated: bool = False) -> dict[str, float]:
+  """Returns the mean of each of the user's metrics, under its logged name.
+
+  Sums are rounded once: they do not depend on the order of the samples.
+
+  Args:
+    samples: metrics by name, some of them in each sample.
+    evaluated: whether the samples are those of an evaluation.
+
+  Returns:
+    By name, the mean over the samples that have the metric.
+  """
+  values: dict[str, list[float]] = {}
+  for sample in samples:
+    for name, value in sample.items():
+      values.setdefault(name, []).append(value)
+  prefix = _EVALUATED if evaluated else _USER
+  return {
+      prefix + name: math.fsum(found) / len(found)
+      for name, found in sorted(values.items())
+  }
 
 
 def describe(name: str) -> Metric:
   """Returns the vocabulary's entry for a metric name.
 
   Args:
-    name: a key of `METRICS`, evaluate/pass_at_K for a positive integer K, or
-      reward/module:function for a reward of the user's own.
+    name: a key of `METRICS`, evaluate/pass_at_K for a positive integer K,
+      reward/module:function for a reward of the user's own, user/NAME or
+      evaluate/user/NAME for a metric of the user's own.
 
   Returns:
     Its unit, kind and meaning.
@@ -238,5 +273,10 @@ def describe(name: str) -> Metric:
   if _OWN_REWARD.fullmatch(name):
     own = name.partition('/')[2]
     return Metric('1', _T, f'mean of the reward {own}, before its weight')
+  for prefix, like in ((_USER, 'reward/mean'), (_EVALUATED,
+                                                'evaluate/accuracy')):
+    own = name.removeprefix(prefix)
+    if own != name and is_user_name(own):
+      return Metric('1', METRICS[like].kind, f"mean of the user's own {own}")
   raise ValueError(f'{name!r} is not in the vocabulary; add it to '
                    'rlax_llm.metric_names.METRICS with its unit and kind')

@@ -286,6 +286,26 @@ def _diagnostics(figure: Figure, run: Run, other: Run | None) -> bool:
   return drawn
 
 
+_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+
+
+def _user(figure: Figure, run: Run, other: Run | None) -> bool:
+  """Draws the first few of the user's own metrics, by name."""
+  names = sorted({
+      name for row in run.steps.values() for name in row
+      if name.startswith('user/')
+  })
+  axes = figure.subplots()
+  axes.set(title='Metrics of your own', ylabel='mean over samples')
+  drawn = False
+  for name, colour in zip(names, _COLOURS):
+    label = name.removeprefix('user/')
+    drawn |= _curve(axes, run, name, label, colour)
+    if other:
+      _curve(axes, other, name, f'{label}, {other.name}', colour, faded=True)
+  return drawn
+
+
 def _warm_start(figure: Figure, run: Run, other: Run | None) -> bool:
   axes = figure.subplots()
   axes.set(title='Warm start', ylabel='cross-entropy (nats per token)')
@@ -299,6 +319,7 @@ PLOTS: dict[str, tuple[str, Draw]] = {
     'step_time': ('Rollout, verification, scoring, update.', _times),
     'throughput': ('Completion tokens per second of rollout.', _throughput),
     'accept_length': ('What speculation saves: tokens per forward.', _accept),
+    'user': ('What your rewards report beside their number.', _user),
     'warm_start': ('Supervised loss before RL.', _warm_start),
     'diagnostics': ('Signs of an unhealthy policy.', _diagnostics),
 }

@@ -19,7 +19,6 @@ from rlax_llm import executables
 from rlax_llm import flags
 from rlax_llm import manifest
 from rlax_llm import sharding
-from rlax_llm import states as states_of
 from rlax_llm.config import check_positions
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
@@ -269,14 +268,14 @@ def main(argv: list[str]) -> None:
   _make_requests(run, prompts, _SAMPLES.value)
   _resized(run, 1, _MAX_NEW_TOKENS.value)
   executables.enable_compilation_cache()
-  _, states, _ = run.states.restore_all(_WORKDIR.value)
+  _, params, drafts = run.states.restore_params(_WORKDIR.value, drafter=True)
   completions = sample_texts(run,
-                             states['policy'].params,
+                             params,
                              prompts,
                              samples=_SAMPLES.value,
                              sampling=sampling,
                              max_new_tokens=_MAX_NEW_TOKENS.value,
-                             drafter_params=states_of.drafter_params(states))
+                             drafter_params=drafts)
   if not all(np.isfinite(c.logprob) for c in completions):
     print(f'warning: {NOT_FINITE}', file=sys.stderr)
   write = write_json if _JSON.value else write_text

@@ -309,7 +309,7 @@ class GroupSampler:
     puzzles = [p for p, size in zip(problems, sizes) for _ in range(size)]
     names: tuple[str, ...] = ()
 
-    def reward(mine: Sequence[int]) -> list[list[float]]:
+    def reward(mine: Sequence[int]) -> list[list[Any]]:
       nonlocal names
       scores = self._verifier.reward(
           [puzzles[i] for i in mine], [texts[i] for i in mine],
@@ -317,10 +317,16 @@ class GroupSampler:
           finished=[rollouts[i].finished for i in mine])
       names = tuple(scores.parts)
       columns = scores.rewards, scores.unscorable, *scores.parts.values()
-      return np.stack(columns, axis=1).tolist()
+      rows = np.stack(columns, axis=1).tolist()
+      return [
+          [row, sorted(own.items())]  # pairs, as JSON has them
+          for row, own in zip(rows, scores.metrics)
+      ]
 
-    rows = processes.share(reward, range(len(rollouts)))
-    rewards, unscorable, *values = np.asarray(rows, np.float32).T
+    found = processes.share(reward, range(len(rollouts)))
+    rewards, unscorable, *values = np.asarray([row for row, _ in found],
+                                              np.float32).T
+    metrics = tuple(dict(own) for _, own in found)
     groups = []
     for pending, problem, end in zip(complete, problems, np.cumsum(sizes)):
       mine = slice(end - len(pending.survivors), end)
@@ -334,5 +340,6 @@ class GroupSampler:
                 **labels._asdict(),
                 unscorable=lost,
                 parts=parts,
-                number=pending.number))
+                number=pending.number,
+                metrics=metrics[mine] if any(metrics) else ()))
     return groups

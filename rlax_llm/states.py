@@ -311,49 +311,40 @@ class States:
       return states | {'drafter': self.init_drafter()}
     return states
 
-  def restore_all(
-      self,
-      workdir: str,
-      *,
-      step: int | None = None) -> tuple[int, dict[str, TrainState], dict]:
-    """Returns (step, states by name, host state) of a checkpoint.
+  def restore_params(self,
+                     workdir: str,
+                     *,
+                     step: int | None = None,
+                     drafter: bool = False) -> tuple[int, Params, Params]:
+    """Returns (step, the policy's parameters, the drafter's) of a checkpoint.
+
+    No state of an optimizer is read.
 
     Args:
       workdir: the run's folder.
-      step: which; None: the newest readable one.
+      step: which; None: the newest whole one.
+      drafter: whether the drafter's are wanted; where the checkpoint has none,
+        they are fresh. Without one they are ().
 
     Raises:
-      ConfigError: if there is none, or it is another model's.
+      ConfigError: there is no checkpoint, or it is another model's.
+      ReadError: it cannot be read.
     """
-    step, states, host = self._restore(workdir, step, self.abstract_all())
-    return step, self.completed(states), host
-
-  def _restore(self, workdir: str, step: int | None,
-               abstract: dict[str, TrainState]) -> tuple[int, dict, dict]:
+    wanted = {'policy/params': self.abstract_state().params}
+    if drafter and self.draft_model is not None:
+      wanted['drafter/params'] = self.abstract_drafter().params
     with checkpoint.Checkpoints(workdir,
                                 keep=self.config.checkpoint.keep) as saved:
-      found = saved.restore(abstract, step=step, optional=OPTIONAL)
+      optional = [f'{name}/params' for name in OPTIONAL]
+      found = saved.restore(wanted, step=step, optional=optional)
     if found is None:
       raise ConfigError(f'{workdir!r} holds no checkpoint; run '
                         'rlax_llm.train with this --workdir first')
-    return found
-
-  def restore(self,
-              workdir: str,
-              *,
-              step: int | None = None) -> tuple[int, TrainState, dict]:
-    """Returns (step, the policy's state, host state) of a checkpoint.
-
-    Args:
-      workdir: the run's folder.
-      step: which; None: the newest readable one.
-
-    Raises:
-      ConfigError: if there is none, or it is another model's.
-    """
-    abstract = {'policy': self.abstract_state()}
-    step, states, host = self._restore(workdir, step, abstract)
-    return step, states['policy'], host
+    step, params, _ = found
+    drafts: Params = params.get('drafter/params', ())
+    if wanted.keys() - params.keys():
+      drafts = self.init_drafter().params
+    return step, params['policy/params'], drafts
 
   def learning_rate(self, step: int) -> float:
     """Returns the policy's learning rate at the end of an RL step."""

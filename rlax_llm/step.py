@@ -9,6 +9,7 @@ import numpy as np
 
 from rlax_llm import credit
 from rlax_llm import executables
+from rlax_llm import metric_names
 from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.experience import Collector
 from rlax_llm.groups import Group
@@ -188,7 +189,8 @@ def group_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
       for name in groups[0].parts
   }
   rewards = np.concatenate([group.rewards[group.known] for group in groups])
-  return parts | {
+  own = metric_names.user_means(m for group in groups for m in group.metrics)
+  return parts | own | {
       'reward/mean':
           float(np.mean(rewards)) if rewards.size else math.nan,
       'reward/std':

@@ -100,4 +100,5 @@ def load_teacher(run: Run, states: States | None) -> Teacher | None:
     return None
   if states.config.model.pretrained == run.algorithm.teacher:
     return Teacher(states.model, states.init_params())
-  return Teacher(states.model, states.restore(run.algorithm.teacher)[1].params)
+  _, params, _ = states.restore_params(run.algorithm.teacher)
+  return Teacher(states.model, params)

@@ -21,6 +21,7 @@ from rlax_llm import metrics
 from rlax_llm import processes
 from rlax_llm import report
 from rlax_llm import teacher as teachers
+from rlax_llm import validation
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
@@ -75,6 +76,7 @@ def train(config: Config,
           'their content: they come from another law than the policy, whose '
           'log-probabilities are not known; train with 0, and give it to '
           'rlax_llm.evaluate')
+    validation.check_durations(config, run.algorithm.critic_warmup)
     allowed = field_classes.MAY_DIFFER
     if run.algorithm.leaps:  # They are judged as held-out answers are.
       allowed -= {field_classes.EVALUATION}

@@ -200,6 +200,39 @@ def validate(config: Config) -> Config:
   return freeze(config)
 
 
+def check_durations(config: Config, critic_warmup: int) -> None:
+  """Refuses what a run is to do in the course of it, and would not come to.
+
+  For training alone: a run that was made is evaluated, sampled and exported
+  whatever its durations are. Harmless beyond the end, hence free:
+  `checkpoint.every`, `keep_every` and `evaluate.every` (the start and the end
+  are always among them), `control.replay_steps` and `max_staleness` (bounds of
+  an age), `control.staleness` (the first steps learn from step 0's samples),
+  `control.prune_steps` (then all pruning is at random).
+
+  Args:
+    config: frozen.
+    critic_warmup: RL steps in which the policy does not learn.
+
+  Raises:
+    ConfigError: names the duration, the run's and the way out.
+  """
+  minibatches = config.learning.minibatches
+  steps = config.num_steps - critic_warmup
+  of_policy = (f'{steps * minibatches} optimizer steps (num_steps='
+               f'{config.num_steps}, of which algorithm.critic_warmup='
+               f'{critic_warmup}; learning.minibatches={minibatches})')
+  for path, most, what in (('learning.warmup_steps', steps * minibatches,
+                            of_policy), ('sft.warmup_steps', config.sft.steps,
+                                         f'sft.steps={config.sft.steps}'),
+                           ('drafter.every', config.num_steps,
+                            f'num_steps={config.num_steps}')):
+    if _get(config, path) > most > 0:
+      raise ConfigError(
+          f'{path}={_get(config, path)} is beyond the end: the run has {what}; '
+          f'use at most {most}, or 0')
+
+
 def _check_unused(task: TaskConfig) -> None:
   """Refuses data that the task does not read; one of your own may."""
   for path, readers in (('mixture', ('mixture',)),

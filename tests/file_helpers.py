@@ -1,8 +1,11 @@
-"""Disks that are full and folders that are read-only, as the kernel has it."""
+"""Checkpoints as they are; disks that are full, folders that are read-only."""
 
 import contextlib
 import os
 import resource
+
+from rlax_llm.checkpoint import Checkpoints
+from rlax_llm.states import OPTIONAL
 
 
 @contextlib.contextmanager
@@ -27,3 +30,10 @@ def unprivileged():
   finally:
     if root:
       os.seteuid(0)
+
+
+def read_states(states, workdir, step=None):
+  """Returns (step, train states by name) of a checkpoint, all of each state."""
+  with Checkpoints(workdir) as saved:
+    found = saved.restore(states.abstract_all(), step=step, optional=OPTIONAL)
+  return found[:2]

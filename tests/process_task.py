@@ -24,6 +24,14 @@ class Pairs(testing.ToyTask):
     return 4 if split == 'train' else 2
 
 
+class Reporting(Pairs):
+  """Also reports how many letters a completion has."""
+
+  def score(self, entry, completion):
+    return tasks.Score(super().score(entry, completion),
+                       {'letters': len(completion)})
+
+
 def brevity(problem, completion, tokens, finished):
   del problem, completion
   return finished / tokens

@@ -14,7 +14,10 @@ from rlax_llm import run as runs
 from rlax_llm import testing
 from rlax_llm.config import ConfigError
 from rlax_llm.experience import Collector
+from rlax_llm.learning.allocation import SuccessHistory
 from rlax_llm.learning.batch import Sample
+from rlax_llm.learning.length_ranker import LengthHistory
+from rlax_llm.learning.length_ranker import prompt_key
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.ops import rewards as reward_ops
 from rlax_llm.progression import Stopwatch
@@ -190,3 +193,88 @@ def test_impossible_allocations_are_refused():
   ]:
     with pytest.raises(ConfigError, match=message):
       _run(**changes)
+
+
+def test_a_key_is_a_literal():
+  """A literal: keys are compared with those of earlier processes.
+
+  Mutant: Python's own hash, which differs in every process.
+  """
+  prompt = np.array([1, 2, 300])
+  assert prompt_key(prompt) == '4y8hyzdzeX8Y8bbbNvNZ3w'
+  assert prompt_key(prompt.astype(np.int16)) == prompt_key(prompt)
+  assert prompt_key(prompt[::-1]) != prompt_key(prompt)
+
+
+def _histories(prompts):
+  """Returns (name of the field by prompt, history) of both kinds."""
+  lengths = LengthHistory().observe(prompts,
+                                    [np.array([3, 5 + i]) for i in range(4)],
+                                    keep=0.7)
+  successes = SuccessHistory().observe(prompts, [0.0, 0.25, 0.5, 1.0])
+  return [('prompts', lengths), ('accuracies', successes)]
+
+
+@pytest.mark.parametrize('kind', [0, 1], ids=['lengths', 'successes'])
+def test_what_is_kept_of_a_prompt_does_not_grow_with_it(kind):
+  """Law: the record of a prompt is as long for 4000 tokens as for 4; prompts
+  that differ in one token are told apart.
+
+  Mutants: tokens as keys; a digest of the first tokens.
+  """
+  sizes = []
+  for length in (4, 4000):
+    prompts = [np.full(length, 7, np.int32) for _ in range(4)]
+    for i, prompt in enumerate(prompts):
+      prompt[-1] = i
+    name, history = _histories(prompts)[kind]
+    record = history.dump()[name]
+    assert len(record) == 4
+    sizes.append(sum(map(len, record)))
+  assert sizes[0] == sizes[1] < 200
+
+
+@pytest.mark.parametrize('kind', [0, 1], ids=['lengths', 'successes'])
+def test_histories_of_earlier_versions_are_taken_over(kind):
+  """Law: a record whose keys are the tokens in hexadecimal becomes the history
+  that it would be today, in the same order; so does one of both kinds of keys.
+
+  Mutants: old keys kept, so that no prompt is known; the order lost.
+  """
+  rng = np.random.default_rng(0)
+  # Of 11 tokens, a key of old has four times the length of one of today.
+  prompts = [rng.integers(0, 9, n).astype(np.int32) for n in (1, 3, 11, 22)]
+  name, history = _histories(prompts)[kind]
+  record = json.loads(json.dumps(history.dump()))
+  old = dict(record)
+  old[name] = {
+      prompt.astype('<i4').tobytes().hex() if i != 2 else key: value
+      for i, (prompt, (key,
+                       value)) in enumerate(zip(prompts, record[name].items()))
+  }
+  again = type(history).restore(old)
+  assert again == history
+  assert list(getattr(again, name)) == list(record[name])
+
+
+def test_own_metrics_stay_with_their_samples(collect_with):
+  """Law: what a sample's score reports is in the group, in those of its samples
+  that are picked, and in groups that wait in a checkpoint.
+
+  Mutants: metrics of the first group for all; left out of the record, or of
+  `only`.
+  """
+  run = _run(replay=1, task__name='process_task:Reporting')
+  collector = collect_with(run)
+  for found in _collected(run, collector, 1):
+    for group in found:
+      wanted = tuple({'letters': float(len(text))} for text in group.texts)
+      assert group.metrics == wanted
+      last = np.array([False] * 3 + [True])
+      assert group.only(last).metrics == wanted[3:]
+  record = json.loads(json.dumps(collector.dump()))
+  again = collect_with(run)
+  again.restore(record)
+  assert json.dumps(again.dump()) == json.dumps(record)
+  assert [item['metrics'] for item in record['past']
+         ] == [list(group.metrics) for group in found]

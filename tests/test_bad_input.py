@@ -147,6 +147,18 @@ CONFIGS = [
     ("rollout.drafter = 'model'; drafter.sources = ('model',)",
      'drafter.sources', "'hybrid'", 'leave it'),
     ('learning.minibatches = 3', 'prompts_per_step=4', 'minibatches=3'),
+    # Durations beyond the end of the run.
+    ('num_steps = 3; learning.warmup_steps = 4', 'learning.warmup_steps=4',
+     '3 optimizer steps', 'num_steps=3', 'at most 3'),
+    ('num_steps = 3; learning.minibatches = 2; learning.warmup_steps = 7',
+     'learning.warmup_steps=7', '6 optimizer steps', 'minibatches=2'),
+    ("num_steps = 3; algorithm.name = 'ppo'; algorithm.critic_warmup = 2; "
+     'learning.warmup_steps = 2', 'learning.warmup_steps=2',
+     '1 optimizer steps', 'critic_warmup=2'),
+    ('sft.steps = 5; sft.warmup_steps = 6', 'sft.warmup_steps=6', 'sft.steps=5',
+     'at most 5'),
+    ("num_steps = 3; rollout.drafter = 'model'; drafter.every = 4",
+     'drafter.every=4', 'num_steps=3', 'or 0'),
     ('learning.row_length = 10', 'row_length=10', 'at least 12'),
     ('model.kv_heads = 3', 'model.heads=4', 'model.kv_heads=3'),
     ('model.width = 18', 'model.width=18', 'model.heads=4', 'head_dim'),

@@ -1,17 +1,29 @@
 """Checkpoints: exact round trips, and damage that is found and passed over."""
 
+import contextlib
+import errno
 import functools
+import json
+import os
+import random
+import resource
 import shutil
 
+import file_helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 
+from rlax_llm import checkpoint
+from rlax_llm import testing
 from rlax_llm.checkpoint import Checkpoints
 from rlax_llm.checkpoint import digest_arrays
 from rlax_llm.config import ConfigError
+from rlax_llm.files import ReadError
+from rlax_llm.run import make_run
 from rlax_llm.types import TrainState
 
 OPTIMIZER = optax.adamw(1e-3)
@@ -145,12 +157,42 @@ def _empty(path):
   path.mkdir()
 
 
+def _delete_tree(path):
+  (path / 'policy' / '_METADATA').unlink()
+
+
+def _tear_tree(path):
+  file = path / 'policy' / '_METADATA'
+  file.write_text(file.read_text()[:-20])
+
+
+def _rename_in_tree(path):
+  file = path / 'policy' / '_METADATA'
+  file.write_text(file.read_text().replace('"key": "w"', '"key": "v"'))
+
+
+def _tear_shapes(path):
+  (path / 'policy' / 'array_metadatas' / 'process_0').write_text('{')
+
+
+def _folder_for_a_file(path):
+  file = _largest(path / 'policy')
+  file.unlink()
+  file.mkdir()
+
+
+def _delete_index(path):
+  (path / 'policy' / 'manifest.ocdbt').unlink()
+
+
 @pytest.mark.parametrize('damage', [
     _flip, _truncate, _delete, _delete_item, _delete_host, _tear_host,
-    _edit_host, _edit_leaves, _swap, _empty
+    _edit_host, _edit_leaves, _swap, _empty, _delete_tree, _tear_tree,
+    _rename_in_tree, _tear_shapes, _folder_for_a_file, _delete_index
 ])
 def test_damage_falls_back_and_names_both(tmp_path, damage):
-  """Mutants: no digest check (_swap, _edit_host); the newest is trusted."""
+  """Mutants: no digest check (_swap, _edit_host); the newest is trusted; what
+  Orbax raises for an altered text passed on (_rename_in_tree)."""
   _save(tmp_path, [1, 2])
   damage(tmp_path / 'checkpoints' / '2')
   (step, state, host), warnings = _restore(tmp_path)
@@ -185,6 +227,179 @@ def test_run_goes_on_over_a_damaged_step(tmp_path):
   (step, _, host), warnings = _restore(tmp_path)
   assert (step, host['cursor'], warnings) == (3, 8, [])
   assert (tmp_path / 'checkpoints' / '2.unreadable').is_dir()
+
+
+def _files(path):
+  return sorted(p for p in path.rglob('*') if p.is_file())
+
+
+def _as_user_if(wanted):
+  return file_helpers.unprivileged() if wanted else contextlib.nullcontext()
+
+
+def _open_to_all(path):
+  """Other users can enter the folders above a test's own."""
+  for folder in (path, *path.parents):
+    if folder.stat().st_uid == os.geteuid():
+      folder.chmod(folder.stat().st_mode | 0o11)
+
+
+def _forbid(path):
+  path.chmod(0)
+
+
+def _break_link(path):
+  """Opening it is an error of the system; it is there, though."""
+  path.unlink()
+  path.symlink_to(path.name)
+
+
+def _fail_to_read(path):
+  """As a broken disk: the kernel opens this file and refuses to read it."""
+  path.unlink()
+  path.symlink_to('/proc/self/mem')
+
+
+_TEXTS = ('host/metadata', 'policy/_METADATA',
+          'policy/array_metadatas/process_0')
+_ARRAYS = ('policy/manifest.ocdbt', 'policy/d', 'policy/ocdbt.process_0/d')
+
+
+# Reads that were under way when one failed are abandoned.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('trouble, code, places', [
+    (_forbid, errno.EACCES, _TEXTS + _ARRAYS + ('host', 'policy')),
+    (_break_link, errno.ELOOP, _TEXTS + ('policy/manifest.ocdbt',)),
+    (_fail_to_read, errno.EIO, _TEXTS),
+])
+def test_storage_that_does_not_answer_is_no_damage(tmp_path, trouble, code,
+                                                   places):
+  """Law: an error of the system is raised, in one line that names the cause; no
+  older checkpoint is used, and nothing is set aside: once the storage answers,
+  the checkpoint is there.
+
+  Mutants: every exception counts as damage; a folder that cannot be entered
+  counts as empty (`policy`).
+  """
+  _open_to_all(tmp_path)
+  for i, place in enumerate(places):
+    folder = tmp_path / str(i)
+    folder.mkdir()
+    _save(folder, [1, 2])
+    whole = tmp_path / f'{i}.whole'
+    shutil.copytree(folder, whole, symlinks=True)
+    path = folder / 'checkpoints' / '2' / place
+    modes = path.stat().st_mode
+    trouble(path)
+    with _as_user_if(trouble is _forbid):
+      with pytest.raises(ReadError) as e:
+        _restore(folder)
+    assert os.strerror(code) in str(e.value), place
+    assert 'checkpoints/2' in str(e.value) and '\n' not in str(e.value)
+    if trouble is _forbid:
+      path.chmod(modes)
+    else:
+      path.unlink()
+      shutil.copyfile(whole / 'checkpoints' / '2' / place, path)
+    (step, _, _), warnings = _restore(folder)
+    assert (step, warnings) == (2, []), place
+    assert not list(folder.rglob('*.unreadable'))
+
+
+def test_a_folder_that_cannot_be_listed_is_no_new_run(tmp_path):
+  """Law: a run does not start again because its checkpoints cannot be seen.
+
+  Mutant: `steps` returns [] for whatever the system says.
+  """
+  _open_to_all(tmp_path)
+  _save(tmp_path, [1])
+  root = tmp_path / 'checkpoints'
+  root.chmod(0)
+  with file_helpers.unprivileged():
+    with pytest.raises(ReadError, match='Permission denied'):
+      Checkpoints(tmp_path).steps()
+  root.chmod(0o755)
+
+
+# asyncio leaves a loop behind that it could not give its descriptors.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_too_many_open_files_are_no_damage(tmp_path):
+  """Law: as above, for what this process lacks. Mutant: as above."""
+  _save(tmp_path, [1, 2])
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with Checkpoints(tmp_path) as checkpoints:
+    used = len(os.listdir('/proc/self/fd'))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used - 1, before[1]))
+    try:
+      with pytest.raises(ReadError, match=os.strerror(errno.EMFILE)):
+        checkpoints.restore({'policy': _abstract(_state())})
+    finally:
+      resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert checkpoints.restore({'policy': _abstract(_state())})[0] == 2
+
+
+class _Unknown(Exception):
+  pass
+
+
+def _raise(error):
+  raise error
+
+
+@pytest.mark.parametrize('error, found', [
+    (MemoryError(), ReadError),
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
+     ReadError),
+    (TimeoutError(errno.ETIMEDOUT, 'Connection timed out'), ReadError),
+    (ValueError("ABORTED: Error reading local file: [os_error_code='116']"),
+     ReadError),
+    (ValueError('FAILED_PRECONDITION: Error reading local file: Transport '
+                "endpoint is not connected [os_error_code='107']"), ReadError),
+    (TypeError('a mistake in this program'), TypeError),
+    (_Unknown(), _Unknown),
+])
+def test_whatever_else_is_raised_is_no_damage(tmp_path, monkeypatch, error,
+                                              found):
+  """Law: what does not prove damage is raised, and the checkpoint stays the
+  newest. The texts are those of TensorStore for a system that refuses.
+
+  Mutants: TypeError counts as damage; FAILED_PRECONDITION alone does.
+  """
+  _save(tmp_path, [1, 2])
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, 'make_array_from_callback',
+                  lambda *a, **k: _raise(error))
+    patch.setattr(jax, 'make_array_from_single_device_arrays',
+                  lambda *a, **k: _raise(error))
+    with pytest.raises(found):
+      _restore(tmp_path)
+  (step, _, _), warnings = _restore(tmp_path)
+  assert (step, warnings) == (2, [])
+
+
+def test_an_altered_text_is_damage_or_harmless(tmp_path):
+  """Law: whichever byte of the texts beside the arrays is altered, or torn off,
+  the state is read as it was saved or the step is passed over.
+
+  Mutants: `_check_texts` not asked; no look at the names.
+  """
+  _save(tmp_path, [1, 2])
+  rng = random.Random(0)
+  passed_over = 0
+  for place in _TEXTS:
+    path = tmp_path / 'checkpoints' / '2' / place
+    good = path.read_bytes()
+    for _ in range(12):
+      bad = bytearray(good)
+      at = rng.randrange(len(bad))
+      bad[at] ^= 1 << rng.randrange(7)
+      path.write_bytes(bad if rng.random() < 0.8 else good[:at])
+      (step, state, _), warnings = _restore(tmp_path)
+      assert digest_arrays(state) == digest_arrays(_state(step))
+      assert len(warnings) == 2 - step
+      passed_over += len(warnings)
+    path.write_bytes(good)
+  assert passed_over > 18
 
 
 def test_none_readable_does_not_start_again(tmp_path):
@@ -285,3 +500,116 @@ def test_states_are_read_by_name(tmp_path):
     assert list(found) == ['policy']
     with pytest.raises(ConfigError, match='drafter/.* is absent there'):
       checkpoints.restore(wanted)
+
+
+def _earlier_form(path):
+  """Rewrites a record as earlier versions wrote it: one digest by state."""
+  file = path / 'host' / 'metadata'
+  record = json.loads(file.read_text())
+  del record['record_sha256']
+  record['sha256'] = {'policy': digest_arrays(_state(int(path.name)))}
+  # pylint: disable-next=protected-access
+  record['record_sha256'] = checkpoint._digest_json(record)
+  file.write_text(json.dumps(record))
+
+
+def _drop_arrays(path, prefix):
+  """Deletes the arrays whose names begin so from the files of an item."""
+  store = tensorstore.KvStore.open({
+      'driver': 'ocdbt',
+      'base': {
+          'driver': 'file',
+          'path': f'{path}/'
+      }
+  }).result()
+  keys = [key for key in store.list().result() if key.startswith(prefix)]
+  assert keys
+  for key in keys:
+    store.write(key, None).result()
+
+
+def test_parameters_alone_are_read(tmp_path):
+  """Law: with `policy/params` no array of the optimizer is read: they may be
+  gone. What is read is verified, and the whole state still needs them.
+
+  Mutants: the item is read whole; digests of the part not compared.
+  """
+  _save(tmp_path, [1, 2])
+  with Checkpoints(tmp_path, warn=lambda _: None) as checkpoints:
+    _drop_arrays(tmp_path / 'checkpoints' / '2' / 'policy', b'opt_state')
+    wanted = {'policy/params': _abstract(_state()).params}
+    step, found, host = checkpoints.restore(wanted)
+    assert (step, list(found), host['cursor']) == (2, ['policy/params'], 2)
+    assert digest_arrays(found['policy/params']) == digest_arrays(
+        _state(2).params)
+    assert checkpoints.restore({'policy': _abstract(_state())})[0] == 1
+    assert checkpoints.restore({'policy/step': _abstract(_state()).step
+                               })[1]['policy/step'] == 2
+    _swap(tmp_path / 'checkpoints' / '2')
+    assert checkpoints.restore(wanted)[0] == 1
+    with pytest.raises(ConfigError,
+                       match='params/layer/b is bfloat16.* '
+                       'there and absent'):
+      checkpoints.restore({'policy/params': {'layer': {}}})
+
+
+@pytest.mark.parametrize('wanted', ['policy', 'policy/params'])
+def test_a_checkpoint_of_an_earlier_version(tmp_path, wanted):
+  """Law: a record with one digest for a state is verified and read, as a whole
+  and in part; damage of what is not wanted is then damage too.
+
+  Mutants: digests taken for a dict; a part of an old state not verified.
+  """
+  _save(tmp_path, [1, 2])
+  for step in (1, 2):
+    _earlier_form(tmp_path / 'checkpoints' / str(step))
+  pick = lambda state: state if wanted == 'policy' else state.params
+  with Checkpoints(tmp_path, warn=lambda _: None) as checkpoints:
+    damages = [
+        lambda path: None, lambda path: _drop_arrays(path / 'policy', b'opt_'),
+        _swap
+    ]
+    whole = tmp_path / 'whole'
+    shutil.copytree(tmp_path / 'checkpoints' / '2', whole)
+    for damage, want in zip(damages, (2, 1, 1)):
+      path = tmp_path / 'checkpoints' / '2'
+      shutil.rmtree(path)
+      shutil.copytree(whole, path)
+      damage(path)
+      got, found, _ = checkpoints.restore({wanted: pick(_abstract(_state()))})
+      assert got == want
+      assert digest_arrays(found[wanted]) == digest_arrays(pick(_state(want)))
+      assert jax.tree.structure(found[wanted]) == jax.tree.structure(
+          pick(_state(want)))
+
+
+@pytest.mark.parametrize('kind', ['prompt_lookup', 'model'])
+def test_entrypoints_read_no_optimizer(tmp_path, kind):
+  """Law: what evaluate, sample, export and teachers call reads parameters only,
+  the drafter's where it is wanted and there; else it is fresh.
+
+  Mutants: the states read whole; a drafter read that nobody asked for.
+  """
+  config = testing.tiny_config()
+  config.mesh.data = 1
+  config.rollout.drafter = kind
+  states = make_run(config).states
+  made = states.init_all(states.init_params())
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {'policy': made['policy']}, {})
+    checkpoints.save(2, made, {})
+  for item in (tmp_path / 'checkpoints').glob('*/[pd]*'):
+    _drop_arrays(item, b'opt_state')
+  policy = digest_arrays(made['policy'].params)
+  step, params, drafts = states.restore_params(str(tmp_path), drafter=True)
+  assert (step, digest_arrays(params)) == (2, policy)
+  if kind == 'prompt_lookup':
+    assert drafts == ()
+    return
+  drafter = digest_arrays(made['drafter'].params)
+  assert digest_arrays(drafts) == drafter
+  _, _, fresh = states.restore_params(str(tmp_path), step=1, drafter=True)
+  assert digest_arrays(fresh) == drafter
+  shutil.rmtree(tmp_path / 'checkpoints' / '2' / 'drafter')
+  step, params, drafts = states.restore_params(str(tmp_path))
+  assert (step, digest_arrays(params), drafts) == (2, policy, ())

@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 
+from config_helpers import tiny_config
 import published
 import pytest
 
@@ -137,3 +138,24 @@ def test_choices_name_what_is_implemented():
   for preset in algorithms.PRESETS:
     config = config_lib.AlgorithmConfig(name=preset)
     assert algorithms.resolve(config) == algorithms.PRESETS[preset]
+
+
+@pytest.mark.parametrize('changes', [
+    dict(num_steps=0, learning__warmup_steps=9),
+    dict(num_steps=3, learning__warmup_steps=3),
+    dict(num_steps=3, learning__minibatches=2, learning__warmup_steps=6),
+    dict(sft__steps=0, sft__warmup_steps=9),
+    dict(sft__steps=9, sft__warmup_steps=9),
+    dict(num_steps=3, drafter__every=3, rollout__drafter='model'),
+    dict(num_steps=3,
+         checkpoint__every=9,
+         checkpoint__keep_every=9,
+         evaluate__every=9,
+         control__staleness=9)
+])
+def test_durations_up_to_the_end_are_taken(changes):
+  """Law: a duration may be all of what it is a part of, and one that nothing
+  reads may be anything. Mutants: `>=` for `>`; no regard to sft.steps=0.
+  """
+  config = validation.validate(tiny_config(**changes))
+  validation.check_durations(config, 0)

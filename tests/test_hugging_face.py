@@ -990,8 +990,8 @@ def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   run = make_run(config)
   model = _read({})
   want = _load(folder, model)
-  _, state, _ = run.states.restore(workdir, step=0)
-  assert digest_arrays(state.params) == digest_arrays(want)
+  _, params, _ = run.states.restore_params(workdir, step=0)
+  assert digest_arrays(params) == digest_arrays(want)
   out = tmp_path / 'out'
   assert export.export(workdir, str(out), step=0) == 0
   assert digest_arrays(_load(out, model)) == digest_arrays(want)

@@ -25,7 +25,7 @@ ALLOWED = {
         'executables', 'processes'
     },
     'learning': {*_BASE, 'ops', 'models', 'learning', 'answer_text'},
-    'tasks': {*_BASE, 'tasks', 'answer_text'},
+    'tasks': {*_BASE, 'metric_names', 'tasks', 'answer_text'},
     'files': set(),
     'board': set(),
     'metric_names': set(),

@@ -21,6 +21,7 @@ from learning_helpers import SGD
 from learning_helpers import sharp_params
 from learning_helpers import tiny_run
 import numpy as np
+import optax
 import pytest
 
 from rlax_llm import credit
@@ -39,6 +40,7 @@ from rlax_llm.learning import token_credit
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
 from rlax_llm.models import kv_cache
+from rlax_llm.models import lora
 from rlax_llm.ops import advantages as advantage_ops
 from rlax_llm.ops import batch_advantages
 from rlax_llm.ops import divergences
@@ -715,6 +717,91 @@ def test_gradient_norm_is_clipped():
   params = jnp.zeros(1)
   change, _ = optimizer.update(jnp.full(1, 5.0), optimizer.init(params), params)
   np.testing.assert_allclose(change, [-0.5], rtol=1e-5)
+
+
+def _decay_of(states, optimizer, model=None):
+  """Returns (shares of every parameter that a step without a gradient takes,
+  gaps left out, by path)."""
+  state = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype),
+                       states.abstract_state(optimizer, model))
+  trained, _ = lora.split(state.params, (model or
+                                         states.model).trainable(state.params))
+  changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained),
+                                optimizer.init(trained), trained)
+  return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): np.unique(leaf)
+      for path, leaf in jax.tree_util.tree_flatten_with_path(changes)[0]
+  }
+
+
+@pytest.mark.parametrize('changes', [
+    dict(tied_head=False, qkv_bias=True, qk_norm=True),
+    dict(lora__rank=2, lora__targets=('q_proj', 'v_proj', 'down_proj'))
+],
+                         ids=['whole', 'adapters'])
+def test_weight_decay_is_of_matrices(changes):
+  """Law: without a gradient a step takes rate * decay of every matrix, of the
+  policy, the critic and adapters, and nothing of norms, biases and embeddings.
+
+  Mutants: no mask; `ndim > 1`, which takes the joint bias (three axes) for a
+  matrix and the critic's value for none; the head left out.
+  """
+  config = testing.tiny_config()
+  config.algorithm.name = 'ppo'
+  config.mesh.data = 1
+  for path, value in changes.items():
+    section, _, name = path.rpartition('__')
+    setattr(config.model.lora if section else config.model, name, value)
+  config.learning.learning_rate = 0.5
+  config.learning.weight_decay = 0.25
+  states = make_run(config).states
+  policy = _decay_of(states, states.optimizer)
+  critic = _decay_of(states, states.critic_optimizer, states.critic_model)
+  spared = ('scale', 'bias', 'embedding')
+  for path, found in (policy | critic).items():
+    want = 0.0 if path.rpartition('/')[2] in spared else -0.125
+    np.testing.assert_array_equal(found, [want], err_msg=path)
+  assert 'value/kernel' in critic
+  if config.model.lora.rank:
+    assert {path.split('/')[1] for path in policy
+           } == {'lora_q_proj', 'lora_v_proj', 'lora_down_proj'}
+  else:
+    names = {path.rpartition('/')[2] for path in policy}
+    assert names == {'kernel', 'head', *spared}
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.1])
+def test_the_optimizer_is_adamw_of_optax(decay):
+  """Law: a state of the structure of `optax.adamw`'s, whatever the decay is, so
+  that checkpoints of one are those of the other; and its bits, for a matrix.
+
+  Mutants: a decay whose state nests; the decay before Adam.
+  """
+  config = dataclasses.replace(testing.tiny_config().learning,
+                               weight_decay=decay)
+  ours = updates.make_optimizer(config, 3)
+  theirs = optax.chain(
+      optax.clip_by_global_norm(config.max_grad_norm),
+      optax.adamw(updates.make_schedule(config, 3),
+                  b1=config.b1,
+                  b2=config.b2,
+                  eps=config.epsilon,
+                  weight_decay=decay))
+  noise = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+  found = []
+  for optimizer in (ours, theirs):
+    params = {'x': {'kernel': jnp.asarray(noise[0])}}
+    state = optimizer.init(params)
+    for gradient in noise:
+      changes, state = jax.jit(optimizer.update)({
+          'x': {
+              'kernel': gradient
+          }
+      }, state, params)
+      params = optax.apply_updates(params, changes)
+    found.append((params, state))
+  assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
+  jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_choices_of_the_algorithms_are_implemented():

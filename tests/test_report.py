@@ -35,6 +35,7 @@ def _make(folder, steps):
               'rollout/length_p50': 8.0,
               'rollout/length_p95': 12.0,
               'rollout/length_max': 16,
+              'user/words': 2.0 * step,
               'policy/entropy': math.nan if step == 2 else 1 / step,
               'policy/behaviour_gap_max': 1e-6,
               'rollout/accept_length': 2.0,

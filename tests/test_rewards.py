@@ -39,6 +39,28 @@ OWN = textwrap.dedent('''\
         os._exit(1)
       return 0.25
 
+    def reports(problem, completion, tokens, finished):
+      import numpy as np
+      from rlax_llm.tasks.task import Score
+      metrics = {
+          'plain': {'words': 2, 'by/kind': np.float32(0.5), 'flag': True},
+          'some': {'words': 4.0},
+          'nothing': {},
+          'nan': {'words': float('nan'), 'kept': 1.0},
+          'inf': {'words': float('inf')},
+          'text': {'words': '7'},
+          'name': {'two words': 1.0, 'kept': 3.0},
+          'long': {'x' * 101: 1.0},
+          'key': {3: 1.0},
+          'list': [1.0],
+          'twice': {'length': 1.0},
+      }[completion]
+      return Score(0.5, metrics)
+
+    def also(problem, completion, tokens, finished):
+      from rlax_llm.tasks.task import Score
+      return Score(0.0, {'length': 9.0})
+
     def narrow(problem, completion):
       return 0.0
 
@@ -116,8 +138,8 @@ def test_format_does_not_look_at_the_answer(own):
       for text in ('<answer>ok</answer>', '<answer>no</answer>', 'ok',
                    '<answer></answer>')
   ]
-  assert [total for total, _ in totals] == [1.5, 0.5, 0.0, 0.0]
-  assert totals[1][1] == {'correct': 0.0, 'format': 1.0}
+  assert [found.total for found in totals] == [1.5, 0.5, 0.0, 0.0]
+  assert totals[1].parts == {'correct': 0.0, 'format': 1.0}
 
 
 def test_the_sum_does_not_depend_on_the_order(own):
@@ -133,8 +155,9 @@ def test_the_sum_does_not_depend_on_the_order(own):
     config = own_config(rewards={name: weights[name] for name in names},
                         length_limit=4,
                         length_cache=1)
-    total, parts = make(config)(problems_of(config, 1)[0],
-                                '<answer>ok</answer>', 7, True)
+    total, parts, metrics, faults = make(config)(problems_of(config, 1)[0],
+                                                 '<answer>ok</answer>', 7, True)
+    assert (metrics, faults) == ({}, {})
     assert (parts['format'], parts['length']) == (1.0, -1.0)
     totals.add(total)
   assert totals == {0.1 + 0.3 * (1.9 + 700 + 1000)}
@@ -227,6 +250,88 @@ def test_own_rewards_that_break_cost_their_sample_only(own):
   assert "'own_rewards:broken' returned nan; return a finite" in shown[0]
 
 
+def test_metrics_beside_a_reward(own):
+  """Law: a reward may be a `Score`: its metrics reach the caller as they are,
+  through the workers; one that cannot be logged is left out alone, with one
+  warning of a kind, and the reward stands.
+
+  Mutants: the sample unscorable; metrics of the sample before it; all metrics
+  of a sample left out for one.
+  """
+  config = own_config(rewards={
+      'own_rewards:reports': 1.0,
+      'own_rewards:also': 1.0
+  })
+  texts = [
+      'plain', 'some', 'nothing', 'nan', 'inf', 'text', 'name', 'long', 'key',
+      'list', 'twice', 'plain'
+  ]
+  count = len(texts)
+  shown = []
+  problems = problems_of(config, count)
+  with verifier_lib.Verifier(config, 0, warn=shown.append) as verifier:
+    for _ in range(2):
+      scores = verifier.reward(problems,
+                               texts,
+                               tokens=[1] * count,
+                               finished=[True] * count)
+      assert scores.rewards.tolist() == [0.5] * count
+      assert not scores.unscorable.any()
+      plain = {'words': 2.0, 'by/kind': 0.5, 'flag': 1.0}
+      wanted = [
+          plain, {
+              'words': 4.0
+          }, {}, {
+              'kept': 1.0
+          }, {}, {}, {
+              'kept': 3.0
+          }, {}, {}, {}, {
+              'length': 1.0
+          }, plain
+      ]
+      also = [{'length': 9.0}] * (count - 2) + [{}, {'length': 9.0}]
+      assert list(scores.metrics) == [a | b for a, b in zip(wanted, also)]
+    # The task's own score alone has no metrics of other rewards.
+    assert verifier.score(problems, texts).metrics == [{}] * count
+  kinds = ("the metric 'words' of reward 'own_rewards:reports' returned nan",
+           "'two words'", "the metrics '[1.0]', a list",
+           "the metric 'length', as another")
+  assert len(shown) == len(kinds)
+  for words in kinds:
+    assert sum(words in line for line in shown) == 1, words
+
+
+def test_means_of_own_metrics():
+  """Law: the mean over the samples that have it, whatever their order, under a
+  name of the vocabulary; a training value.
+
+  Mutants: over all samples; `sum`, whose rounding depends on the order.
+  """
+  samples = [{
+      'a/b': 1.0
+  }, {}, {
+      'a/b': 2.0,
+      'c': 1e16
+  }, {
+      'c': 1.0
+  }, {
+      'c': -1e16
+  }]
+  wanted = {'user/a/b': 1.5, 'user/c': 1 / 3}
+  for order in itertools.permutations(samples):
+    assert metric_names.user_means(order) == wanted
+  assert list(metric_names.user_means(samples[:1],
+                                      evaluated=True)) == ['evaluate/user/a/b']
+  for name in ('user/a/b', 'user/x-1.y'):
+    assert metric_names.describe(name).kind == 'training'
+  of_evaluation = metric_names.describe('evaluate/accuracy').kind
+  assert metric_names.describe('evaluate/user/a').kind == of_evaluation
+  for name in ('user/', 'user/a b', 'user//a', 'user/a/', 'user/é', 'users/a',
+               'user/' + 'x' * 101, 'evaluate/user/'):
+    with pytest.raises(ValueError, match='not in the vocabulary'):
+      metric_names.describe(name)
+
+
 def test_lengths_of_another_batch(own):
   with verifier_lib.Verifier(own_config(), 0) as verifier:
     with pytest.raises(ValueError, match='1 completions, 2 lengths'):
@@ -261,15 +366,18 @@ def test_names_of_own_rewards_are_in_the_vocabulary():
 
 def test_a_run_logs_every_reward(tmp_path):
   """Law: reward/mean is the weighted sum of the parts' means, and the lengths
-  punished are those of rollout/length_mean, in tokens.
+  punished are those of rollout/length_mean, in tokens. What the task's score
+  reports is logged too, of training and of evaluation.
 
-  Mutants: lengths in characters, EOS left out; parts times their weights.
+  Mutants: lengths in characters, EOS left out; parts times their weights; the
+  metrics of a group not passed on; those of an evaluation left out.
   """
   weights = {'correct': 2.0, 'length': 0.5}
   config = testing.tiny_config()
   config.mesh.data, config.num_steps = 1, 1
   config.task.rewards = weights
   config.task.length_limit, config.task.length_cache = 8, 7
+  config.task.name = 'process_task:Reporting'
   train_quietly(config, tmp_path)
   rows = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   row = json.loads(rows[-1])
@@ -278,3 +386,7 @@ def test_a_run_logs_every_reward(tmp_path):
   assert row['reward/length'] == pytest.approx(
       (1 - row['rollout/length_mean']) / 7, abs=1e-6)
   assert row['reward/length'] < 0 < row['reward/correct']
+  # What the task reports is the letters of every prompt's first sample.
+  assert row['user/letters'] == pytest.approx(row['rollout/length_mean'] - 1,
+                                              abs=1.01)
+  assert 0 < row['evaluate/user/letters'] <= 8

@@ -30,7 +30,7 @@ def _workdir(tmp_path_factory):
 @pytest.fixture(name='trained', scope='module')
 def _trained(workdir):
   run = make_run(sample.load_config(workdir))
-  return run, run.states.restore(workdir)[1].params
+  return run, run.states.restore_params(workdir)[1]
 
 
 def _main(monkeypatch, capsys, workdir, **flags):

@@ -51,11 +51,11 @@ def judge(config: Config, workdir: str) -> dict[str, float]:
   """Returns accuracy and pass@k of a run's last parameters."""
   config.evaluate.samples = settings.SAMPLES
   run = make_run(config)
-  _, state, _ = run.states.restore(workdir)
+  _, params, _ = run.states.restore_params(workdir)
   with Verifier(run.config.task, run.config.seed) as verifier:
     return evaluation.evaluate(run,
                                run.engine(evaluation.evaluation_sampling(run)),
-                               state.params, verifier,
+                               params, verifier,
                                evaluation.held_out_problems(run))
 
 

@@ -133,6 +133,7 @@ def make_config(size: str, objective: str, samples: int, seed: int) -> Config:
   for name, value in s['model'].items():
     setattr(config.model, name, value)
   config.sft.steps = s['sft_steps']
+  config.sft.warmup_steps = min(config.sft.warmup_steps, config.sft.steps)
   config.sft.sequences_per_step = 64
   config.sft.learning_rate = 3e-3
   config.rollout.prompt_length = 64

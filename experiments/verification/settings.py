@@ -35,6 +35,7 @@ def make_configs(size: str, seed: int) -> Pair:
     config = quickstart.get_config()
     config.seed = seed
     config.sft.steps = SIZES[size]['sft_steps']
+    config.sft.warmup_steps = min(config.sft.warmup_steps, config.sft.steps)
     for name, value in SIZES[size][part].items():
       setattr(config.model, name, value)
     return config

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlax_llm.learning.length_ranker import KEPT_PROMPTS
 from rlax_llm.learning.length_ranker import prompt_key
+from rlax_llm.learning.length_ranker import restored_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,4 +56,4 @@ class SuccessHistory:
   @classmethod
   def restore(cls, record: Mapping[str, Any]) -> 'SuccessHistory':
     """Undoes `dump`."""
-    return cls(record['accuracies'])
+    return cls(restored_keys(record['accuracies']))

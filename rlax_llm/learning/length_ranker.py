@@ -4,7 +4,9 @@ Host side, numpy. The predictions of a step come from what earlier steps were
 trained on, so they are training values.
 """
 
+import base64
 import dataclasses
+import hashlib
 from typing import Any, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +15,9 @@ _BUCKETS = 64  # features: hashed tokens
 _RATE = 0.1  # of the ranker's steps
 _SHRINKAGE = 2.0  # rollouts that the prediction for an unseen prompt counts for
 KEPT_PROMPTS = 1 << 16
+# Of a prompt's key: 2^16 prompts share one with a probability of 1e-29. As a
+# text its length is no multiple of 8, unlike that of tokens in hexadecimal.
+_KEY_BYTES, _KEY_LENGTH = 16, 22
 
 
 def list_mle(scores: np.ndarray) -> tuple[float, np.ndarray]:
@@ -115,9 +120,10 @@ class LengthHistory:
   @classmethod
   def restore(cls, record: Mapping[str, Any]) -> 'LengthHistory':
     """Undoes `dump`."""
-    return cls({
-        k: (v[0], v[1]) for k, v in record['prompts'].items()
-    }, *(tuple(record[name]) for name in ('weights', 'squares', 'line')))
+    return cls(
+        {
+            k: (v[0], v[1]) for k, v in restored_keys(record['prompts']).items()
+        }, *(tuple(record[name]) for name in ('weights', 'squares', 'line')))
 
   def _scores(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([features(p) for p in prompts]) @ np.array(self.weights)
@@ -133,8 +139,30 @@ class LengthHistory:
 
 
 def prompt_key(prompt: np.ndarray) -> str:
-  """Returns a text that stands for a prompt, int32[length], in JSON."""
-  return np.asarray(prompt, '<i4').tobytes().hex()
+  """Returns a text that stands for a prompt, int32[length], in JSON.
+
+  A digest of the tokens, 22 characters for a prompt of any length.
+  """
+  return _key_of(np.asarray(prompt, '<i4').tobytes())
+
+
+def restored_keys(known: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a history by prompt as it was dumped, in today's keys.
+
+  Earlier versions wrote the tokens themselves, 8 hexadecimal digits each.
+
+  Args:
+    known: by key, of either kind.
+  """
+  return {
+      key if len(key) == _KEY_LENGTH else _key_of(bytes.fromhex(key)): value
+      for key, value in known.items()
+  }
+
+
+def _key_of(tokens: bytes) -> str:
+  digest = hashlib.blake2b(tokens, digest_size=_KEY_BYTES).digest()
+  return base64.urlsafe_b64encode(digest).decode().rstrip('=')
 
 
 def kendall_tau(predicted: np.ndarray, actual: np.ndarray) -> float:

@@ -66,22 +66,57 @@ def _no_totals() -> _Totals:
   return _Totals(**(zeros | {'ratio_min': jnp.full((), jnp.inf)}))
 
 
+# The last name of every parameter that is a matrix of a linear map: those of
+# the trunk and of the critic's value, the untied head, A and B of an adapter.
+# Norms, biases and the embedding have other names. Shapes do not tell: the bias
+# of the joint projection has three axes, the critic's value one.
+MATRICES = ('kernel', 'head', 'a', 'b')
+
+
+def is_decayed(params: Params) -> Any:
+  """Returns the tree with True for what weight decay applies to: matrices.
+
+  Norms, biases and the embedding are not decayed, nor is a head that is tied to
+  the embedding.
+  """
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in MATRICES,
+      params)
+
+
+def _decay_matrices(rate: float) -> optax.GradientTransformation:
+  """Returns weight decay of matrices, of stateless form.
+
+  `optax.add_decayed_weights` with a mask nests its state: checkpoints with and
+  without weight decay would differ in structure.
+  """
+
+  def decay(changes: Params, params: Params) -> Params:
+    if not rate:
+      return changes
+    return jax.tree.map(lambda g, p, decayed: g + rate * p
+                        if decayed else g, changes, params, is_decayed(params))
+
+  return optax.stateless(decay)
+
+
 def make_optimizer(config: LearningConfig,
                    total_steps: int) -> optax.GradientTransformation:
-  """Returns AdamW behind a clip of the global gradient norm.
+  """Returns AdamW after a clip of the global gradient norm.
+
+  "Decoupled Weight Decay Regularization", https://arxiv.org/abs/1711.05101;
+  the decay is that of `is_decayed`.
 
   Args:
     config: frozen section.
     total_steps: optimizer steps of the run, where a schedule ends.
   """
-  schedule = make_schedule(config, total_steps)
-  return optax.chain(
-      optax.clip_by_global_norm(config.max_grad_norm),
-      optax.adamw(schedule,
-                  b1=config.b1,
-                  b2=config.b2,
-                  eps=config.epsilon,
-                  weight_decay=config.weight_decay))
+  # What `optax.adamw` is made of, with a decay of its own.
+  adamw = optax.chain(
+      optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
+      _decay_matrices(config.weight_decay),
+      optax.scale_by_learning_rate(make_schedule(config, total_steps)))
+  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
 
 
 def make_schedule(config: LearningConfig,

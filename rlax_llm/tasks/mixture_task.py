@@ -79,7 +79,8 @@ class MixtureTask:
                                    'entry': problem.entry
                                })
 
-  def score(self, entry: Mapping[str, Any], completion: str) -> float:
+  def score(self, entry: Mapping[str, Any],
+            completion: str) -> float | task_lib.Score:
     """See `Task.score`."""
     return self._tasks[entry['task']].score(entry['entry'], completion)
 

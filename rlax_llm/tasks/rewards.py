@@ -3,13 +3,15 @@
 import dataclasses
 import inspect
 import math
-from typing import Callable, Mapping
+from typing import Any, Callable, Mapping, NamedTuple
 
 from rlax_llm import config as config_lib
+from rlax_llm import metric_names
 from rlax_llm.tasks import extract
 from rlax_llm.tasks import task as task_lib
 
-# A reward: (problem, completion, tokens, finished) -> float.
+# A reward: (problem, completion, tokens, finished) -> float, or `task.Score`: a
+# float and metrics to log beside it.
 #   problem: `task.Problem`; of a mixture, its entry is {'task', 'entry'}.
 #   completion: the text the model wrote, without the prompt.
 #   tokens: int, the completion's length, EOS included.
@@ -17,10 +19,18 @@ from rlax_llm.tasks import task as task_lib
 # It is a function of these alone: a resumed run must see the same rewards. It
 # runs in the verifier's processes, within `task.verifier_seconds`; where it
 # raises, or returns no finite number, the sample is unscorable.
-Reward = Callable[[task_lib.Problem, str, int, bool], float]
+Reward = Callable[[task_lib.Problem, str, int, bool], float | task_lib.Score]
 
 BUILT_IN = ('correct', 'format', 'length')
 _LARGEST = 3e38  # a reward is kept as float32
+
+
+class Result(NamedTuple):
+  """What the rewards say of a sample."""
+  total: float  # sum of weight * reward, rounded once: whatever the order
+  parts: dict[str, float]  # every reward by name
+  metrics: dict[str, float]  # of the user's own, by name
+  faults: dict[str, str]  # why metrics were left out, by kind
 
 
 def soft_overlong(tokens: int, limit: int, cache: int) -> float:
@@ -52,33 +62,76 @@ class Rewards:
     return Rewards({'correct': self.functions['correct']}, {'correct': 1.0})
 
   def __call__(self, problem: task_lib.Problem, completion: str, tokens: int,
-               finished: bool) -> tuple[float, dict[str, float]]:
-    """Returns (sum of weight * reward, every reward by name).
+               finished: bool) -> Result:
+    """Returns what the rewards say of a completion.
 
-    The sum is rounded once: it does not depend on the order of the names.
+    A metric that cannot be logged is left out; the reward beside it stands.
 
     Raises:
       ValueError: a reward, or the sum, that is no finite number.
     """
-    values = {}
+    values: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    faults: dict[str, str] = {}
     for name, function in self.functions.items():
-      value = function(problem, completion, tokens, finished)
-      try:
-        if isinstance(value, (str, bytes)):
-          raise TypeError('text')  # which float() would read
-        values[name] = float(value)
-      except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f'reward {name!r} returned {str(value)[:80]!r}, a '
-                         f'{type(value).__name__}; return a finite '
-                         'number') from error
-      if not abs(values[name]) < _LARGEST:
-        raise ValueError(f'reward {name!r} returned {values[name]}; return a '
-                         'finite number')
+      found = function(problem, completion, tokens, finished)
+      if not isinstance(found, task_lib.Score):
+        found = task_lib.Score(found)
+      values[name] = _finite(f'reward {name!r}', found.reward)
+      _add_metrics(metrics, faults, found.metrics, name)
     total = math.fsum(w * values[name] for name, w in self.weights.items())
     if not abs(total) < _LARGEST:
       raise ValueError(f'the weighted rewards {values} sum to {total}; lower '
                        'task.rewards')
-    return total, values
+    return Result(total, values, metrics, faults)
+
+
+def _finite(what: str, value: Any) -> float:
+  """Returns a number that the user's code returned; raises ValueError."""
+  try:
+    if isinstance(value, (str, bytes)):
+      raise TypeError('text')  # which float() would read
+    number = float(value)
+  except (TypeError, ValueError, OverflowError) as error:
+    raise ValueError(f'{what} returned {str(value)[:80]!r}, a '
+                     f'{type(value).__name__}; return a finite '
+                     'number') from error
+  if not abs(number) < _LARGEST:
+    raise ValueError(f'{what} returned {number}; return a finite number')
+  return number
+
+
+def _add_metrics(known: dict[str, float], faults: dict[str, str], found: Any,
+                 reward: str) -> None:
+  """Adds the metrics of one reward that can be logged.
+
+  Args:
+    known: of the rewards before; added to.
+    faults: by kind, why one cannot be logged; added to.
+    found: what the reward returned as its metrics.
+    reward: its name.
+  """
+  if not isinstance(found, Mapping):
+    faults[f'{reward} type'] = (
+        f'reward {reward!r} returned the metrics {str(found)[:80]!r}, a '
+        f'{type(found).__name__}; return numbers by name')
+    return
+  for name, value in found.items():
+    if not isinstance(name, str) or not metric_names.is_user_name(name):
+      faults[f'{reward} name'] = (
+          f'reward {reward!r} returned the metric {str(name)[:120]!r}; name it '
+          'with letters, digits and _ . - /, at most '
+          f'{metric_names.LONGEST_NAME} of them')
+    elif name in known:
+      faults[f'{reward} {name} again'] = (
+          f'reward {reward!r} returned the metric {name!r}, as another reward '
+          'does; give each a name of its own')
+    else:
+      try:
+        known[name] = _finite(f'the metric {name!r} of reward {reward!r}',
+                              value)
+      except ValueError as error:
+        faults[f'{reward} {name}'] = str(error)
 
 
 def make_rewards(config: config_lib.TaskConfig, task: task_lib.Task) -> Rewards:
@@ -132,7 +185,7 @@ def _make_reward(name: str, config: config_lib.TaskConfig) -> Reward:
 def _correct(task: task_lib.Task) -> Reward:
 
   def correct(problem: task_lib.Problem, completion: str, tokens: int,
-              finished: bool) -> float:
+              finished: bool) -> float | task_lib.Score:
     del tokens, finished
     return task.score(problem.entry, completion)
 

@@ -6,7 +6,8 @@ import hashlib
 import importlib
 import inspect
 import json
-from typing import Any, Callable, Literal, Mapping, Protocol, Sequence
+from typing import (Any, Callable, Literal, Mapping, NamedTuple, Protocol,
+                    Sequence)
 
 import numpy as np
 
@@ -29,6 +30,22 @@ class Problem:
   entry: Mapping[str, Any]  # what `Task.score` needs; JSON types only
 
 
+class Score(NamedTuple):
+  """A reward, and numbers about the sample that are logged beside it.
+
+  What a task's `score` or a reward of the user's own returns in place of a
+  number. A step logs the mean of each metric, over the samples that have it,
+  as `user/NAME`; an evaluation those of the task's `score`, as
+  `evaluate/user/NAME`. Nothing is learned from them.
+
+  Attributes:
+    reward: a finite number.
+    metrics: finite numbers by name: letters, digits and `_ . - /`.
+  """
+  reward: float
+  metrics: Mapping[str, float] = {}
+
+
 class Task(Protocol):
   """Problems and their verifier.
 
@@ -43,7 +60,7 @@ class Task(Protocol):
     wrap around. No problem is in both splits.
     """
 
-  def score(self, entry: Mapping[str, Any], completion: str) -> float:
+  def score(self, entry: Mapping[str, Any], completion: str) -> float | Score:
     """Returns the reward of a completion; an exception means unscorable."""
 
   def num_problems(self, split: Split) -> int | None:
@@ -141,7 +158,7 @@ class FiniteTask:
       self._train = distinct_problems(self._task, 'train', self._count)
     return self._train[index % self._count]
 
-  def score(self, entry: Mapping[str, Any], completion: str) -> float:
+  def score(self, entry: Mapping[str, Any], completion: str) -> float | Score:
     """See `Task.score`."""
     return self._task.score(entry, completion)
 

@@ -30,6 +30,8 @@ class Scores:
   # By name, `correct` always among them: float32[n]; likewise.
   parts: Mapping[str, np.ndarray]
   unscorable: np.ndarray  # bool[n]: hung, crashed or raised in the verifier
+  # Of each sample, the metrics of the user's own that it has, by name.
+  metrics: Sequence[Mapping[str, float]]
 
 
 class Judged(NamedTuple):
@@ -152,11 +154,18 @@ class Verifier:
         self._workers = [self._replace(worker) for worker in self._workers]
         raise
       for kind, text in batch.errors.items():
-        if kind not in self._warned and len(self._warned) < _MAX_WARNINGS:
-          self._warned.add(kind)
-          self._warn(f'a sample is unscorable, further ones like it are only '
-                     f'counted: {text}')
-      return Scores(batch.rewards, batch.parts, batch.unscorable)
+        self._warn_once(
+            kind, 'a sample is unscorable, further ones like it are only '
+            f'counted: {text}')
+      for kind, text in batch.faults.items():
+        self._warn_once(
+            kind, f'a metric is left out, as further ones like it are: {text}')
+      return Scores(batch.rewards, batch.parts, batch.unscorable, batch.metrics)
+
+  def _warn_once(self, kind: str, text: str) -> None:
+    if kind not in self._warned and len(self._warned) < _MAX_WARNINGS:
+      self._warned.add(kind)
+      self._warn(text)
 
   def _advance(self, batch: '_Batch') -> None:
     """Hands out samples, waits for one event, takes the answers."""
@@ -269,7 +278,9 @@ class _Batch:
     self.rewards = np.zeros(count, np.float32)
     self.parts = {name: np.zeros(count, np.float32) for name in names}
     self.unscorable = np.zeros(count, np.bool_)
+    self.metrics: list[Mapping[str, float]] = [{}] * count
     self.errors: dict[str, str] = {}  # the first of each kind
+    self.faults: dict[str, str] = {}  # of metrics, the first of each kind
 
   def line(self, pending: verifier_process.Pending) -> bytes:
     """Returns the request for a sample."""
@@ -291,6 +302,8 @@ class _Batch:
       self.rewards[index] = message['reward']
       for name, values in self.parts.items():
         values[index] = message['parts'][name]
+      self.metrics[index] = message['metrics']
+      self.faults = message['faults'] | self.faults
     else:
       self.unscorable[index] = True
       self.errors.setdefault(

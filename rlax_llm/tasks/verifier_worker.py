@@ -40,8 +40,8 @@ def _limit_memory() -> None:
 
 def _score(rewards: rewards_lib.Rewards, sample: dict[str, Any],
            seconds: float) -> dict[str, Any]:
-  """Returns {'reward': float, 'parts': dict}, or {'error': the traceback,
-  'kind': what was raised, and where}.
+  """Returns {'reward', 'parts', 'metrics', 'faults'} of `rewards.Result`, or
+  {'error': the traceback, 'kind': what was raised, and where}.
 
   A sample without its number of tokens is scored by `correct` alone.
   """
@@ -56,9 +56,14 @@ def _score(rewards: rewards_lib.Rewards, sample: dict[str, Any],
     completion, tokens = sample['completion'], sample.get('tokens')
     if tokens is None:
       rewards = rewards.only_correct()
-    reward, parts = rewards(problem, completion, tokens or 0,
-                            sample.get('finished', False))
-    return {'reward': reward, 'parts': parts}
+    result = rewards(problem, completion, tokens or 0,
+                     sample.get('finished', False))
+    return {
+        'reward': result.total,
+        'parts': result.parts,
+        'metrics': result.metrics,
+        'faults': result.faults
+    }
   except BaseException as error:  # pylint: disable=broad-exception-caught
     place = traceback.extract_tb(error.__traceback__)[-1]
     kind = f'{type(error).__name__} {place.filename}:{place.lineno}'
