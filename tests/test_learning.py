@@ -722,12 +722,13 @@ def test_gradient_norm_is_clipped():
 def _decay_of(states, optimizer, model=None):
   """Returns (shares of every parameter that a step without a gradient takes,
   gaps left out, by path)."""
-  state = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype),
+  state = jax.tree.map(lambda x: np.ones(x.shape, x.dtype),
                        states.abstract_state(optimizer, model))
   trained, _ = lora.split(state.params, (model or
                                          states.model).trainable(state.params))
-  changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained),
-                                optimizer.init(trained), trained)
+  update = jax.jit(lambda params: optimizer.update(
+      jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0])
+  changes = update(trained)
   return {
       jax.tree_util.keystr(path, simple=True, separator='/'): np.unique(leaf)
       for path, leaf in jax.tree_util.tree_flatten_with_path(changes)[0]
