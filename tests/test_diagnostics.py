@@ -188,13 +188,20 @@ def test_a_stale_run_samples_and_scores_what_is_read(tmp_path, monkeypatch):
 
 
 def test_which_objectives_read_the_sampler():
-  """Mutants: `decoupled_ppo` forgotten; all of them."""
-  readers = {
-      name for name, preset in PRESETS.items()
-      if make_learner(tiny_run(), preset).reads_sampler
-  }
-  assert {'vcpo', 'on_policy_distillation'} <= readers
-  assert not {'grpo', 'dapo', 'ppo', 'rloo'} & readers
+  """Law: a credit, a step scale, a correction or a rejection reads it, and so
+  do old log-probabilities that are the sampler's scores.
+
+  Mutants: each of them forgotten; all objectives.
+  """
+  read = lambda run, **changes: make_learner(
+      run, dataclasses.replace(PRESETS['grpo'], **changes)).reads_sampler
+  for changes in (dict(credit='minimum_variance'), dict(credit='distillation'),
+                  dict(step_scale='effective_samples'),
+                  dict(correction='token'), dict(rejection='stale_failures')):
+    assert read(tiny_run(), **changes), changes
+  assert read(tiny_run(old_logprobs='scored'))
+  for name in ('grpo', 'dapo', 'ppo', 'rloo', 'gspo'):
+    assert not make_learner(tiny_run(), PRESETS[name]).reads_sampler, name
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
