@@ -91,7 +91,7 @@ class ScriptedVerifier:
       more = np.array([value(i) for i in range(count)], np.float32)
       parts[name] = np.where(lost, 0, more)
       rewards = rewards + np.float32(weight) * more
-    return Scores(np.where(lost, 0, rewards), parts, lost)
+    return Scores(np.where(lost, 0, rewards), parts, lost, [{}] * len(lost))
 
 
 def collect(config, verifier, *, collector=None, steps=1, step=0):

@@ -68,7 +68,10 @@ def test_demonstrations_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
 
   Mutants: the warm start ended by the first one; left out without a word.
   """
-  changes = dict(sft__steps=2, sft__sequences_per_step=4, num_steps=0)
+  changes = dict(sft__steps=2,
+                 sft__warmup_steps=1,
+                 sft__sequences_per_step=4,
+                 num_steps=0)
   _, shown = _train(tmp_path / 'some',
                     task__name='long_prompts:SomeLongTraces',
                     **changes)

@@ -389,4 +389,5 @@ def test_a_run_logs_every_reward(tmp_path):
   # What the task reports is the letters of every prompt's first sample.
   assert row['user/letters'] == pytest.approx(row['rollout/length_mean'] - 1,
                                               abs=1.01)
-  assert 0 < row['evaluate/user/letters'] <= 8
+  evaluation, *_ = (tmp_path / 'evaluations.jsonl').read_text().splitlines()
+  assert 0 < json.loads(evaluation)['evaluate/user/letters'] <= 8

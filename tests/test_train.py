@@ -399,7 +399,10 @@ def test_impossible_tasks_are_refused_before_any_work(tmp_path):
   with pytest.raises(ConfigError, match='rollout.prompt_length=4: raise it'):
     _train(tmp_path, **arithmetic)
   with pytest.raises(ConfigError, match='a prompt of 2 and a trace of 4'):
-    _train(tmp_path, sft__steps=5, rollout__max_new_tokens=1)
+    _train(tmp_path,
+           sft__steps=5,
+           sft__warmup_steps=5,
+           rollout__max_new_tokens=1)
   with pytest.raises(ConfigError,
                      match='2 different held_out problems; 3 are wanted'):
     _train(tmp_path, evaluate__problems=3)
