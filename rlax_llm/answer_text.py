@@ -7,7 +7,7 @@ docstrings say where they differ from one another.
 
 import fractions
 import re
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 import unicodedata
 
 # ---- Boxes -------------------------------------------------------------------
@@ -397,6 +397,28 @@ def is_same_number(one: str, other: str) -> bool:
 
 # ---- Votes -------------------------------------------------------------------
 
+
+def with_units(forms: Sequence[str | None]) -> list[str | None]:
+  """Returns votes in which a number without a unit has that of its equals.
+
+  As in `is_same_number`, 5 equals both 5% and $5. Where its equals have several
+  units, it stays apart from them.
+
+  Args:
+    forms: canonical forms; None: no answer.
+  """
+  units: dict[str, set[str]] = {}
+  for form in forms:
+    if form is not None and (found := _CANONICAL.fullmatch(form)) and found[2]:
+      units.setdefault(found[1], set()).add(form)
+  only = {
+      value: next(iter(all_)) for value, all_ in units.items() if len(all_) == 1
+  }
+  return [None if form is None else only.get(form, form) for form in forms]
+
+
+# A number in lowest terms, and its unit.
+_CANONICAL = re.compile(r'(-?[0-9]+(?:/[0-9]+)?)(.*)', re.DOTALL)
 # Whitespace that separates two words or numbers.
 _GAP = re.compile(r'(?<=[\w.])\s+(?=[\w.])')
 

@@ -80,7 +80,7 @@ class Board:
   def _give_up(self, error: OSError) -> None:
     self._file = None
     self._warn(f'TensorBoard gets nothing more of this run ({error.strerror}); '
-               'metrics.jsonl and timing.jsonl have everything')
+               'the .jsonl files have everything')
 
 
 def _checksum(data: bytes) -> bytes:

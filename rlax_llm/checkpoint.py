@@ -23,7 +23,7 @@ import shutil
 import sys
 import threading
 from types import TracebackType
-from typing import Any, Callable, Collection, Iterator, Mapping
+from typing import Any, Callable, cast, Collection, Iterator, Mapping, TypeVar
 
 import jax
 import numpy as np
@@ -36,11 +36,12 @@ from rlax_llm.files import reading
 from rlax_llm.files import writing
 
 FOLDER = 'checkpoints'
+_Read = TypeVar('_Read')
 _RECORD = pathlib.Path('host', 'metadata')  # where Orbax puts the JSON item
 # What there is instead of a file that should be there.
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# How TensorStore says that what it read is not what was written. Each also
-# stands for errors of the system, but those carry the system's code.
+# TensorStore's messages for corrupt data. Operating-system errors can match
+# too, but those contain `os_error_code`.
 _TENSORSTORE_DAMAGE = re.compile(
     r'(NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION): Error '
     r'|Error (?:opening|reading) .*Error decoding ', re.DOTALL)
@@ -308,29 +309,15 @@ class Checkpoints:
       ConfigError: it is of another model.
       Exception: any process failed to read it for another reason than damage.
     """
-    found, damage, failure = None, '', None
     try:
-      found = self._read(step, abstract, optional)
-    except ConfigError:
-      raise
+      return self._read(step, abstract, optional), ''
     except _Damaged as error:
-      damage = ' '.join(str(error).split())
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      failure = error
-    # All processes use the same checkpoint, or all of them end.
-    said = processes.gather([damage, str(failure) if failure else ''])
-    if failure is not None:
-      raise failure
-    for i, (_, line) in enumerate(said):
-      if line:
-        raise ReadError(f'process {i}: {line}')
-    damage = next((text for text, _ in said if text), '')
-    return (None, damage) if damage else (found, '')
+      return None, ' '.join(str(error).split())
 
   def _read(self, step: int, abstract: Mapping[str, Any],
             optional: Collection[str]) -> tuple[dict[str, Any], Any]:
     path = self._root / str(step)
-    record = _read_record(path / _RECORD)
+    record = _agree(lambda: _read_record(path / _RECORD))
     wanted = {
         name: state
         for name, state in abstract.items()
@@ -345,6 +332,38 @@ class Checkpoints:
         for name, state in wanted.items()
     }
     return states, record['host']
+
+
+def _agree(read: Callable[[], _Read]) -> _Read:
+  """Returns what every process reads; raises in all where one cannot read it.
+
+  All processes use the same checkpoint, or all of them end. So none may go on
+  to a collective operation while another has failed.
+
+  Args:
+    read: reads files, without collective operations.
+
+  Raises:
+    _Damaged: in one of the processes its content is not what was saved.
+    Exception: one of the processes could not read it.
+  """
+  found, damage, failure = None, '', None
+  try:
+    found = read()
+  except _Damaged as error:
+    damage = str(error)
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    failure = error
+  said = processes.gather([damage, str(failure) if failure else ''])
+  if failure is not None:
+    raise failure
+  for i, (_, line) in enumerate(said):
+    if line:
+      raise ReadError(f'process {i}: {line}')
+  for damage, _ in said:
+    if damage:
+      raise _Damaged(damage)
+  return cast(_Read, found)
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any]:
@@ -394,25 +413,33 @@ def _read_state(path: pathlib.Path, name: str, state: Any,
   by_leaf = not isinstance(digests, str)
   tree = jax.tree.map(_abstract, _nested(part, state))
   arguments = ocp.checkpoint_utils.construct_restore_args(tree)
-  try:
+
+  def read() -> Any:
+    wanted, how = tree, arguments
+    # The handler alone: a Checkpointer's restore is a barrier.
     handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as reader:
+    try:
       if part and not by_leaf:
         rest = dict(handler.metadata(folder).tree)
         host = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), rest)
-        tree, arguments = rest | tree, host | arguments
-      found = reader.restore(folder,
+        wanted, how = rest | wanted, host | how
+      return handler.restore(folder,
                              args=ocp.args.PyTreeRestore(
-                                 tree,
-                                 restore_args=arguments,
+                                 wanted,
+                                 restore_args=how,
                                  partial_restore=bool(part)))
-    if by_leaf:
-      same = _digest_leaves(found) == _below(part, digests)
-    else:
-      same = digest_arrays(found) == digests
-  except Exception as error:
-    _explain(error, folder, record['leaves'][item])
-    raise
+    except Exception as error:
+      _explain(error, folder, record['leaves'][item])
+      raise
+    finally:
+      handler.close()
+
+  found = _agree(read)
+  # Collective: a digest is of the whole array.
+  if by_leaf:
+    same = _digest_leaves(found) == _below(part, digests)
+  else:
+    same = digest_arrays(found) == digests
   if not same:
     raise _Damaged(f'the digest of the arrays of {name} does not match')
   return found[part] if part else found

@@ -118,7 +118,7 @@ class Collector:
       if not self._next.rehearsal:
         self._update(rehearsal=self._solved(params, watch))
       self._values['rollout/rehearsal_samples'] = len(self._rehearsal())
-    # Batches for the steps after the last one would be sampled for nobody.
+    # No step would use batches beyond the last one.
     left = max(self._run.config.num_steps - 1 - step, 0)
     ahead = min(self._control.staleness, left)
     while len(self._next.queue) <= ahead:

@@ -7,7 +7,8 @@ compute. Every field has one of these classes:
     refused.
   evaluation: held-out results depend on it, training does not.
   extent: how far the run goes, how often it saves, when it warns.
-  layout: sums are taken in another order; equal up to rounding.
+  layout: sums are taken in another order, and metrics of the policy on other
+    samples; parameters are equal up to rounding.
   speed: no token and no parameter depends on it.
 """
 

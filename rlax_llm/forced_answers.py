@@ -98,8 +98,9 @@ class ForcedAnswers:
 
     J_j is the mean score of answers forced behind episode j, and that of the
     sample itself behind its last one. Episode 0 has nothing to be compared
-    with, nor has a sample that the verifier could not judge: 0. An episode of
-    which the verifier could judge no answer is one with the next.
+    with, nor has a sample that the verifier could not judge: 0. If none of an
+    episode's forced answers could be judged, the episode is merged with the
+    next one.
 
     Args:
       params: the policy's.

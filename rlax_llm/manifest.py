@@ -102,7 +102,9 @@ def check_workdir(
       name for name in differing if field_classes.class_of(name) not in allow
   ]
   if refused:
-    shown = ', '.join(f'{name} ({old.get(name, "absent")!r} there, '
+    label = lambda name: ('control.logical_slots, by default rollout.slots'
+                          if name == 'control.logical_slots' else name)
+    shown = ', '.join(f'{label(name)} ({old.get(name, "absent")!r} there, '
                       f'{new.get(name, "absent")!r} now)'
                       for name in refused[:_NAMED])
     more = len(refused) - _NAMED
@@ -129,8 +131,9 @@ def check_workdir(
   if staleness and new['num_steps'] > old['num_steps']:
     warnings.append(
         f'num_steps was {old["num_steps"]} and is {new["num_steps"]}: with '
-        f'control.staleness={staleness} the steps after {old["num_steps"]} '
-        'learn from newer policies than in a run of that length from the start')
+        f'control.staleness={staleness} a run that had reached its end learns '
+        f'in its next {staleness} steps from newer policies than a run of that '
+        'length from the start')
   return warnings
 
 

@@ -181,37 +181,48 @@ class Run:
     longest = self.config.rollout.prompt_length
     try:
       tokens = np.asarray(self.encode(problem.prompt, prompt=True), np.int32)
-    except ConfigError as error:
+    except Unusable as error:
       return np.zeros(0, np.int32), str(error)
     if len(tokens) > longest:
       return tokens, (f'the prompt {problem.prompt[:60]!r} has {len(tokens)} '
                       f'tokens; rollout.prompt_length={longest}: raise it')
     return tokens, ''
 
-  def known_problems(self) -> list[tasks.Problem]:
-    """Returns every training problem, or step 0's where they are generated.
+  def check_training_prompts(self) -> None:
+    """Refuses a data set with a prompt that cannot be sampled from.
+
+    Where problems are generated, one that does not fit is left out when its
+    turn comes; then those of step 0 are refused only if none of them fits.
 
     Raises:
-      ConfigError: if the task has too few.
+      ConfigError: naming a prompt; or the task has too few problems.
     """
-    first = self.problems(0)
+    problems = self.problems(0)
     count = self.task.num_problems('train')
     if count is None:
-      return first
+      if all(self.prompt_tokens(problem)[1] for problem in problems):
+        self.check_prompts(problems)
+      return
     try:
-      return [
-          self.task.problem('train', i) for i in range(min(count, _CHECKED))
-      ]
+      self.check_prompts(
+          [self.task.problem('train', i) for i in range(min(count, _CHECKED))])
     except ValueError as error:
       raise ConfigError(str(error)) from error
 
   def encode(self, text: str, *, prompt: bool) -> list[int]:
-    """Returns token ids; BOS first in a prompt."""
+    """Returns token ids; BOS first in a prompt.
+
+    Raises:
+      Unusable: the text has unknown characters.
+      ConfigError: the chat template cannot be rendered.
+    """
     try:
       return (self.tokenizer.encode_prompt(text)
               if prompt else self.tokenizer.encode(text))
+    except ConfigError:
+      raise
     except ValueError as error:
-      raise ConfigError(str(error)) from error
+      raise Unusable(str(error)) from error
 
   def _supervised(self, problem: tasks.Problem) -> Sample:
     """Returns a problem and its trace as a sample of the warm start.
@@ -224,10 +235,10 @@ class Run:
       raise ConfigError(f'task {problem.source!r} has no written-step traces '
                         'to warm-start from; set sft.steps=0')
     rollout = self.config.rollout
+    prompt = self.encode(problem.prompt, prompt=True)
+    trace = self.encode(problem.trace, prompt=False)
     try:
-      return sft.make_sample(self.encode(problem.prompt, prompt=True),
-                             self.encode(problem.trace, prompt=False),
-                             self.tokenizer.eos_ids[0],
+      return sft.make_sample(prompt, trace, self.tokenizer.eos_ids[0],
                              rollout.prompt_length + rollout.max_new_tokens)
     except ConfigError as error:
       raise Unusable(str(error)) from error

@@ -159,8 +159,8 @@ class GroupSampler:
       domain: of the requests.
       watch: told of rollout and reward.
     """
-    numbers, prompts, left_out = self._usable(0, count)
-    self.left_out += left_out
+    # What is left out here is counted in the step whose turn it is.
+    numbers, prompts, _ = self._usable(0, count)
     pending = [
         Pending(number, Request(prompt, self._samples, domain, 0, i))
         for i, (number, prompt) in enumerate(zip(numbers, prompts))
@@ -287,8 +287,7 @@ class GroupSampler:
     own step, not here.
     """
     config = self._run.config
-    if (not self._engine.runs_ahead or
-        number >= config.num_steps + config.control.staleness):
+    if not self._engine.runs_ahead or number >= config.num_steps:
       return []
     count = config.task.prompts_per_step
     try:

@@ -97,7 +97,7 @@ def train_step(
   values = {
       name: value
       for name, value in values.items()
-      if name not in diagnostics.NAMES
+      if name not in diagnostics.names(run.algorithm)
   } | loop.learner.diagnose_update(states['policy'].params, diagnosis,
                                    loop.reference) | gap
   watch.lap('diagnose')
@@ -147,7 +147,7 @@ def sampling_gap(loop: Loop, params: Params, diagnosis: Diagnosis,
                  step: int) -> dict[str, float]:
   """Returns the behaviour gap of what a step sampled but does not learn from.
 
-  With `control.staleness` a step learns from earlier policies' samples only,
+  With `control.staleness` a step learns from the samples of earlier policies,
   which its own policy cannot judge.
 
   Args:

@@ -76,7 +76,6 @@ def train(config: Config,
           'their content: they come from another law than the policy, whose '
           'log-probabilities are not known; train with 0, and give it to '
           'rlax_llm.evaluate')
-    validation.check_durations(config, run.algorithm.critic_warmup)
     allowed = field_classes.MAY_DIFFER
     if run.algorithm.leaps:  # They are judged as held-out answers are.
       allowed -= {field_classes.EVALUATION}
@@ -85,13 +84,17 @@ def train(config: Config,
         *manifest.check_workdir(workdir, to_dict(config), allow=allowed)
     ]
     held_out = evaluation.held_out_problems(run)
-    run.check_prompts([*held_out, *run.known_problems()])
+    run.check_prompts(held_out)
+    run.check_training_prompts()
     if config.sft.steps:
       next(run.demonstrations())
     teacher = teachers.find_teacher(run)
     with checkpoint.Checkpoints(workdir) as saved:
-      # A continued run has its parameters, and the weights may be gone.
-      facts = {} if saved.steps() else run.states.check_pretrained()
+      begins = not saved.steps()
+    facts = {}
+    if begins:  # Later the weights may be gone, and the run may end early.
+      validation.check_durations(config, run.algorithm.critic_warmup)
+      facts = run.states.check_pretrained()
     executables.enable_compilation_cache()
     run_id = uuid.uuid4().hex[:8]
     lock = (lock_workdir(workdir)

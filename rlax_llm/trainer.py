@@ -156,7 +156,7 @@ class Trainer:
             try:
               self.states, values, rows = train_step(loop, step, self.states)
             except (Stopped, ConfigError):
-              # Nothing of the step has been learned yet.
+              # Raised before `learn_all`, which takes the states.
               self._save(step)
               raise
           self._report_left_out('prompts', self._collector.left_out)

@@ -201,10 +201,11 @@ def validate(config: Config) -> Config:
 
 
 def check_durations(config: Config, critic_warmup: int) -> None:
-  """Refuses what a run is to do in the course of it, and would not come to.
+  """Refuses durations that exceed the run: what they schedule never completes.
 
-  For training alone: a run that was made is evaluated, sampled and exported
-  whatever its durations are. Harmless beyond the end, hence free:
+  Only a run that begins is checked; one that exists can be continued to another
+  end, evaluated, sampled and exported. The default of `sft.warmup_steps` is
+  free, too, and so is what is harmless beyond the end:
   `checkpoint.every`, `keep_every` and `evaluate.every` (the start and the end
   are always among them), `control.replay_steps` and `max_staleness` (bounds of
   an age), `control.staleness` (the first steps learn from step 0's samples),
@@ -227,7 +228,9 @@ def check_durations(config: Config, critic_warmup: int) -> None:
                                          f'sft.steps={config.sft.steps}'),
                            ('drafter.every', config.num_steps,
                             f'num_steps={config.num_steps}')):
-    if _get(config, path) > most > 0:
+    given = path != 'sft.warmup_steps' or _get(config, path) != _get(
+        Config(), path)
+    if given and _get(config, path) > most > 0:
       raise ConfigError(
           f'{path}={_get(config, path)} is beyond the end: the run has {what}; '
           f'use at most {most}, or 0')

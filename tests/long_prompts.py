@@ -22,6 +22,16 @@ class SomeLong(testing.ToyTask):
     return None if split == 'train' else 2
 
 
+class LongFromTheStart(SomeLong):
+  """The first prompt of all is too long."""
+
+  def problem(self, split, index):
+    problem = super().problem(split, index)
+    if split == 'train' and not index:
+      return tasks.make_problem('long', 'a' * 9, None, None, problem.entry)
+    return problem
+
+
 class AllLong(SomeLong):
   """From the second step on, every prompt is too long."""
 

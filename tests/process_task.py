@@ -1,6 +1,8 @@
 """A toy task of four prompts, and a reward that fails where it is told to."""
 
+import errno
 import os
+import pathlib
 import sys
 
 from rlax_llm import testing
@@ -9,6 +11,16 @@ from rlax_llm.tasks import task as tasks
 if os.environ.get('REWARD_FAILS') and 'verifier_worker' in ' '.join(
     sys.orig_argv):
   raise OSError('there is no room for the verifier')
+
+if os.environ.get('UNREADABLE'):
+  _read_bytes = pathlib.Path.read_bytes
+
+  def _refuse(path):
+    if os.environ['UNREADABLE'] in path.parts:
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return _read_bytes(path)
+
+  pathlib.Path.read_bytes = _refuse
 
 
 class Pairs(testing.ToyTask):

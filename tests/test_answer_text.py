@@ -264,6 +264,19 @@ VOTES = [
 ]
 
 
+def test_a_number_without_a_unit_votes_for_its_only_equal():
+  """Law: votes agree with `is_same_number`, where that is transitive.
+
+  Mutants: units never merged; a number merged with the first of several units.
+  """
+  votes = lambda *answers: answer_text.with_units(
+      [filters.canonical(answer) for answer in answers])
+  assert len(set(votes('$5', '5', '5.0', r'\$5'))) == 1
+  assert len(set(votes('5', '5%', '$5'))) == 3
+  assert votes('7', '5%', None) == ['7', '5%', None]
+  assert votes('x5', '5%') == ['x5', '5%']
+
+
 def test_equal_answers_are_one_vote():
   """Law: the canonical form is one within a group, and another in any other.
 

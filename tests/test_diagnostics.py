@@ -148,6 +148,26 @@ def test_ratios_are_those_of_the_update():
   close('kl_reference_k3', 0)
 
 
+@pytest.mark.parametrize('name', ['ppo', 'echo', 'grpo'])
+def test_what_depends_on_advantages_is_measured_where_they_are_known(name):
+  """Law: where a credit shapes advantages, the diagnosis of a few samples says
+  nothing of clipping; the update, which then leaves no sample out, does.
+
+  Mutant: clip fractions of rewards in place of shaped advantages.
+  """
+  run, algorithm = tiny_run(), PRESETS[name]
+  params = sharp_params(run)
+  samples = _samples(run, params, advantage=0.0)
+  learner = make_learner(run, algorithm)
+  found = learner.diagnose_update(
+      params, learner.diagnose(params, samples, _fresh(samples), 0), None)
+  shaped = name != 'grpo'
+  assert ('policy/clip_fraction' in found) != shaped
+  assert set(found) <= diagnostics.names(algorithm)
+  batch = learner.pack(samples, skip_without_signal=True)
+  assert (batch.targets.sum() > 0) == shaped
+
+
 def _rows(folder, name='metrics.jsonl'):
   return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 

@@ -1,5 +1,6 @@
 """Problems that cannot be used are left out, counted and named."""
 
+import dataclasses
 import io
 import json
 
@@ -47,6 +48,37 @@ def test_prompts_that_do_not_fit_are_left_out(tmp_path):
   assert parts['tokens_sha256'] == whole['tokens_sha256']
   assert parts['parameters_sha256'] == whole['parameters_sha256']
   assert _left_out(tmp_path / 'parts') == [0, 3, 3]
+
+
+def test_a_prompt_of_the_first_step_is_left_out_too(tmp_path):
+  """Law: which step a generated prompt falls in makes no difference.
+
+  Mutant: the first step's prompts refused.
+  """
+  _, shown = _train(tmp_path,
+                    task__name='long_prompts:LongFromTheStart',
+                    num_steps=1)
+  assert _left_out(tmp_path) == [1]
+  assert 'warning: 1 prompts are left out' in shown
+
+
+def test_only_what_a_prompt_is_leaves_it_out():
+  """Law: a template that cannot be rendered is an error, not a reason to leave
+  a prompt out: whether its process is alive must not decide what is learned.
+
+  Mutant: every ConfigError of the tokenizer leaves a prompt out.
+  """
+
+  class Broken:
+
+    def encode_prompt(self, text):
+      raise (ConfigError if text == 'a' else ValueError)(f'no {text}')
+
+  made = dataclasses.replace(run.make_run(tiny_config()), tokenizer=Broken())
+  problem = lambda text: made.task.problem('train', 'ab'.index(text))
+  assert made.prompt_tokens(problem('b'))[1] == 'no b'
+  with pytest.raises(ConfigError, match='no a'):
+    made.prompt_tokens(problem('a'))
 
 
 def test_a_task_that_runs_out_of_prompts_loses_nothing(tmp_path, monkeypatch):

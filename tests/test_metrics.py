@@ -293,7 +293,8 @@ def test_slots_are_speed_unless_logical_time_counts_them(tmp_path):
 
   assert not check({}, dict(rollout__slots=8))
   late = dict(control__over_provision=1.5)
-  with pytest.raises(ConfigError, match=r'logical_slots \(64 there, 8 now\)'):
+  with pytest.raises(ConfigError,
+                     match=r'by default rollout.slots \(64 there, 8'):
     check(late, dict(late, rollout__slots=8))
   assert not check(late, dict(late, rollout__slots=8,
                               control__logical_slots=64))

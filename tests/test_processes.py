@@ -322,6 +322,22 @@ def test_one_process_continues_the_run_of_two(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_ends_all(runs, tmp_path):
+  """Law: all processes use the same checkpoint, or all of them end soon.
+
+  Mutant: outcomes exchanged after a restore that waits for every process.
+  """
+  folder = tmp_path / 'run'
+  shutil.copytree(runs[2], folder)
+  ended = _train(folder, 2, seconds=200, UNREADABLE='host')
+  assert [code for code, *_ in ended] == [1, 1]
+  assert all(
+      any('cannot be read' in line
+          for line in lines)
+      for _, _, lines in ended), ended
+
+
+@pytest.mark.slow
 def test_a_failure_ends_all(tmp_path):
   """A reward that cannot be computed in process 1 ends process 0 as well,
   in one line. They find each other by the environment.

@@ -11,6 +11,7 @@ import numpy as np
 
 from rlax_llm.learning import objectives
 from rlax_llm.learning import token_credit
+from rlax_llm.learning.algorithm import Algorithm
 from rlax_llm.learning.update import UpdateConfig
 from rlax_llm.ops import divergences
 from rlax_llm.ops import losses
@@ -21,14 +22,25 @@ from rlax_llm.types import Batch
 from rlax_llm.types import DIAGNOSE
 from rlax_llm.types import Metrics
 
-# What these passes measure. An update's sums have the same names.
-NAMES = frozenset({
-    'policy/entropy', 'policy/behaviour_gap_max', 'policy/clip_fraction',
-    'policy/ratio_mean', 'policy/ratio_max', 'policy/ratio_min',
-    'policy/effective_tokens', 'policy/approximate_kl',
-    'policy/rejected_fraction', 'policy/kl_reference_k3'
+_NAMES = frozenset({
+    'policy/entropy', 'policy/behaviour_gap_max', 'policy/ratio_mean',
+    'policy/ratio_max', 'policy/ratio_min', 'policy/effective_tokens',
+    'policy/approximate_kl', 'policy/kl_reference_k3'
 })
+# They depend on a token's advantage. A credit that shapes advantages reads the
+# whole batch, and then the update leaves out no sample.
+_OF_ADVANTAGES = frozenset({'policy/clip_fraction', 'policy/rejected_fraction'})
 FRESH = 'fresh'  # of `Batch.extra`: 1 where the policy at hand sampled
+
+
+def names(algorithm: Algorithm) -> frozenset[str]:
+  """Returns what these passes measure in place of the update's own sums.
+
+  Args:
+    algorithm: static.
+  """
+  shaped = token_credit.is_shaped(algorithm)
+  return _NAMES if shaped else _NAMES | _OF_ADVANTAGES
 
 
 def choose(count: int, size: int, *, seed: int, step: int) -> np.ndarray:
@@ -112,6 +124,9 @@ def after_update(batch: Batch, before: Array, after: Array,
   }
   if (algorithm.correction, algorithm.rejection) != ('none', 'none'):
     metrics['policy/rejected_fraction'] = mean(corrected.rejected)
+  metrics = {
+      name: value for name, value in metrics.items() if name in names(algorithm)
+  }
   if reference is not None:
     k3 = divergences.k3(select_masked(mask, before),
                         select_masked(mask, reference))

@@ -48,8 +48,8 @@ FILTERS: dict[str, Callable[[Outcomes], np.ndarray]] = {
 def canonical(answer: str | None) -> str | None:
   """Returns an answer in the form that votes are counted in; None: no answer.
 
-  Equal numbers are one vote, and so are texts that differ in capitals and in
-  whitespace between other characters than those of words and numbers: see
+  Equal numbers count as one vote. So do texts that differ only in case, or in
+  whitespace that does not separate two words or numbers: see
   `answer_text.canonical`.
 
   Args:
@@ -60,9 +60,8 @@ def canonical(answer: str | None) -> str | None:
 
 def _majority(answers: Sequence[str | None], rewards: np.ndarray) -> np.ndarray:
   del rewards
-  return np.array(
-      pseudo_labels.majority_rewards([canonical(a) for a in answers]),
-      np.float32)
+  votes = answer_text.with_units([canonical(a) for a in answers])
+  return np.array(pseudo_labels.majority_rewards(votes), np.float32)
 
 
 # (answers of a group of G samples, the verifier's rewards) -> float32[G].
