@@ -289,11 +289,12 @@ def test_files_are_written_once_and_the_store_in_parts(runs):
   Mutant: the checkpoint keeps the first part of the store only.
   """
   for count, folder in runs.items():
-    rows = [
-        json.loads(line)
-        for line in (folder / 'metrics.jsonl').read_text().splitlines()
+    steps = lambda name: [
+        json.loads(line)['step']
+        for line in (folder / name).read_text().splitlines()
     ]
-    assert [row['step'] for row in rows] == [0, 1, 2]
+    assert steps('metrics.jsonl') == [1, 2]
+    assert steps('evaluations.jsonl') == [0, 2]
     manifest = json.loads((folder / 'manifest.json').read_text())
     assert [run['processes'] for run in manifest['runs']] == [count]
     _, host = _restore(folder, 2)
