@@ -23,8 +23,9 @@ def get_config() -> Config:
   config.task.prompts_per_step = 32
   config.task.answer_format = 'boxed'
   config.task.match = 'numeric'
-  config.task.instruction = ('Reason step by step, and put the final number '
-                             'within \\boxed{}.')
+  config.task.instruction = (
+    'Reason step by step, and put the final number within \\boxed{}.'
+  )
   config.task.chat_template = True
   config.task.rewards = {'correct': 1.0, 'format': 0.1}
   config.task.verifier_processes = 4

@@ -30,8 +30,9 @@ def get_config() -> Config:
   config.task.prompts_per_step = 128
   config.task.answer_format = 'boxed'
   config.task.match = 'math'
-  config.task.instruction = ('Reason step by step, and put the final answer '
-                             'within \\boxed{}.')
+  config.task.instruction = (
+    'Reason step by step, and put the final answer within \\boxed{}.'
+  )
   config.task.chat_template = True
   config.task.rewards = {'correct': 1.0, 'length': 0.5}
   config.task.length_limit = 4096

@@ -25,10 +25,9 @@ def get_config() -> Config:
   config.algorithm.divergence = 'k3'
   config.algorithm.kl_coefficient = 0.2
   config.task.name = 'chain_sum'
-  config.task.options = dict(min_terms=4,
-                             max_terms=7,
-                             min_digits=1,
-                             max_digits=1)
+  config.task.options = dict(
+    min_terms=4, max_terms=7, min_digits=1, max_digits=1
+  )
   config.task.prompt_format = 'short'
   config.task.answer_format = 'scratchpad'
   config.task.trace_unfinished = 0.55

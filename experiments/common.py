@@ -1,24 +1,27 @@
 """What experiments share: tables, devices, bounds of ratios."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import csv
 import math
 import pathlib
 import statistics
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 from scipy import stats
 
+from rlax_llm.components import make_deterministic
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting.drafter import Drafter
-from rlax_llm.run import make_deterministic
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Slots
 
-DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu', 'tpu'],
-                           'Where to run.')
+DEVICE = flags.DEFINE_enum(
+  'device', 'cpu', ['cpu', 'gpu', 'tpu'], 'Where to run.'
+)
 
 
 def use_device(*, exact: bool = False) -> str:
@@ -40,8 +43,9 @@ def constant_drafter(width: int) -> Drafter:
   def propose(slots: Slots) -> DraftTree:
     root = drafting.last_tokens(slots)[:, None]
     wrong = jnp.full((root.shape[0], width - 1), 1, jnp.int32)
-    return DraftTree(jnp.concatenate([root, wrong], axis=1),
-                     drafting.chain_parents(width))
+    return DraftTree(
+      jnp.concatenate([root, wrong], axis=1), drafting.chain_parents(width)
+    )
 
   return drafting.stateless(propose, width)
 
@@ -55,8 +59,9 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerows(rows)
 
 
-def ratio_bounds(above: Sequence[float],
-                 below: Sequence[float]) -> tuple[float, float, float]:
+def ratio_bounds(
+  above: Sequence[float], below: Sequence[float]
+) -> tuple[float, float, float]:
   """Returns (low, middle, high) of the ratio of paired times.
 
   The geometric mean of above / below and its two-sided 90 % bounds by

@@ -4,9 +4,12 @@ The sums of experiments/srt/task.py and a small model. One warm start serves
 every arm and seed of an experiment; it is kept in a file.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 import pathlib
 import tempfile
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from flax import serialization
@@ -17,22 +20,23 @@ from experiments import common
 from experiments.srt import settings
 from experiments.srt import workload
 from rlax_llm import evaluate
-from rlax_llm import learner as learners
+from rlax_llm.components import make_run
+from rlax_llm.components import Run
 from rlax_llm.config import Config
-from rlax_llm.drafter_training import DrafterTraining
-from rlax_llm.experience import Collector
-from rlax_llm.progression import Progression
-from rlax_llm.run import make_run
-from rlax_llm.run import Run
-from rlax_llm.states import drafter_params
+from rlax_llm.experience.collector import Collector
+from rlax_llm.learning import learner as learners
+from rlax_llm.learning.drafter_training import DrafterTraining
+from rlax_llm.learning.supervised import warm_start
+from rlax_llm.learning.train_states import drafter_params
 from rlax_llm.step import Loop
 from rlax_llm.step import train_step
-from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import Params
-from rlax_llm.warm_start import warm_start
+from rlax_llm.workdir.run_statistics import Progression
 
 WARM = flags.DEFINE_string(
-    'warm', None, 'Folder of warm starts; what it lacks is written there.')
+  'warm', None, 'Folder of warm starts; what it lacks is written there.'
+)
 
 
 def DEFINE_arms(arms: Sequence[str]) -> flags.FlagHolder:
@@ -49,12 +53,14 @@ def DEFINE_arms(arms: Sequence[str]) -> flags.FlagHolder:
     unknown = [name for name in given if name not in arms]
     if unknown or arms[0] not in given:
       raise flags.ValidationError(
-          f'{unknown[0] if unknown else given!r}: name some of '
-          f'{", ".join(arms)}, the first among them')
+        f'{unknown[0] if unknown else given!r}: name some of '
+        f'{", ".join(arms)}, the first among them'
+      )
     return True
 
-  holder = flags.DEFINE_list('arms', list(arms),
-                             'Which to run, the first among them.')
+  holder = flags.DEFINE_list(
+    'arms', list(arms), 'Which to run, the first among them.'
+  )
   flags.register_validator('arms', check)
   return holder
 
@@ -95,8 +101,9 @@ def warm_params(config: Config, name: str) -> Params:
   path = pathlib.Path(WARM.value) / name if WARM.value else None
   params = run.states.init_params()
   if path and path.exists():
-    return serialization.from_bytes(jax.tree.map(np.array, params),
-                                    path.read_bytes())
+    return serialization.from_bytes(
+      jax.tree.map(np.array, params), path.read_bytes()
+    )
 
   params = jax.tree.map(np.array, warm_start(run, params, _show('warm start')))
   if path:
@@ -106,10 +113,10 @@ def warm_params(config: Config, name: str) -> Params:
 
 
 def train(
-    config: Config,
-    warm: Params,
-    *,
-    drafting: Callable[[Run], DrafterTraining] | None = None
+  config: Config,
+  warm: Params,
+  *,
+  drafting: Callable[[Run], DrafterTraining] | None = None,
 ) -> Iterator[dict[str, Any]]:
   """Trains a run; yields the metrics of each step, the last with accuracy.
 
@@ -125,38 +132,48 @@ def train(
   engine = run.engine(run.sampling)
   with Verifier(config.task, config.seed) as verifier:
     learner = learners.make_learner(run)
-    collector = Collector(run,
-                          engine,
-                          verifier,
-                          run.rollout_store(),
-                          learner.score_samples,
-                          reads_sampler=learner.reads_sampler)
-    reference = run.states.reference(tempfile.mkdtemp(),
-                                     states['policy'].params, 0)
+    collector = Collector(
+      run,
+      engine,
+      verifier,
+      run.rollout_store(),
+      learner.score_samples,
+      reads_sampler=learner.reads_sampler,
+    )
+    reference = run.states.reference(
+      tempfile.mkdtemp(), states['policy'].params, 0
+    )
     drafter = None
     if run.states.draft_model is not None:
       drafter = (drafting or DrafterTraining)(run)
     if drafter and config.drafter.warmup_updates:
-      states['drafter'] = drafter.warm_up(states['drafter'],
-                                          states['policy'].params,
-                                          _show('warm-up of the drafter'))
+      states['drafter'] = drafter.warm_up(
+        states['drafter'],
+        states['policy'].params,
+        _show('warm-up of the drafter'),
+      )
     loop = Loop(run, collector, learner, reference, Progression(), drafter)
     for step in range(config.num_steps):
       states, values, _ = train_step(loop, step, states)
       if step + 1 == config.num_steps:
-        values |= evaluate.evaluate(run,
-                                    engine,
-                                    states['policy'].params,
-                                    verifier,
-                                    evaluate.held_out_problems(run),
-                                    drafter_params=drafter_params(states))
+        values |= evaluate.evaluate(
+          run,
+          engine,
+          states['policy'].params,
+          verifier,
+          evaluate.held_out_problems(run),
+          drafter_params=drafter_params(states),
+        )
       yield values
 
 
-def run_arms(arms: Sequence[str], seeds: int, run_arm: Callable[[str, int],
-                                                                dict[str, Any]],
-             summarize: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
-             out: pathlib.Path) -> None:
+def run_arms(
+  arms: Sequence[str],
+  seeds: int,
+  run_arm: Callable[[str, int], dict[str, Any]],
+  summarize: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+  out: pathlib.Path,
+) -> None:
   """Runs every seed and arm; writes runs.csv and arms.csv after each seed.
 
   So a command that is stopped leaves what it has.

@@ -10,15 +10,16 @@ that law has no known log-probability: training refuses it.
 """
 
 import collections
+from collections.abc import Sequence
 import dataclasses
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from rlax_llm.components import Run
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.table import sample_key
-from rlax_llm.run import Run
 from rlax_llm.tasks import extract
 from rlax_llm.types import Params
 from rlax_llm.types import Request
@@ -27,18 +28,21 @@ from rlax_llm.types import Rollout
 
 class Stopped(NamedTuple):
   """What samples came to."""
+
   texts: list[str]  # in the order of requests and of their samples
   tokens: int  # of the samples
   probe_tokens: int  # of what was asked in between, and of its answers
   stopped: int  # samples that ended because their answers were equal
 
 
-def sample(run: Run,
-           engine: RolloutEngine,
-           params: Params,
-           requests: Sequence[Request],
-           *,
-           drafter_params: Params = ()) -> Stopped:
+def sample(
+  run: Run,
+  engine: RolloutEngine,
+  params: Params,
+  requests: Sequence[Request],
+  *,
+  drafter_params: Params = (),
+) -> Stopped:
   """Samples requests with probes.
 
   A probe continues the sample's own tokens with the probe's; the sample then
@@ -62,22 +66,20 @@ def sample(run: Run,
 
   def generate(earlier: dict[tuple, Rollout], limit: int) -> list[Rollout]:
     state = RolloutState(earlier=earlier)
-    return engine.generate(params,
-                           requests,
-                           state,
-                           limit=limit,
-                           drafter_params=drafter_params)[0]
+    return engine.generate(
+      params, requests, state, limit=limit, drafter_params=drafter_params
+    )[0]
 
   while True:
     known = _by_key(generate(known, config.probe_every))
     going = {
-        key: r for key, r in known.items() if r.suspended and r.length <= room
+      key: r for key, r in known.items() if r.suspended and r.length <= room
     }
     if not any(r.suspended for r in known.values()):
       break
     asked = {
-        key: dataclasses.replace(r, suspended=key in going)
-        for key, r in known.items()
+      key: dataclasses.replace(r, suspended=key in going)
+      for key, r in known.items()
     }
     asked |= {key: _with_tokens(r, probe) for key, r in going.items()}
     found = _by_key(generate(asked, config.probe_tokens))
@@ -86,14 +88,15 @@ def sample(run: Run,
       text = decode(found[key].tokens)
       answer = extract.extract_answer(text, run.config.task.answer_format)
       answers[key].append(answer or '')
-      last = answers[key][-config.early_stop:]
+      last = answers[key][-config.early_stop :]
       if len(last) == config.early_stop and last[0] and len(set(last)) == 1:
         ends[key] = text
         stopped += 1
         known[key] = dataclasses.replace(known[key], suspended=False)
   texts = [ends.get(key) or decode(r.tokens) for key, r in known.items()]
-  return Stopped(texts, sum(r.length for r in known.values()), probe_tokens,
-                 stopped)
+  return Stopped(
+    texts, sum(r.length for r in known.values()), probe_tokens, stopped
+  )
 
 
 def _by_key(rollouts: Sequence[Rollout]) -> dict[tuple, Rollout]:
@@ -104,14 +107,14 @@ def _with_tokens(rollout: Rollout, tokens: np.ndarray) -> Rollout:
   """Returns a rollout continued by tokens that nobody sampled."""
   count = len(tokens)
   return dataclasses.replace(
-      rollout,
-      tokens=np.concatenate([rollout.tokens, tokens]),
-      length=rollout.length + count,
-      token_version=np.concatenate(
-          [rollout.token_version,
-           np.zeros(count, np.int32)]),
-      behaviour_logprobs=np.concatenate(
-          [rollout.behaviour_logprobs,
-           np.zeros(count, np.float32)]),
-      drafted=np.concatenate([rollout.drafted,
-                              np.zeros(count, bool)]))
+    rollout,
+    tokens=np.concatenate([rollout.tokens, tokens]),
+    length=rollout.length + count,
+    token_version=np.concatenate(
+      [rollout.token_version, np.zeros(count, np.int32)]
+    ),
+    behaviour_logprobs=np.concatenate(
+      [rollout.behaviour_logprobs, np.zeros(count, np.float32)]
+    ),
+    drafted=np.concatenate([rollout.drafted, np.zeros(count, bool)]),
+  )

@@ -10,37 +10,47 @@ the learned drafter is written instead, without the embedding and the head,
 which are the policy's. The folder appears as a whole or not at all.
 """
 
+from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 from absl import flags as absl_flags
 import jax
 import numpy as np
 
-from rlax_llm import flags
-from rlax_llm import pretrained
-from rlax_llm import safetensors_files
 from rlax_llm import sample
+from rlax_llm.components import make_run
+from rlax_llm.components import Run
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ModelConfig
-from rlax_llm.models import hugging_face
 from rlax_llm.models import lora
-from rlax_llm.models import weight_layout
-from rlax_llm.run import make_run
-from rlax_llm.run import Run
+from rlax_llm.models.pretrained import config_json
+from rlax_llm.models.pretrained import loading
+from rlax_llm.models.pretrained import safetensors_files
+from rlax_llm.models.pretrained import weight_layout
+from rlax_llm.runtime import flags
 from rlax_llm.types import Params
 
 SHARD_BYTES = 5 * 10**9  # weights above it are split
 # What belongs to the tokenizer of a published model, where it is there.
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model',
-                   'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
-                   'merges.txt', 'chat_template.jinja', 'chat_template.json',
-                   'generation_config.json')
+TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'tokenizer.model',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
+)
 _TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
@@ -54,32 +64,37 @@ def check_target(out: str) -> None:
   if path.is_dir() and not any(path.iterdir()):
     return
   if path.exists():
-    raise ConfigError(f'--out={out!r} exists and is not an empty folder; give '
-                      'another one, or remove it')
+    raise ConfigError(
+      f'--out={out!r} exists and is not an empty folder; give '
+      'another one, or remove it'
+    )
 
 
 def tokenizer_facts(run: Run) -> tuple[dict[str, Any], list[pathlib.Path]]:
   """Returns (token ids for config.json, files to copy) of a run's tokenizer."""
   folder = run.config.model.pretrained
-  if run.config.model.tokenizer != pretrained.TOKENIZER:
+  if run.config.model.tokenizer != loading.TOKENIZER:
     ids: dict[str, Any] = {'eos_token_id': list(run.tokenizer.eos_ids)}
     if run.tokenizer.bos_id is not None:
       ids['bos_token_id'] = run.tokenizer.bos_id
     return ids, []
-  items = pretrained.read_config(folder)
+  items = loading.read_config(folder)
   files = [pathlib.Path(folder) / name for name in TOKENIZER_FILES]
-  return ({
-      name: items[name] for name in _TOKEN_IDS if name in items
-  }, [path for path in files if path.is_file()])
+  return (
+    {name: items[name] for name in _TOKEN_IDS if name in items},
+    [path for path in files if path.is_file()],
+  )
 
 
-def export_folder(out: str,
-                  model: ModelConfig,
-                  params: Params,
-                  *,
-                  token_ids: Mapping[str, Any],
-                  files: list[pathlib.Path],
-                  shard_bytes: int = SHARD_BYTES) -> None:
+def export_folder(
+  out: str,
+  model: ModelConfig,
+  params: Params,
+  *,
+  token_ids: Mapping[str, Any],
+  files: list[pathlib.Path],
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
   """Writes a model as published models are written; adapters are merged.
 
   One parameter at a time is fetched from the devices. Everything is written
@@ -100,15 +115,17 @@ def export_folder(out: str,
   """
   flat = _flatten(lora.merge(params, model.lora))
   dtype = np.dtype(flat['embedding'].dtype)
-  config = hugging_face.to_config_json(model, dtype.name) | dict(token_ids)
+  config = config_json.to_config_json(model, dtype.name) | dict(token_ids)
   with _whole_folder(out) as folder:
-    _write_weights(folder,
-                   weight_layout.leaves(model),
-                   flat,
-                   dtype,
-                   shard_bytes=shard_bytes,
-                   name=pretrained.WEIGHTS_FILE)
-    _write_json(folder / pretrained.CONFIG_FILE, config)
+    _write_weights(
+      folder,
+      weight_layout.leaves(model),
+      flat,
+      dtype,
+      shard_bytes=shard_bytes,
+      name=loading.WEIGHTS_FILE,
+    )
+    _write_json(folder / loading.CONFIG_FILE, config)
     for file in files:
       shutil.copyfile(file, folder / file.name)
       _sync(folder / file.name)
@@ -127,24 +144,26 @@ def export_adapter(out: str, model: ModelConfig, params: Params) -> None:
   """
   _check_adapters(model)
   config = {
-      'peft_type': 'LORA',
-      'task_type': 'CAUSAL_LM',
-      'base_model_name_or_path': model.pretrained or None,
-      'r': model.lora.rank,
-      'lora_alpha': model.lora.alpha,
-      'lora_dropout': 0.0,
-      'target_modules': list(model.lora.targets),
-      'bias': 'none',
-      'fan_in_fan_out': False,
-      'inference_mode': True,
+    'peft_type': 'LORA',
+    'task_type': 'CAUSAL_LM',
+    'base_model_name_or_path': model.pretrained or None,
+    'r': model.lora.rank,
+    'lora_alpha': model.lora.alpha,
+    'lora_dropout': 0.0,
+    'target_modules': list(model.lora.targets),
+    'bias': 'none',
+    'fan_in_fan_out': False,
+    'inference_mode': True,
   }
   with _whole_folder(out) as folder:
-    _write_weights(folder,
-                   weight_layout.adapter_leaves(model),
-                   _flatten(params),
-                   np.dtype(np.float32),
-                   shard_bytes=SHARD_BYTES,
-                   name='adapter_model.safetensors')
+    _write_weights(
+      folder,
+      weight_layout.adapter_leaves(model),
+      _flatten(params),
+      np.dtype(np.float32),
+      shard_bytes=SHARD_BYTES,
+      name='adapter_model.safetensors',
+    )
     _write_json(folder / 'adapter_config.json', config)
 
 
@@ -162,32 +181,36 @@ def export_drafter(out: str, model: ModelConfig, params: Params) -> None:
   flat = _flatten(params)
   dtype = np.dtype(flat['join/kernel'].dtype)
   layer = dataclasses.replace(model, layers=1)
-  config = hugging_face.to_config_json(layer, dtype.name) | {
-      'architectures': ['RlaxDrafter'],
-      'model_type': 'rlax_drafter',
+  config = config_json.to_config_json(layer, dtype.name) | {
+    'architectures': ['RlaxDrafter'],
+    'model_type': 'rlax_drafter',
   }
   with _whole_folder(out) as folder:
-    _write_weights(folder,
-                   weight_layout.drafter_leaves(model),
-                   flat,
-                   dtype,
-                   shard_bytes=SHARD_BYTES,
-                   name=pretrained.WEIGHTS_FILE)
-    _write_json(folder / pretrained.CONFIG_FILE, config)
+    _write_weights(
+      folder,
+      weight_layout.drafter_leaves(model),
+      flat,
+      dtype,
+      shard_bytes=SHARD_BYTES,
+      name=loading.WEIGHTS_FILE,
+    )
+    _write_json(folder / loading.CONFIG_FILE, config)
 
 
 def _check_adapters(model: ModelConfig) -> None:
   """Refuses a model without adapters."""
   if not model.lora.rank:
-    raise ConfigError('--adapter writes adapters and this run has none '
-                      '(model.lora.rank=0); leave it out')
+    raise ConfigError(
+      '--adapter writes adapters and this run has none '
+      '(model.lora.rank=0); leave it out'
+    )
 
 
 def _flatten(params: Params) -> dict[str, jax.Array]:
   """Returns the parameters by path."""
   return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-      for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
   }
 
 
@@ -201,8 +224,10 @@ def _whole_folder(out: str) -> Iterator[pathlib.Path]:
   try:
     temporary.mkdir(parents=True)
   except OSError as error:
-    raise ConfigError(f'--out={out!r} cannot be written ({error.strerror}); '
-                      'give a folder that can') from error
+    raise ConfigError(
+      f'--out={out!r} cannot be written ({error.strerror}); '
+      'give a folder that can'
+    ) from error
   try:
     yield temporary
     _sync(temporary)
@@ -212,10 +237,15 @@ def _whole_folder(out: str) -> Iterator[pathlib.Path]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_weights(folder: pathlib.Path, leaves: Mapping[str,
-                                                         weight_layout.Leaf],
-                   params: Mapping[str, jax.Array], dtype: np.dtype, *,
-                   shard_bytes: int, name: str) -> None:
+def _write_weights(
+  folder: pathlib.Path,
+  leaves: Mapping[str, weight_layout.Leaf],
+  params: Mapping[str, jax.Array],
+  dtype: np.dtype,
+  *,
+  shard_bytes: int,
+  name: str,
+) -> None:
   """Writes tensors, and their index if they take several files.
 
   Args:
@@ -227,12 +257,13 @@ def _write_weights(folder: pathlib.Path, leaves: Mapping[str,
     name: of the file, if one holds all.
   """
   pieces = {
-      piece.name: (path, piece) for path, leaf in leaves.items()
-      for piece in leaf.pieces
+    piece.name: (path, piece)
+    for path, leaf in leaves.items()
+    for piece in leaf.pieces
   }
   sizes = {
-      name: int(np.prod(piece.shape)) * dtype.itemsize
-      for name, (_, piece) in pieces.items()
+    name: int(np.prod(piece.shape)) * dtype.itemsize
+    for name, (_, piece) in pieces.items()
   }
   shards: list[list[str]] = [[]]
   used = 0
@@ -255,23 +286,22 @@ def _write_weights(folder: pathlib.Path, leaves: Mapping[str,
     names = [name]
   else:
     names = [
-        f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-        for i in range(len(shards))
+      f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+      for i in range(len(shards))
     ]
   for file, shard in zip(names, shards):
     shapes = {name: pieces[name][1].shape for name in shard}
     safetensors_files.write_file(folder / file, shapes, dtype, fetch)
   if len(shards) > 1:
     _write_json(
-        folder / pretrained.INDEX_FILE, {
-            'metadata': {
-                'total_size': sum(sizes.values())
-            },
-            'weight_map': {
-                name: file for file, shard in zip(names, shards)
-                for name in shard
-            }
-        })
+      folder / loading.INDEX_FILE,
+      {
+        'metadata': {'total_size': sum(sizes.values())},
+        'weight_map': {
+          name: file for file, shard in zip(names, shards) for name in shard
+        },
+      },
+    )
 
 
 def fetch_leaf(leaf: jax.Array) -> np.ndarray:
@@ -303,13 +333,15 @@ def _sync(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def export(workdir: str,
-           out: str,
-           *,
-           base: str | None = None,
-           step: int | None = None,
-           adapter: bool = False,
-           drafter: bool = False) -> int:
+def export(
+  workdir: str,
+  out: str,
+  *,
+  base: str | None = None,
+  step: int | None = None,
+  adapter: bool = False,
+  drafter: bool = False,
+) -> int:
   """Exports a checkpoint of a run; returns its step.
 
   Args:
@@ -332,14 +364,15 @@ def export(workdir: str,
     _check_adapters(model)
   if drafter and run.states.draft_model is None:
     raise ConfigError(
-        f'--drafter writes the learned drafter and this run has none '
-        f'(rollout.drafter={run.config.rollout.drafter!r}); leave it out')
+      f'--drafter writes the learned drafter and this run has none '
+      f'(rollout.drafter={run.config.rollout.drafter!r}); leave it out'
+    )
   # Before the checkpoint is read: no architecture may have these settings.
-  hugging_face.to_config_json(model, '')
+  config_json.to_config_json(model, '')
   if drafter:
-    step, _, drafts = run.states.restore_params(workdir,
-                                                step=step,
-                                                drafter=True)
+    step, _, drafts = run.states.restore_params(
+      workdir, step=step, drafter=True
+    )
     export_drafter(out, model, drafts)
     return step
   token_ids, files = tokenizer_facts(run)
@@ -356,12 +389,14 @@ def main(argv: list[str]) -> None:
   del argv
   if not _OUT.value:
     raise ConfigError('--out is missing: the folder to write')
-  step = export(_WORKDIR.value,
-                _OUT.value,
-                base=_BASE.value,
-                step=_STEP.value,
-                adapter=_ADAPTER.value,
-                drafter=_DRAFTER.value)
+  step = export(
+    _WORKDIR.value,
+    _OUT.value,
+    base=_BASE.value,
+    step=_STEP.value,
+    adapter=_ADAPTER.value,
+    drafter=_DRAFTER.value,
+  )
   what = 'drafter' if _DRAFTER.value else 'policy'
   print(f'wrote the {what} of step {step} to {_OUT.value}')
 
@@ -370,10 +405,13 @@ if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_workdir()
   _BASE = flags.DEFINE_base()
   _OUT = absl_flags.DEFINE_string('out', None, 'the folder to write')
-  _STEP = absl_flags.DEFINE_integer('step', None,
-                                    'which checkpoint; the newest when absent')
-  _ADAPTER = absl_flags.DEFINE_boolean('adapter', False,
-                                       'write the adapters alone, for PEFT')
-  _DRAFTER = absl_flags.DEFINE_boolean('drafter', False,
-                                       'write the learned drafter')
+  _STEP = absl_flags.DEFINE_integer(
+    'step', None, 'which checkpoint; the newest when absent'
+  )
+  _ADAPTER = absl_flags.DEFINE_boolean(
+    'adapter', False, 'write the adapters alone, for PEFT'
+  )
+  _DRAFTER = absl_flags.DEFINE_boolean(
+    'drafter', False, 'write the learned drafter'
+  )
   flags.run(main)

@@ -10,25 +10,27 @@ and says which of these are missing. No device is touched.
 """
 
 import base64
+from collections.abc import Sequence
 import html
 import json
 import os
 import pathlib
-from typing import Any, Sequence
+from typing import Any
 
 from absl import flags as absl_flags
 
-from rlax_llm import flags
-from rlax_llm import plots
-from rlax_llm.files import write_atomic
-from rlax_llm.plots import Run
+from rlax_llm.runtime import flags
+from rlax_llm.runtime.files import write_atomic
+from rlax_llm.workdir import plots
+from rlax_llm.workdir.plots import Run
 
 _LONGEST_TEXT = 1200  # characters of a sample that are shown
 _TABLE_STEPS = 3  # steps of the sample table at either end of the run
 
 
-def build_report(workdir: str | os.PathLike[str],
-                 against: str | os.PathLike[str] | None = None) -> pathlib.Path:
+def build_report(
+  workdir: str | os.PathLike[str], against: str | os.PathLike[str] | None = None
+) -> pathlib.Path:
   """Writes report.html and report/*.png into a workdir.
 
   Args:
@@ -96,19 +98,27 @@ def _facts(run: Run) -> list[tuple[str, str]]:
   rewards = plots.series(run, 'reward/mean')[1]
   first, last = (rewards[0], rewards[-1]) if len(rewards) else (None, None)
   return [
-      ('Held-out accuracy', f'{_percent(s.get("accuracy_before"))} → '
-       f'{_percent(s.get("accuracy_after"))}'),
-      ('Training reward', f'{_number(s.get("reward_first", first))} → '
-       f'{_number(s.get("reward_last", last))}'),
-      ('Steps', _number(s.get('steps', max(run.steps, default=None)))),
-      ('Wall time', _seconds(s.get('wall_seconds'))),
-      ('Tokens sampled', _number(s.get('tokens_sampled'))),
-      ('Rollout speed', f'{_number(_mean(run, "rollout/tokens_per_second"))} '
-       'tokens/s'),
-      ('Accept length', _number(_mean(run, 'rollout/accept_length'), 2)),
-      ('Device', f'{len(devices)} × {devices[0]}' if devices else '–'),
-      ('Commit', str(record.get('commit') or '–')[:12]),
-      ('jax', str(versions.get('jax', '–'))),
+    (
+      'Held-out accuracy',
+      f'{_percent(s.get("accuracy_before"))} → '
+      f'{_percent(s.get("accuracy_after"))}',
+    ),
+    (
+      'Training reward',
+      f'{_number(s.get("reward_first", first))} → '
+      f'{_number(s.get("reward_last", last))}',
+    ),
+    ('Steps', _number(s.get('steps', max(run.steps, default=None)))),
+    ('Wall time', _seconds(s.get('wall_seconds'))),
+    ('Tokens sampled', _number(s.get('tokens_sampled'))),
+    (
+      'Rollout speed',
+      f'{_number(_mean(run, "rollout/tokens_per_second"))} tokens/s',
+    ),
+    ('Accept length', _number(_mean(run, 'rollout/accept_length'), 2)),
+    ('Device', f'{len(devices)} × {devices[0]}' if devices else '–'),
+    ('Commit', str(record.get('commit') or '–')[:12]),
+    ('jax', str(versions.get('jax', '–'))),
   ]
 
 
@@ -116,9 +126,11 @@ def _header(run: Run, other: Run | None) -> str:
   tiles = []
   others = dict(_facts(other)) if other else {}
   for label, value in _facts(run):
-    against = (f'<small>{html.escape(others[label])}</small>' if other else '')
-    tiles.append(f'<div class="tile"><span>{html.escape(label)}</span>'
-                 f'<b>{html.escape(value)}</b>{against}</div>')
+    against = f'<small>{html.escape(others[label])}</small>' if other else ''
+    tiles.append(
+      f'<div class="tile"><span>{html.escape(label)}</span>'
+      f'<b>{html.escape(value)}</b>{against}</div>'
+    )
   return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -132,8 +144,9 @@ def _chosen_samples(run: Run) -> list[tuple[str, dict[str, Any]]]:
   steps = sorted(by_step)
   chosen = steps[:_TABLE_STEPS] + steps[_TABLE_STEPS:][-_TABLE_STEPS:]
   top = max(
-      (_reward_of(row) for row in run.samples if _is_number(row.get('reward'))),
-      default=0.0)
+    (_reward_of(row) for row in run.samples if _is_number(row.get('reward'))),
+    default=0.0,
+  )
   rows = []
   for step in chosen:
     ranked = sorted(by_step[step], key=_reward_of)
@@ -162,57 +175,70 @@ def _sample_table(run: Run) -> str:
   rows = _chosen_samples(run)
   if not rows:
     return '<p class="note">No samples were recorded.</p>'
-  body = ''.join(f'<tr class="{kind}"><td>{row["step"]}</td>'
-                 f'<td><pre>{_text(row.get("prompt"))}</pre></td>'
-                 f'<td><pre>{_text(row.get("completion"))}</pre></td>'
-                 f'<td class="n"><i>{"✓" if kind == "right" else "✗"}</i> '
-                 f'{_number(row.get("reward"), 2)}</td>'
-                 f'<td class="n">{_number(row.get("advantage"), 2)}</td></tr>'
-                 for kind, row in rows)
-  return ('<table><thead><tr><th>Step</th><th>Prompt</th><th>Completion</th>'
-          '<th>Reward</th><th>Advantage</th></tr></thead><tbody>'
-          f'{body}</tbody></table><p class="note">The best and the worst '
-          'recorded sample of the first and the last steps; ✓ marks the '
-          'highest reward of the run.</p>')
+  body = ''.join(
+    f'<tr class="{kind}"><td>{row["step"]}</td>'
+    f'<td><pre>{_text(row.get("prompt"))}</pre></td>'
+    f'<td><pre>{_text(row.get("completion"))}</pre></td>'
+    f'<td class="n"><i>{"✓" if kind == "right" else "✗"}</i> '
+    f'{_number(row.get("reward"), 2)}</td>'
+    f'<td class="n">{_number(row.get("advantage"), 2)}</td></tr>'
+    for kind, row in rows
+  )
+  return (
+    '<table><thead><tr><th>Step</th><th>Prompt</th><th>Completion</th>'
+    '<th>Reward</th><th>Advantage</th></tr></thead><tbody>'
+    f'{body}</tbody></table><p class="note">The best and the worst '
+    'recorded sample of the first and the last steps; ✓ marks the '
+    'highest reward of the run.</p>'
+  )
 
 
 def _details(title: str, value: Any) -> str:
   if not value:
     return ''
   text = html.escape(json.dumps(value, indent=2, ensure_ascii=False))
-  return (f'<details><summary>{html.escape(title)}</summary>'
-          f'<pre>{text}</pre></details>')
+  return (
+    f'<details><summary>{html.escape(title)}</summary>'
+    f'<pre>{text}</pre></details>'
+  )
 
 
-def _page(run: Run, other: Run | None, images: Sequence[tuple[str, str,
-                                                              bytes]]) -> str:
+def _page(
+  run: Run, other: Run | None, images: Sequence[tuple[str, str, bytes]]
+) -> str:
   notes = []
   for each in (run, other):
     if each and each.missing:
-      notes.append(f'{each.name} has no {", ".join(each.missing)}: what these '
-                   'would show is left out.')
+      notes.append(
+        f'{each.name} has no {", ".join(each.missing)}: what these '
+        'would show is left out.'
+      )
   if other:
     notes.append(f'Small grey figures and dashed grey curves: {other.name}.')
   figures = ''.join(
-      f'<figure{" class=wide" if name in plots.WIDE else ""}>'
-      f'<img alt="{name.replace("_", " ")}" src="data:image/png;base64,'
-      f'{base64.b64encode(png).decode()}"><figcaption>{html.escape(caption)}'
-      '</figcaption></figure>' for name, caption, png in images)
+    f'<figure{" class=wide" if name in plots.WIDE else ""}>'
+    f'<img alt="{name.replace("_", " ")}" src="data:image/png;base64,'
+    f'{base64.b64encode(png).decode()}"><figcaption>{html.escape(caption)}'
+    '</figcaption></figure>'
+    for name, caption, png in images
+  )
   config = run.manifest.get('config') or {}
   task = (config.get('task') or {}).get('name')
   algorithm = (config.get('algorithm') or {}).get('name')
   subtitle = ' · '.join(str(x) for x in (task, algorithm) if x)
   title = html.escape(run.name + (f' against {other.name}' if other else ''))
   return _TEMPLATE.format(
-      title=title,
-      style=_STYLE,
-      subtitle=html.escape(subtitle),
-      tiles=_header(run, other),
-      notes=''.join(f'<p class="note">{html.escape(n)}</p>' for n in notes),
-      figures=figures or '<p class="note">Nothing to plot.</p>',
-      samples=_sample_table(run),
-      details=_details('Summary', run.summary) + _details('Config', config) +
-      _details('Runs: machine, versions, command', run.manifest.get('runs')))
+    title=title,
+    style=_STYLE,
+    subtitle=html.escape(subtitle),
+    tiles=_header(run, other),
+    notes=''.join(f'<p class="note">{html.escape(n)}</p>' for n in notes),
+    figures=figures or '<p class="note">Nothing to plot.</p>',
+    samples=_sample_table(run),
+    details=_details('Summary', run.summary)
+    + _details('Config', config)
+    + _details('Runs: machine, versions, command', run.manifest.get('runs')),
+  )
 
 
 _TEMPLATE = """<!DOCTYPE html>
@@ -275,6 +301,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_workdir()
-  _AGAINST = absl_flags.DEFINE_string('against', None,
-                                      'a second run, to compare with')
+  _AGAINST = absl_flags.DEFINE_string(
+    'against', None, 'a second run, to compare with'
+  )
   flags.run(main)

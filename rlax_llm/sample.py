@@ -1,24 +1,23 @@
 """Completions of a trained policy; accepted drafts are shown in colour.
 
-  python -m rlax_llm.sample --workdir=DIR --prompt="4+3=" [--samples=4]
-      [--temperature=0] [--top_p=0.9] [--max_new_tokens=64] [--json]
+python -m rlax_llm.sample --workdir=DIR --prompt="4+3=" [--samples=4]
+    [--temperature=0] [--top_p=0.9] [--max_new_tokens=64] [--json]
 """
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
 import sys
-from typing import IO, Sequence
+from typing import IO
 
 from absl import flags as absl_flags
 import numpy as np
 import rich.console
 import rich.text
 
-from rlax_llm import executables
-from rlax_llm import flags
-from rlax_llm import manifest
-from rlax_llm import sharding
+from rlax_llm.components import make_run
+from rlax_llm.components import Run
 from rlax_llm.config import check_positions
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
@@ -30,13 +29,15 @@ from rlax_llm.config import to_dict
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.state import NOT_FINITE
 from rlax_llm.rollout.state import RolloutState
-from rlax_llm.run import make_run
-from rlax_llm.run import Run
+from rlax_llm.runtime import executables
+from rlax_llm.runtime import flags
+from rlax_llm.runtime import sharding
 from rlax_llm.tasks.task import with_instruction
-from rlax_llm.tokenizer import TextTokenizer
+from rlax_llm.tokenizers.tokenizer import TextTokenizer
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Params
 from rlax_llm.types import Request
+from rlax_llm.workdir import manifest
 
 _DRAFTED_STYLE = 'bold green'
 
@@ -44,6 +45,7 @@ _DRAFTED_STYLE = 'bold green'
 @dataclasses.dataclass(frozen=True)
 class Completion:
   """One completion, as text and token by token."""
+
   prompt: str
   completion: str
   finished: bool  # emitted EOS (False: truncated)
@@ -53,8 +55,9 @@ class Completion:
   pieces: list[tuple[str, bool]]  # the text, cut where `drafted` changes
 
 
-def split_pieces(tokenizer: TextTokenizer, tokens: Sequence[int],
-                 drafted: Sequence[bool]) -> list[tuple[str, bool]]:
+def split_pieces(
+  tokenizer: TextTokenizer, tokens: Sequence[int], drafted: Sequence[bool]
+) -> list[tuple[str, bool]]:
   """Cuts a completion's text where tokens begin or cease to be drafts.
 
   Args:
@@ -76,20 +79,20 @@ def split_pieces(tokenizer: TextTokenizer, tokens: Sequence[int],
     if not whole.startswith(text):
       continue
     if text != shown:
-      pieces.append((text[len(shown):], bool(drafted[first])))
+      pieces.append((text[len(shown) :], bool(drafted[first])))
     shown, first = text, end
   return pieces
 
 
 def sample_texts(
-    run: Run,
-    params: Params,
-    prompts: Sequence[str],
-    *,
-    samples: int = 1,
-    sampling: Sampling | None = None,
-    max_new_tokens: int | None = None,
-    drafter_params: Params = ()
+  run: Run,
+  params: Params,
+  prompts: Sequence[str],
+  *,
+  samples: int = 1,
+  sampling: Sampling | None = None,
+  max_new_tokens: int | None = None,
+  drafter_params: Params = (),
 ) -> list[Completion]:
   """Samples completions of texts.
 
@@ -115,24 +118,26 @@ def sample_texts(
   requests = _make_requests(run, prompts, samples)
   run = _resized(run, samples * len(prompts), max_new_tokens)
   engine = run.engine(run.sampling if sampling is None else sampling)
-  rollouts, _ = engine.generate(params,
-                                requests,
-                                RolloutState(),
-                                drafter_params=drafter_params)
+  rollouts, _ = engine.generate(
+    params, requests, RolloutState(), drafter_params=drafter_params
+  )
   return [
-      Completion(prompt=prompts[r.request.request],
-                 completion=run.tokenizer.decode(r.tokens),
-                 finished=r.finished,
-                 logprob=float(np.sum(r.behaviour_logprobs, dtype=np.float64)),
-                 drafted=[bool(d) for d in r.drafted],
-                 accept_length=r.length / max(r.forwards, 1),
-                 pieces=split_pieces(run.tokenizer, r.tokens.tolist(),
-                                     r.drafted.tolist())) for r in rollouts
+    Completion(
+      prompt=prompts[r.request.request],
+      completion=run.tokenizer.decode(r.tokens),
+      finished=r.finished,
+      logprob=float(np.sum(r.behaviour_logprobs, dtype=np.float64)),
+      drafted=[bool(d) for d in r.drafted],
+      accept_length=r.length / max(r.forwards, 1),
+      pieces=split_pieces(run.tokenizer, r.tokens.tolist(), r.drafted.tolist()),
+    )
+    for r in rollouts
   ]
 
 
-def _make_requests(run: Run, prompts: Sequence[str],
-                   samples: int) -> list[Request]:
+def _make_requests(
+  run: Run, prompts: Sequence[str], samples: int
+) -> list[Request]:
   """Returns a request for each prompt; raises ConfigError."""
   if not prompts:
     raise ConfigError('there is no prompt; give at least one')
@@ -144,14 +149,18 @@ def _make_requests(run: Run, prompts: Sequence[str],
     longest = run.config.rollout.prompt_length
     if len(tokens) > longest:
       raise ConfigError(
-          f'the prompt {prompt[:60]!r} has {len(tokens)} tokens; the run was '
-          f'made for rollout.prompt_length={longest}: shorten it')
+        f'the prompt {prompt[:60]!r} has {len(tokens)} tokens; the run was '
+        f'made for rollout.prompt_length={longest}: shorten it'
+      )
     requests.append(
-        Request(prompt=np.asarray(tokens, np.int32),
-                samples=samples,
-                domain=EVALUATE,
-                step=0,
-                request=i))
+      Request(
+        prompt=np.asarray(tokens, np.int32),
+        samples=samples,
+        domain=EVALUATE,
+        step=0,
+        request=i,
+      )
+    )
   return requests
 
 
@@ -163,14 +172,17 @@ def _resized(run: Run, rows: int, max_new_tokens: int | None) -> Run:
     max_new_tokens = rollout.max_new_tokens
   if max_new_tokens < 1:
     raise ConfigError(f'max_new_tokens={max_new_tokens} must be at least 1')
-  check_positions(dataclasses.replace(rollout, max_new_tokens=max_new_tokens),
-                  max(list_widths(rollout, run.config.control)),
-                  run.config.model.max_positions)
-  rollout = dataclasses.replace(rollout,
-                                slots=min(rollout.slots,
-                                          -(-rows // ways) * ways),
-                                max_new_tokens=max_new_tokens,
-                                history=0)  # there is no store
+  check_positions(
+    dataclasses.replace(rollout, max_new_tokens=max_new_tokens),
+    max(list_widths(rollout, run.config.control)),
+    run.config.model.max_positions,
+  )
+  rollout = dataclasses.replace(
+    rollout,
+    slots=min(rollout.slots, -(-rows // ways) * ways),
+    max_new_tokens=max_new_tokens,
+    history=0,
+  )  # there is no store
   config = freeze(dataclasses.replace(run.config, rollout=rollout))
   return dataclasses.replace(run, config=config)
 
@@ -213,8 +225,9 @@ def write_text(completions: Sequence[Completion], stream: IO[str]) -> None:
     console.print(line, soft_wrap=True)
   tokens = sum(len(c.drafted) for c in completions)
   share = sum(sum(c.drafted) for c in completions) / max(tokens, 1)
-  console.print(f'{tokens} tokens, {share:.0%} from accepted drafts',
-                style='dim')
+  console.print(
+    f'{tokens} tokens, {share:.0%} from accepted drafts', style='dim'
+  )
 
 
 def load_config(workdir: str, base: str | None = None) -> Config:
@@ -230,16 +243,20 @@ def load_config(workdir: str, base: str | None = None) -> Config:
   """
   recorded = manifest.read_manifest(workdir)
   if recorded is None:
-    raise ConfigError(f'{workdir!r} holds no run ({manifest.MANIFEST_FILE} is '
-                      'missing); run rlax_llm.train with this --workdir first')
+    raise ConfigError(
+      f'{workdir!r} holds no run ({manifest.MANIFEST_FILE} is '
+      'missing); run rlax_llm.train with this --workdir first'
+    )
   config = from_dict(recorded['config'])
   if base is not None:
     config.model.pretrained = base
     manifest.check_workdir(workdir, to_dict(config), allow=())
   folder = config.model.pretrained
   if folder and not os.path.isdir(folder):
-    raise ConfigError(f'the run began with model.pretrained={folder!r}, which '
-                      'is not there; say with --base where it lies now')
+    raise ConfigError(
+      f'the run began with model.pretrained={folder!r}, which '
+      'is not there; say with --base where it lies now'
+    )
   # A few rows do not need the devices that the run was trained on.
   config.mesh = MeshConfig(data=1)
   return config
@@ -250,8 +267,9 @@ def main(argv: list[str]) -> None:
   del argv
   temperature, top_p = _TEMPERATURE.value, _TOP_P.value
   if not _PROMPT.value:
-    raise ConfigError('--prompt is missing: the text to complete; it may be '
-                      'repeated')
+    raise ConfigError(
+      '--prompt is missing: the text to complete; it may be repeated'
+    )
   if temperature is not None and not 0 <= temperature < float('inf'):
     raise ConfigError(f'--temperature={temperature} must be at least 0')
   if not 0 < top_p <= 1:
@@ -269,13 +287,15 @@ def main(argv: list[str]) -> None:
   _resized(run, 1, _MAX_NEW_TOKENS.value)
   executables.enable_compilation_cache()
   _, params, drafts = run.states.restore_params(_WORKDIR.value, drafter=True)
-  completions = sample_texts(run,
-                             params,
-                             prompts,
-                             samples=_SAMPLES.value,
-                             sampling=sampling,
-                             max_new_tokens=_MAX_NEW_TOKENS.value,
-                             drafter_params=drafts)
+  completions = sample_texts(
+    run,
+    params,
+    prompts,
+    samples=_SAMPLES.value,
+    sampling=sampling,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    drafter_params=drafts,
+  )
   if not all(np.isfinite(c.logprob) for c in completions):
     print(f'warning: {NOT_FINITE}', file=sys.stderr)
   write = write_json if _JSON.value else write_text
@@ -286,13 +306,17 @@ if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_workdir()
   _BASE = flags.DEFINE_base()
   _PROMPT = absl_flags.DEFINE_multi_string(
-      'prompt', None, 'text to complete; may be repeated; '
-      "the task's instruction is added")
+    'prompt',
+    None,
+    "text to complete; may be repeated; the task's instruction is added",
+  )
   _SAMPLES = absl_flags.DEFINE_integer('samples', 1, 'completions per prompt')
   _TEMPERATURE = absl_flags.DEFINE_float(
-      'temperature', None, "0 is greedy; the run's own when absent")
+    'temperature', None, "0 is greedy; the run's own when absent"
+  )
   _TOP_P = absl_flags.DEFINE_float('top_p', 1.0, 'nucleus; 1 is off')
   _MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
-      'max_new_tokens', None, "most new tokens; the run's own when absent")
+    'max_new_tokens', None, "most new tokens; the run's own when absent"
+  )
   _JSON = absl_flags.DEFINE_bool('json', False, 'one JSON object per line')
   flags.run(main)

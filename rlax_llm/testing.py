@@ -1,6 +1,8 @@
 """A tiny model, a toy task and a tiny config, for tests and notebooks."""
 
-from typing import Any, Mapping, TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
+from typing import TYPE_CHECKING
 
 from rlax_llm.config import Config
 from rlax_llm.config import freeze
@@ -22,14 +24,16 @@ def tiny_model_config(vocabulary: int = 7, **overrides: Any) -> ModelConfig:
     vocabulary: V.
     **overrides: fields of ModelConfig.
   """
-  fields: dict[str, Any] = dict(vocabulary=vocabulary,
-                                layers=2,
-                                width=16,
-                                heads=4,
-                                kv_heads=2,
-                                mlp_width=32,
-                                max_positions=256,
-                                init_scale=4.0)
+  fields: dict[str, Any] = dict(
+    vocabulary=vocabulary,
+    layers=2,
+    width=16,
+    heads=4,
+    kv_heads=2,
+    mlp_width=32,
+    max_positions=256,
+    init_scale=4.0,
+  )
   return freeze(ModelConfig(**(fields | overrides)))
 
 
@@ -43,8 +47,10 @@ def tiny_model(vocabulary: int = 7, **overrides: Any) -> 'LanguageModel':
   # Imported here: the toy task also runs in verifier processes, which start
   # ten times as fast without jax.
   from rlax_llm.models.transformer import make_transformer
-  return make_transformer(tiny_model_config(vocabulary, **overrides),
-                          freeze(PrecisionConfig()))
+
+  return make_transformer(
+    tiny_model_config(vocabulary, **overrides), freeze(PrecisionConfig())
+  )
 
 
 class ToyTask:
@@ -60,8 +66,9 @@ class ToyTask:
   def problem(self, split: tasks.Split, index: int) -> tasks.Problem:
     """Returns one of two problems: a and b train, c and d are held out."""
     letter = ('ab' if split == 'train' else 'cd')[index % 2]
-    return tasks.make_problem('toy', letter, letter * 3, letter * 3,
-                              {'letter': letter})
+    return tasks.make_problem(
+      'toy', letter, letter * 3, letter * 3, {'letter': letter}
+    )
 
   def score(self, entry: Mapping[str, Any], completion: str) -> float:
     """Returns the share of the completion that is the prompt's letter."""

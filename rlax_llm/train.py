@@ -5,33 +5,34 @@
 Rerunning the same command continues a run that was stopped.
 """
 
+from collections.abc import Callable
 import contextlib
 import io
 import time
-from typing import Any, Callable
+from typing import Any
 import uuid
 
-from rlax_llm import checkpoint
 from rlax_llm import evaluate as evaluation
-from rlax_llm import executables
-from rlax_llm import field_classes
-from rlax_llm import flags
-from rlax_llm import manifest
-from rlax_llm import metrics
-from rlax_llm import processes
 from rlax_llm import report
-from rlax_llm import teacher as teachers
-from rlax_llm import validation
+from rlax_llm.components import make_run
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import field_classes
 from rlax_llm.config import to_dict
-from rlax_llm.progress import Progress
-from rlax_llm.run import make_run
-from rlax_llm.stopping import Stopped
-from rlax_llm.stopping import StopRequest
-from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.config import validation
+from rlax_llm.learning import teacher as teachers
+from rlax_llm.runtime import executables
+from rlax_llm.runtime import flags
+from rlax_llm.runtime import processes
+from rlax_llm.runtime.stopping import Stopped
+from rlax_llm.runtime.stopping import StopRequest
+from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.trainer import Trainer
-from rlax_llm.workdir_lock import lock_workdir
+from rlax_llm.workdir import checkpoint
+from rlax_llm.workdir import manifest
+from rlax_llm.workdir import metrics
+from rlax_llm.workdir.lock import lock_workdir
+from rlax_llm.workdir.progress import Progress
 
 
 def _make_display() -> Progress:
@@ -39,13 +40,15 @@ def _make_display() -> Progress:
   return Progress(None if processes.is_writer() else io.StringIO())
 
 
-def train(config: Config,
-          workdir: str,
-          *,
-          clock: Callable[[], float] = time.perf_counter,
-          display: Progress | None = None,
-          profile: tuple[int, int] | None = None,
-          with_report: bool = True) -> dict[str, Any]:
+def train(
+  config: Config,
+  workdir: str,
+  *,
+  clock: Callable[[], float] = time.perf_counter,
+  display: Progress | None = None,
+  profile: tuple[int, int] | None = None,
+  with_report: bool = True,
+) -> dict[str, Any]:
   """Trains, or continues a run that was stopped.
 
   Args:
@@ -72,16 +75,17 @@ def train(config: Config,
     config = run.config
     if config.evaluate.early_stop:
       raise ConfigError(
-          f'evaluate.early_stop={config.evaluate.early_stop} stops samples by '
-          'their content: they come from another law than the policy, whose '
-          'log-probabilities are not known; train with 0, and give it to '
-          'rlax_llm.evaluate')
+        f'evaluate.early_stop={config.evaluate.early_stop} stops samples by '
+        'their content: they come from another law than the policy, whose '
+        'log-probabilities are not known; train with 0, and give it to '
+        'rlax_llm.evaluate'
+      )
     allowed = field_classes.MAY_DIFFER
     if run.algorithm.leaps:  # They are judged as held-out answers are.
       allowed -= {field_classes.EVALUATION}
     warnings = [
-        *run.tokenizer.warnings,
-        *manifest.check_workdir(workdir, to_dict(config), allow=allowed)
+      *run.tokenizer.warnings,
+      *manifest.check_workdir(workdir, to_dict(config), allow=allowed),
     ]
     held_out = evaluation.held_out_problems(run)
     run.check_prompts(held_out)
@@ -97,35 +101,47 @@ def train(config: Config,
       facts = run.states.check_pretrained()
     executables.enable_compilation_cache()
     run_id = uuid.uuid4().hex[:8]
-    lock = (lock_workdir(workdir)
-            if processes.is_writer() else contextlib.nullcontext())
-    with (lock,
-          Verifier(config.task,
-                   config.seed,
-                   warn=lambda line: progress.message(f'warning: {line}')) as
-          verifier,
-          checkpoint.Checkpoints(workdir,
-                                 keep=config.checkpoint.keep,
-                                 keep_every=config.checkpoint.keep_every,
-                                 warn=lambda line: progress.message(line)) as
-          saved, display or _make_display() as progress):
-      trainer = Trainer(run,
-                        workdir=workdir,
-                        run_id=run_id,
-                        held_out=held_out,
-                        verifier=verifier,
-                        saved=saved,
-                        progress=progress,
-                        started=started,
-                        teacher=teacher)
+    lock = (
+      lock_workdir(workdir)
+      if processes.is_writer()
+      else contextlib.nullcontext()
+    )
+    with (
+      lock,
+      Verifier(
+        config.task,
+        config.seed,
+        warn=lambda line: progress.message(f'warning: {line}'),
+      ) as verifier,
+      checkpoint.Checkpoints(
+        workdir,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        warn=lambda line: progress.message(line),
+      ) as saved,
+      display or _make_display() as progress,
+    ):
+      trainer = Trainer(
+        run,
+        workdir=workdir,
+        run_id=run_id,
+        held_out=held_out,
+        verifier=verifier,
+        saved=saved,
+        progress=progress,
+        started=started,
+        teacher=teacher,
+      )
       first, more = trainer.restore()
       warnings += more
       if processes.is_writer():
-        warnings += manifest.write_manifest(workdir,
-                                            to_dict(config),
-                                            run_id=run_id,
-                                            resume_step=first,
-                                            extra=facts)
+        warnings += manifest.write_manifest(
+          workdir,
+          to_dict(config),
+          run_id=run_id,
+          resume_step=first,
+          extra=facts,
+        )
       for line in warnings:
         progress.message(f'warning: {line}')
       if first is not None:
@@ -149,16 +165,22 @@ def main(argv: list[str]) -> None:
   except Stopped as signal:
     with checkpoint.Checkpoints(workdir) as saved:
       steps = saved.steps()
-    state = (f'the state after step {steps[-1]} is saved, and the same command '
-             'continues' if steps else 'nothing was saved yet')
+    state = (
+      f'the state after step {steps[-1]} is saved, and the same command '
+      'continues'
+      if steps
+      else 'nothing was saved yet'
+    )
     if processes.is_writer():
       print(f'{signal}: stopped; {state}')
     return
   if not processes.is_writer():
     return
   before, after = summary['accuracy_before'], summary['accuracy_after']
-  print(f'held-out accuracy {before:.3f} -> {after:.3f} in '
-        f'{summary["wall_seconds"]:.0f} s; see {workdir}/report.html')
+  print(
+    f'held-out accuracy {before:.3f} -> {after:.3f} in '
+    f'{summary["wall_seconds"]:.0f} s; see {workdir}/report.html'
+  )
 
 
 if __name__ == '__main__':

@@ -1,37 +1,38 @@
 """A run under way: its states, steps, evaluations and checkpoints."""
 
+from collections.abc import Sequence
 import dataclasses
-from typing import Any, Sequence
+from typing import Any
 
-from rlax_llm import checkpoint
 from rlax_llm import evaluate as evaluation
-from rlax_llm import executables
-from rlax_llm import guards
-from rlax_llm import learner as learners
-from rlax_llm import metrics
-from rlax_llm import processes
-from rlax_llm import teacher as teachers
+from rlax_llm.components import Run
 from rlax_llm.config import ConfigError
-from rlax_llm.drafter_training import DrafterTraining
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.experience import Collector
-from rlax_llm.leaps import Leaps
-from rlax_llm.progress import Progress
-from rlax_llm.progression import Progression
-from rlax_llm.progression import Stopwatch
-from rlax_llm.run import Run
-from rlax_llm.states import drafter_params
-from rlax_llm.states import OPTIONAL
-from rlax_llm.states import States
+from rlax_llm.experience.collector import Collector
+from rlax_llm.learning import learner as learners
+from rlax_llm.learning import teacher as teachers
+from rlax_llm.learning.drafter_training import DrafterTraining
+from rlax_llm.learning.extrapolation import Leaps
+from rlax_llm.learning.supervised import warm_start
+from rlax_llm.learning.train_states import drafter_params
+from rlax_llm.learning.train_states import OPTIONAL
+from rlax_llm.learning.train_states import States
+from rlax_llm.runtime import executables
+from rlax_llm.runtime import monitor
+from rlax_llm.runtime import processes
+from rlax_llm.runtime.stopping import Diverged
+from rlax_llm.runtime.stopping import Stopped
 from rlax_llm.step import Loop
 from rlax_llm.step import train_step
-from rlax_llm.stopping import Diverged
-from rlax_llm.stopping import Stopped
 from rlax_llm.tasks import task as tasks
-from rlax_llm.tasks.verifier import Judged
-from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.tasks.verifier.verifier import Judged
+from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import TrainState
-from rlax_llm.warm_start import warm_start
+from rlax_llm.workdir import checkpoint
+from rlax_llm.workdir import metrics
+from rlax_llm.workdir.progress import Progress
+from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 def restore_store(store: RolloutStore, texts: list[str]) -> list[str]:
@@ -55,10 +56,19 @@ def restore_store(store: RolloutStore, texts: list[str]) -> list[str]:
 class Trainer:
   """What `train` drives: restores or begins, takes steps, writes and saves."""
 
-  def __init__(self, run: Run, *, workdir: str, run_id: str,
-               held_out: Sequence[tasks.Problem], verifier: Verifier,
-               saved: checkpoint.Checkpoints, progress: Progress,
-               started: float, teacher: States | None) -> None:
+  def __init__(
+    self,
+    run: Run,
+    *,
+    workdir: str,
+    run_id: str,
+    held_out: Sequence[tasks.Problem],
+    verifier: Verifier,
+    saved: checkpoint.Checkpoints,
+    progress: Progress,
+    started: float,
+    teacher: States | None,
+  ) -> None:
     """Makes the parts that need no parameters.
 
     Args:
@@ -83,15 +93,18 @@ class Trainer:
     self._engine = engine = run.engine(run.sampling)
     law = evaluation.evaluation_sampling(run)
     self._judge = engine if law == run.sampling else run.engine(law)
-    self._learner = learners.make_learner(run,
-                                          teachers.load_teacher(run, teacher))
+    self._learner = learners.make_learner(
+      run, teachers.load_teacher(run, teacher)
+    )
     self._store = run.rollout_store()
-    self._collector = Collector(run,
-                                engine,
-                                verifier,
-                                self._store,
-                                self._learner.score_samples,
-                                reads_sampler=self._learner.reads_sampler)
+    self._collector = Collector(
+      run,
+      engine,
+      verifier,
+      self._store,
+      self._learner.score_samples,
+      reads_sampler=self._learner.reads_sampler,
+    )
     learns = run.states.draft_model is not None
     self._drafter = DrafterTraining(run) if learns else None
     self._leaps = Leaps(run, self._judged) if run.algorithm.leaps else None
@@ -127,32 +140,42 @@ class Trainer:
       Diverged: after too many updates that were not finite; likewise.
     """
     config, run = self.run.config, self.run
-    make_writer = (metrics.MetricsWriter
-                   if processes.is_writer() else metrics.NoWriter)
-    with make_writer(self._workdir,
-                     resume_step=first,
-                     evaluated_step=self.progression.evaluated_step,
-                     run_id=self._run_id,
-                     warn=lambda line: self.progress.message(f'warning: {line}')
-                    ) as self._writer:
+    make_writer = (
+      metrics.MetricsWriter if processes.is_writer() else metrics.NoWriter
+    )
+    with make_writer(
+      self._workdir,
+      resume_step=first,
+      evaluated_step=self.progression.evaluated_step,
+      run_id=self._run_id,
+      warn=lambda line: self.progress.message(f'warning: {line}'),
+    ) as self._writer:
       if first is None:
         self._begin()
         first = 0
       params = self.states['policy'].params
       reference = run.states.reference(self._workdir, params, first)
-      loop = Loop(run, self._collector, self._learner, reference,
-                  self.progression, self._drafter, self._leaps)
-      self._rails = rails = guards.Rails(run.pool, config.learning,
-                                         self.progress.message)
+      loop = Loop(
+        run,
+        self._collector,
+        self._learner,
+        reference,
+        self.progression,
+        self._drafter,
+        self._leaps,
+      )
+      self._rails = rails = monitor.Rails(
+        run.pool, config.learning, self.progress.message
+      )
       # A stop may have come between the step and its evaluation.
       self._evaluate_and_save(first)
       self.progress.phase('reinforcement learning', config.num_steps)
       if profile:
         profile = max(profile[0], first + 1), min(profile[1], config.num_steps)
         profile = profile if profile[0] <= profile[1] else None
-      with guards.no_surprises():
+      with monitor.no_surprises():
         for step in range(first, config.num_steps):
-          with guards.profiled(step + 1, profile, self._workdir):
+          with monitor.profiled(step + 1, profile, self._workdir):
             try:
               self.states, values, rows = train_step(loop, step, self.states)
             except (Stopped, ConfigError):
@@ -160,8 +183,9 @@ class Trainer:
               self._save(step)
               raise
           self._report_left_out('prompts', self._collector.left_out)
-          rails.look_at_sampling(f'step {step + 1}',
-                                 self._collector.sampling_stats.warning())
+          rails.look_at_sampling(
+            f'step {step + 1}', self._collector.sampling_stats.warning()
+          )
           rails.look(step + 1, values)
           # Files first: what a checkpoint says happened has been written.
           self._writer.write_samples(step + 1, rows)
@@ -176,17 +200,14 @@ class Trainer:
     """Returns summary.json; `compiled` was compiled before the run."""
     after = executables.compile_totals()
     return {
-        'steps':
-            self.run.config.num_steps,
-        **dataclasses.asdict(self.progression),
-        'wall_seconds':
-            self._seconds(),
-        'compile_count':
-            after[0] - compiled[0],
-        'compile_seconds':
-            after[1] - compiled[1],
-        'parameters_sha256':
-            checkpoint.digest_arrays(self.states['policy'].params),
+      'steps': self.run.config.num_steps,
+      **dataclasses.asdict(self.progression),
+      'wall_seconds': self._seconds(),
+      'compile_count': after[0] - compiled[0],
+      'compile_seconds': after[1] - compiled[1],
+      'parameters_sha256': checkpoint.digest_arrays(
+        self.states['policy'].params
+      ),
     }
 
   def _begin(self) -> None:
@@ -215,34 +236,40 @@ class Trainer:
 
   def _warm_up_drafter(self, drafter: DrafterTraining) -> None:
     """Trains the drafter on the policy as RL finds it."""
-    self.progress.phase('warm-up of the drafter',
-                        self.run.config.drafter.warmup_updates)
+    self.progress.phase(
+      'warm-up of the drafter', self.run.config.drafter.warmup_updates
+    )
 
     def show(done: int, loss: float) -> None:
       self.progress.update(done, {'drafter/loss': loss})
       self.run.on_boundary()
 
     left_out: list[str] = []
-    self.states['drafter'] = drafter.warm_up(self.states['drafter'],
-                                             self.states['policy'].params, show,
-                                             left_out)
+    self.states['drafter'] = drafter.warm_up(
+      self.states['drafter'], self.states['policy'].params, show, left_out
+    )
     self._report_left_out('demonstrations', left_out)
 
   def _report_left_out(self, what: str, left_out: Sequence[str]) -> None:
     """Warns of problems that could not be used, with one of them as example."""
     if left_out:
-      self.progress.message(f'warning: {len(left_out)} {what} are left out; '
-                            f'for example, {left_out[0]}')
+      self.progress.message(
+        f'warning: {len(left_out)} {what} are left out; '
+        f'for example, {left_out[0]}'
+      )
 
-  def _judged(self, states: dict[str, TrainState],
-              problems: Sequence[tasks.Problem]) -> Judged:
+  def _judged(
+    self, states: dict[str, TrainState], problems: Sequence[tasks.Problem]
+  ) -> Judged:
     """Returns which of some problems a policy solves."""
-    judged, _ = evaluation.judge(self.run,
-                                 self._judge,
-                                 states['policy'].params,
-                                 self._verifier,
-                                 problems,
-                                 drafter_params=drafter_params(states))
+    judged, _ = evaluation.judge(
+      self.run,
+      self._judge,
+      states['policy'].params,
+      self._verifier,
+      problems,
+      drafter_params=drafter_params(states),
+    )
     return judged
 
   def _evaluate_and_save(self, done: int) -> None:
@@ -258,18 +285,20 @@ class Trainer:
       watch = Stopwatch(self.run.clock)
       try:
         values: dict[str, Any] = evaluation.evaluate(
-            self.run,
-            self._judge,
-            self.states['policy'].params,
-            self._verifier,
-            self._held_out,
-            drafter_params=drafter_params(self.states))
+          self.run,
+          self._judge,
+          self.states['policy'].params,
+          self._verifier,
+          self._held_out,
+          drafter_params=drafter_params(self.states),
+        )
       except Stopped:
         self._save(done)
         raise
       watch.lap('evaluate')
-      self._rails.look_at_sampling(f'evaluation after step {done}',
-                                   self._judge.stats.warning())
+      self._rails.look_at_sampling(
+        f'evaluation after step {done}', self._judge.stats.warning()
+      )
       self._writer.write(done, values | (watch.seconds if done else {}))
       self.progression.add_accuracy(done, values['evaluate/accuracy'])
       self.progress.update(done, values)
@@ -287,12 +316,15 @@ class Trainer:
     self._saved_step = step
     self.progression.wall_seconds = self._seconds()
     self._saved.save(
-        step, self.states, {
-            'progression': dataclasses.asdict(self.progression),
-            'rollouts': processes.gather(self._store.dump(), to_writer=True),
-            'experience': self._collector.dump(),
-            'strategy': self._engine.strategy.dump(),
-        })
+      step,
+      self.states,
+      {
+        'progression': dataclasses.asdict(self.progression),
+        'rollouts': processes.gather(self._store.dump(), to_writer=True),
+        'experience': self._collector.dump(),
+        'strategy': self._engine.strategy.dump(),
+      },
+    )
 
   def _seconds(self) -> float:
     return self._earlier + self.run.clock() - self._started

@@ -19,6 +19,7 @@ Metrics = dict[str, Array]
 
 class DraftParams(flax.struct.PyTreeNode):
   """What drafting reads; `own` are the drafter's parameters, if it learns."""
+
   policy: Params
   own: Params = ()
 
@@ -31,6 +32,7 @@ class DraftTree(flax.struct.PyTreeNode):
   with `parents[i] == i - 1`. Siblings that carry one token are allowed; the
   first of them is followed.
   """
+
   tokens: Array  # int32[..., W]
   parents: Array  # int32[..., W]; parents[0] == UNUSED
 
@@ -43,6 +45,7 @@ class Path(flax.struct.PyTreeNode):
 
   Entries at or beyond `length` hold no meaning.
   """
+
   nodes: Array  # int32[..., W] indices into the draft tree
   tokens: Array  # int32[..., W] the target's token at each kept node
   length: Array  # int32[...] in [1, W]: tokens committed by this forward
@@ -55,6 +58,7 @@ class Slots(flax.struct.PyTreeNode):
   lies beyond holds no meaning. The KV cache holds `length - 1` tokens of each
   row: the last one is the root of the next draft tree.
   """
+
   text: Array  # int32[N, S]
   logprobs: Array  # float32[N, S] behaviour log-probability, nats; by token
   drafted: Array  # bool[N, S]: the token was an accepted draft
@@ -77,6 +81,7 @@ class Request:
   A sample's noise key is a function of (seed, domain, step, request, index):
   see `ops.sampling.sample_keys`.
   """
+
   prompt: np.ndarray  # int32[prompt_length]
   samples: int
   domain: int  # TRAIN, EVALUATE, REHEARSE or FORCE
@@ -93,6 +98,7 @@ TRAIN, EVALUATE, REHEARSE, FORCE, DIAGNOSE = 0, 1, 2, 3, 4
 @dataclasses.dataclass(frozen=True)
 class Rollout:
   """One sample: the completion only. EOS, when emitted, is its last token."""
+
   tokens: np.ndarray  # int32[length]
   length: int
   finished: bool  # emitted EOS (False: truncated)
@@ -123,6 +129,7 @@ class Batch(flax.struct.PyTreeNode):
   of its segment. `extra` holds what one objective needs and others lack, by
   name: arrays of the same shape, or scalars.
   """
+
   count: Array  # int32[]
   tokens: Array  # int32
   positions: Array  # int32, from 0 in each segment
@@ -143,6 +150,7 @@ class Batch(flax.struct.PyTreeNode):
 
 class TrainState(flax.struct.PyTreeNode):
   """What an optimizer step changes. Donated to `update`."""
+
   step: Array  # int32, optimizer steps taken
   params: Params
   opt_state: Any

@@ -4,7 +4,7 @@ import io
 
 from rlax_llm import testing
 from rlax_llm import train
-from rlax_llm.progress import Progress
+from rlax_llm.workdir.progress import Progress
 
 
 def tiny_config(**changes):

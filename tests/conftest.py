@@ -14,8 +14,8 @@ import os
 import pathlib
 
 _FLAGS = [
-    '--xla_force_host_platform_device_count=8',
-    '--xla_backend_optimization_level=0'
+  '--xla_force_host_platform_device_count=8',
+  '--xla_backend_optimization_level=0',
 ]
 if metadata.version('jaxlib').startswith('0.10.'):  # later ones know no older
   _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
@@ -23,8 +23,9 @@ os.environ['XLA_FLAGS'] = ' '.join([*_FLAGS, os.environ.get('XLA_FLAGS', '')])
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # In the environment, so that the processes which tests start read it too.
 os.environ.setdefault(
-    'JAX_COMPILATION_CACHE_DIR',
-    str(pathlib.Path(__file__).parents[1] / '.pytest_cache/d/xla'))
+  'JAX_COMPILATION_CACHE_DIR',
+  str(pathlib.Path(__file__).parents[1] / '.pytest_cache/d/xla'),
+)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
@@ -35,9 +36,11 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 def pytest_addoption(parser):
-  parser.addoption('--full',
-                   action='store_true',
-                   help='the long forms of the crash, soak and replica tests')
+  parser.addoption(
+    '--full',
+    action='store_true',
+    help='the long forms of the crash, soak and replica tests',
+  )
 
 
 # Every executable takes some maps of the process, of which Linux allows 65,530;

@@ -4,8 +4,8 @@ import contextlib
 import os
 import resource
 
-from rlax_llm.checkpoint import Checkpoints
-from rlax_llm.states import OPTIONAL
+from rlax_llm.learning.train_states import OPTIONAL
+from rlax_llm.workdir.checkpoint import Checkpoints
 
 
 @contextlib.contextmanager

@@ -4,59 +4,66 @@ import types
 
 import numpy as np
 
-from rlax_llm.experience import Collector
-from rlax_llm.groups import Group
-from rlax_llm.progression import Stopwatch
-from rlax_llm.run import make_run
-from rlax_llm.tasks.verifier import Scores
+from rlax_llm.components import make_run
+from rlax_llm.experience.collector import Collector
+from rlax_llm.experience.groups import Group
+from rlax_llm.tasks.verifier.verifier import Scores
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
+from rlax_llm.workdir.run_statistics import Stopwatch
 
 
-def make_group(rewards,
-               *,
-               correctness=None,
-               known=None,
-               unscorable=None,
-               parts=None,
-               lengths=None,
-               texts=None,
-               finished=None,
-               survival=None,
-               prompt='a'):
+def make_group(
+  rewards,
+  *,
+  correctness=None,
+  known=None,
+  unscorable=None,
+  parts=None,
+  lengths=None,
+  texts=None,
+  finished=None,
+  survival=None,
+  prompt='a',
+):
   """A group; by default nothing is missing and nothing is shaped."""
   count = len(rewards)
   rewards = np.array(rewards, np.float32)
-  correctness = rewards if correctness is None else np.array(
-      correctness, np.float32)
+  correctness = (
+    rewards if correctness is None else np.array(correctness, np.float32)
+  )
   known = np.ones(count, bool) if known is None else np.array(known, bool)
   unscorable = ~known if unscorable is None else np.array(unscorable, bool)
   lengths = lengths or [3] * count
-  request = Request(np.array([ord(c) for c in prompt], np.int32), count, 0, 0,
-                    0)
+  request = Request(
+    np.array([ord(c) for c in prompt], np.int32), count, 0, 0, 0
+  )
   rollouts = tuple(
-      Rollout(tokens=np.full(length, 2 + i % 4, np.int32),
-              length=length,
-              finished=finished[i] if finished else True,
-              token_version=np.zeros(length, np.int32),
-              behaviour_logprobs=np.zeros(length, np.float32),
-              drafted=np.zeros(length, bool),
-              forwards=length,
-              request=request,
-              index=i,
-              survival=survival[i] if survival else 1.0)
-      for i, length in enumerate(lengths))
+    Rollout(
+      tokens=np.full(length, 2 + i % 4, np.int32),
+      length=length,
+      finished=finished[i] if finished else True,
+      token_version=np.zeros(length, np.int32),
+      behaviour_logprobs=np.zeros(length, np.float32),
+      drafted=np.zeros(length, bool),
+      forwards=length,
+      request=request,
+      index=i,
+      survival=survival[i] if survival else 1.0,
+    )
+    for i, length in enumerate(lengths)
+  )
   parts = parts or {'correct': correctness}
-  return Group(problem=types.SimpleNamespace(prompt=prompt, prompt_id=prompt),
-               rollouts=rollouts,
-               texts=tuple(texts or ['1'] * count),
-               rewards=rewards,
-               correctness=correctness,
-               known=known,
-               unscorable=unscorable,
-               parts={
-                   k: np.array(v, np.float32) for k, v in parts.items()
-               })
+  return Group(
+    problem=types.SimpleNamespace(prompt=prompt, prompt_id=prompt),
+    rollouts=rollouts,
+    texts=tuple(texts or ['1'] * count),
+    rewards=rewards,
+    correctness=correctness,
+    known=known,
+    unscorable=unscorable,
+    parts={k: np.array(v, np.float32) for k, v in parts.items()},
+  )
 
 
 class ScriptedVerifier:
@@ -107,10 +114,11 @@ def collect(config, verifier, *, collector=None, steps=1, step=0):
   run = collector._run if collector else make_run(config)
   params = run.states.init_params()
   score = lambda params, samples: [
-      np.zeros(len(s.completion), np.float32) for s in samples
+    np.zeros(len(s.completion), np.float32) for s in samples
   ]
-  collector = collector or Collector(run, run.engine(run.sampling), verifier,
-                                     run.rollout_store(), score)
+  collector = collector or Collector(
+    run, run.engine(run.sampling), verifier, run.rollout_store(), score
+  )
   groups = []
   for number in range(step, step + steps):
     groups = collector.collect(params, number, Stopwatch(run.clock))

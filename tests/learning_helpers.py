@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlax_llm import learner as learners
 from rlax_llm import testing
+from rlax_llm.components import make_run
+from rlax_llm.learning import learner as learners
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
-from rlax_llm.run import make_run
 
 # Keeps the parameters and stores the gradient, so that two updates can be
 # compared without an optimizer's amplification of rounding.
 CAPTURE = optax.GradientTransformation(
-    init=lambda params: jax.tree.map(jnp.zeros_like, params),
-    update=lambda g, state, params=None: (jax.tree.map(jnp.zeros_like, g), g))
+  init=lambda params: jax.tree.map(jnp.zeros_like, params),
+  update=lambda g, state, params=None: (jax.tree.map(jnp.zeros_like, g), g),
+)
 
 
 @functools.cache  # With its executables: most tests share them.
@@ -34,12 +35,14 @@ def tiny_run(**learning):
 
 def make_learner(run, algorithm=None, optimizer=CAPTURE):
   algorithm = algorithm or run.algorithm
-  return learners.Learner(run,
-                          algorithm=algorithm,
-                          sampling=run.sampling,
-                          optimizer=optimizer,
-                          name=f'{algorithm} {id(optimizer)}',
-                          learning=run.config.learning)
+  return learners.Learner(
+    run,
+    algorithm=algorithm,
+    sampling=run.sampling,
+    optimizer=optimizer,
+    name=f'{algorithm} {id(optimizer)}',
+    learning=run.config.learning,
+  )
 
 
 def random_samples(count=24, seed=0):
@@ -49,11 +52,13 @@ def random_samples(count=24, seed=0):
   for i in range(count):
     prompt, completion = rng.integers(1, 4), rng.integers(6, 9)
     samples.append(
-        Sample(prompt=rng.integers(2, 7, prompt).astype(np.int32),
-               completion=rng.integers(0, 7, completion).astype(np.int32),
-               advantage=float(rng.normal()) * (i % 3 > 0),
-               behaviour_logprobs=rng.normal(size=completion).astype(
-                   np.float32)))
+      Sample(
+        prompt=rng.integers(2, 7, prompt).astype(np.int32),
+        completion=rng.integers(0, 7, completion).astype(np.int32),
+        advantage=float(rng.normal()) * (i % 3 > 0),
+        behaviour_logprobs=rng.normal(size=completion).astype(np.float32),
+      )
+    )
   return samples
 
 
@@ -64,17 +69,15 @@ def sharp_params(run):
 
 def make_state(run, optimizer=CAPTURE, params=None):
   return run.pool(
-      ('state', id(optimizer)),
-      lambda p: updates.init_state(p, model=run.model, optimizer=optimizer),
-      sharp_params(run) if params is None else params)
+    ('state', id(optimizer)),
+    lambda p: updates.init_state(p, model=run.model, optimizer=optimizer),
+    sharp_params(run) if params is None else params,
+  )
 
 
-def gradient_of(run,
-                samples,
-                *,
-                skip=False,
-                change=lambda batch: batch,
-                algorithm=None):
+def gradient_of(
+  run, samples, *, skip=False, change=lambda batch: batch, algorithm=None
+):
   """Returns (flat gradient, metrics) of one update."""
   learner = make_learner(run, algorithm)
   batch = change(learner.pack(samples, skip_without_signal=skip))
@@ -90,8 +93,9 @@ def distance(a, b):
 def pad_rows(batch):
   """Appends a microbatch of rows that hold nothing, and computes it."""
   count = int(batch.count)
-  pad = lambda x: np.concatenate([x[:count], np.zeros_like(x[:1])]) if np.ndim(
-      x) else x
+  pad = lambda x: (
+    np.concatenate([x[:count], np.zeros_like(x[:1])]) if np.ndim(x) else x
+  )
   return jax.tree.map(pad, batch).replace(count=np.int32(count + 1))
 
 
@@ -99,16 +103,20 @@ def poison(batch):
   """NaN wherever no token is trained on; garbage tokens where there is none."""
   bad = lambda x: np.where(batch.targets, x, np.nan).astype(np.float32)
   return batch.replace(
-      tokens=np.where(batch.segments > 0, batch.tokens, 6),
-      **{
-          name: bad(getattr(batch, name))
-          for name in ('weights', 'advantages', 'old_logprobs',
-                       'behaviour_logprobs', 'reference_logprobs',
-                       'scored_logprobs')
-      },
-      extra={
-          k: bad(v) if np.ndim(v) else v for k, v in batch.extra.items()
-      })
+    tokens=np.where(batch.segments > 0, batch.tokens, 6),
+    **{
+      name: bad(getattr(batch, name))
+      for name in (
+        'weights',
+        'advantages',
+        'old_logprobs',
+        'behaviour_logprobs',
+        'reference_logprobs',
+        'scored_logprobs',
+      )
+    },
+    extra={k: bad(v) if np.ndim(v) else v for k, v in batch.extra.items()},
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,7 +132,7 @@ def plain_law(run, params, sample):
   tokens = np.zeros((1, 16), np.int32)
   first, count = len(sample.prompt), len(sample.completion)
   tokens[0, :first] = sample.prompt
-  tokens[0, first:first + count] = sample.completion
+  tokens[0, first : first + count] = sample.completion
   law = np.asarray(_plain_law(run.model, params, tokens))
   return law[np.arange(first, first + count) - 1]
 
@@ -139,11 +147,13 @@ def rehearsed_samples(run, count=6):
   """Samples of another policy, the initial one, with its log-probabilities."""
   initial = jax.tree.map(lambda x: x * 0.7, sharp_params(run))
   return [
-      dataclasses.replace(s,
-                          advantage=0.0,
-                          scored_logprobs=plain_logprobs(run, initial, s),
-                          extra={'rehearsed': 1.0})
-      for s in random_samples(count, seed=7)
+    dataclasses.replace(
+      s,
+      advantage=0.0,
+      scored_logprobs=plain_logprobs(run, initial, s),
+      extra={'rehearsed': 1.0},
+    )
+    for s in random_samples(count, seed=7)
   ]
 
 

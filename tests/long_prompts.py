@@ -38,8 +38,9 @@ class AllLong(SomeLong):
   def problem(self, split, index):
     problem = super().problem(split, index)
     if split == 'train' and index > 3:
-      return tasks.make_problem('long', f'{problem.prompt}aaaaaaaaa', None,
-                                None, problem.entry)
+      return tasks.make_problem(
+        'long', f'{problem.prompt}aaaaaaaaa', None, None, problem.entry
+      )
     return problem
 
 
@@ -51,8 +52,9 @@ class SomeLongTraces(testing.ToyTask):
   def problem(self, split, index):
     problem = super().problem(split, index)
     if split == 'train' and (self.all_long or index % 3 == 0):
-      return tasks.make_problem('long', problem.prompt, None, 'a' * 99,
-                                problem.entry)
+      return tasks.make_problem(
+        'long', problem.prompt, None, 'a' * 99, problem.entry
+      )
     return problem
 
 

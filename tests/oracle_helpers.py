@@ -30,10 +30,12 @@ def array(values):
 
 def check(actual, expected):
   """Compares to 1e-6, absolute."""
-  np.testing.assert_allclose(np.asarray(actual, np.float64),
-                             np.asarray(expected, np.float64),
-                             rtol=0,
-                             atol=1e-6)
+  np.testing.assert_allclose(
+    np.asarray(actual, np.float64),
+    np.asarray(expected, np.float64),
+    rtol=0,
+    atol=1e-6,
+  )
 
 
 def tokens(inputs):
@@ -49,9 +51,11 @@ def reduce_loss(per_token, logprobs, mask, reduction='token_mean', constant=0):
   The log-probabilities are NaN outside the mask, and the gradient must be 0
   there.
   """
-  weights = masking.token_weights(np.asarray(mask).sum(axis=-1).reshape(-1),
-                                  reduction=reduction,
-                                  constant=constant)
+  weights = masking.token_weights(
+    np.asarray(mask).sum(axis=-1).reshape(-1),
+    reduction=reduction,
+    constant=constant,
+  )
   weights = weights.reshape(*mask.shape[:-1], 1) * np.asarray(mask)
 
   def loss(logprobs):
@@ -80,20 +84,20 @@ class Packing:
       row, number = b % 2, b // 2 + 1
       start = int(np.count_nonzero(self.segments[row]))
       length = int(np.flatnonzero(self.valid[b]).max()) + 1
-      self.segments[row, start:start + length + 1] = number
+      self.segments[row, start : start + length + 1] = number
       self.places.append((row, start + 1, length))
-      self.mask[row, start + 1:start + 1 + length] = self.valid[b, :length]
+      self.mask[row, start + 1 : start + 1 + length] = self.valid[b, :length]
 
   def pack(self, values, fill=np.nan):
     """Returns float[2, L], the fill wherever no token is trained on."""
     packed = np.full(self.shape, fill)
     for b, (row, start, length) in enumerate(self.places):
-      packed[row, start:start + length] = np.asarray(values)[b, :length]
+      packed[row, start : start + length] = np.asarray(values)[b, :length]
     return jnp.asarray(np.where(self.mask, packed, fill))
 
   def unpack(self, packed):
     """Returns [B, T], 0 outside the mask."""
     out = np.zeros(self.valid.shape)
     for b, (row, start, length) in enumerate(self.places):
-      out[b, :length] = np.asarray(packed)[row, start:start + length]
+      out[b, :length] = np.asarray(packed)[row, start : start + length]
     return np.where(self.valid, out, 0)

@@ -8,8 +8,9 @@ import sys
 from rlax_llm import testing
 from rlax_llm.tasks import task as tasks
 
-if os.environ.get('REWARD_FAILS') and 'verifier_worker' in ' '.join(
-    sys.orig_argv):
+if os.environ.get('REWARD_FAILS') and 'verifier.worker' in ' '.join(
+  sys.orig_argv
+):
   raise OSError('there is no room for the verifier')
 
 if os.environ.get('UNREADABLE'):
@@ -29,8 +30,9 @@ class Pairs(testing.ToyTask):
   def problem(self, split, index):
     prompts = ('aa', 'ba', 'cb', 'bb') if split == 'train' else ('ca', 'db')
     prompt = prompts[index % len(prompts)]
-    return tasks.make_problem('pairs', prompt, None, None,
-                              {'letter': prompt[0]})
+    return tasks.make_problem(
+      'pairs', prompt, None, None, {'letter': prompt[0]}
+    )
 
   def num_problems(self, split):
     return 4 if split == 'train' else 2
@@ -40,8 +42,9 @@ class Reporting(Pairs):
   """Also reports how many letters a completion has."""
 
   def score(self, entry, completion):
-    return tasks.Score(super().score(entry, completion),
-                       {'letters': len(completion)})
+    return tasks.Score(
+      super().score(entry, completion), {'letters': len(completion)}
+    )
 
 
 def brevity(problem, completion, tokens, finished):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from rlax_llm import sharding
 from rlax_llm import testing
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import freeze
@@ -18,13 +17,14 @@ from rlax_llm.config import RolloutConfig
 from rlax_llm.drafting import drafter as drafting
 from rlax_llm.drafting import tree_cache as trees
 from rlax_llm.drafting.strategy.base import Choice
-from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.draft_model import make_draft_model
 from rlax_llm.models.transformer import make_transformer
 from rlax_llm.ops import sampling as sampling_ops
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
+from rlax_llm.runtime import sharding
+from rlax_llm.runtime.executables import ExecutablePool
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
@@ -36,9 +36,11 @@ NEAR_TIE = 1e-4  # a race won by less is excused, if shown
 def _noise(slots, salt):
   """A key per row that is unrelated to the sample's own noise."""
   key = jax.random.key(salt)
-  return jax.vmap(lambda k, n: jax.random.fold_in(
-      jax.random.fold_in(jax.random.fold_in(key, k[0]), k[1]), n))(slots.key,
-                                                                   slots.length)
+  return jax.vmap(
+    lambda k, n: jax.random.fold_in(
+      jax.random.fold_in(jax.random.fold_in(key, k[0]), k[1]), n
+    )
+  )(slots.key, slots.length)
 
 
 @functools.cache
@@ -47,10 +49,12 @@ def hostile_chain(width, vocabulary):
 
   def propose(slots):
     draft = jax.vmap(
-        lambda key: jax.random.randint(key, (width,), 0, vocabulary))(_noise(
-            slots, 1))
-    return DraftTree(draft.at[:, 0].set(drafting.last_tokens(slots)),
-                     drafting.chain_parents(width))
+      lambda key: jax.random.randint(key, (width,), 0, vocabulary)
+    )(_noise(slots, 1))
+    return DraftTree(
+      draft.at[:, 0].set(drafting.last_tokens(slots)),
+      drafting.chain_parents(width),
+    )
 
   return drafting.stateless(propose, width)
 
@@ -76,10 +80,9 @@ def random_tree(width, vocabulary):
 
 def tree_cache(width, *, branching=1, history=2, group=4, places=20):
   """The tree cache of a World: prompts of 6 and 18 new tokens."""
-  shape = drafting.CorpusShape(prompts=places,
-                               capacity=40,
-                               history=history,
-                               group=group)
+  shape = drafting.CorpusShape(
+    prompts=places, capacity=40, history=history, group=group
+  )
   return trees.tree_cache(width, trees.TreeCacheConfig(shape, branching))
 
 
@@ -96,7 +99,7 @@ def oracle(width, rollouts, seed, longest, *, tree=False):
   keys = np.stack([key_of(r, seed) for r in rollouts])
   known = np.zeros((len(rollouts), longest + width), np.int32)
   for row, rollout in zip(known, rollouts):
-    row[:rollout.length] = rollout.tokens
+    row[: rollout.length] = rollout.tokens
   line = np.arange(1, width, 2 if tree else 1)  # nodes that hold the truth
   parents = np.full(width, UNUSED)
   for before, node in zip([0, *line], line):
@@ -108,13 +111,15 @@ def oracle(width, rollouts, seed, longest, *, tree=False):
     same = jnp.all(slots.key[:, None] == jnp.asarray(keys)[None], axis=-1)
     row = jnp.argmax(same, axis=-1)
     place = slots.length - slots.prompt_length
-    truth = jnp.asarray(known)[row[:, None],
-                               place[:, None] + jnp.arange(len(line))[None]]
+    truth = jnp.asarray(known)[
+      row[:, None], place[:, None] + jnp.arange(len(line))[None]
+    ]
     tokens = jnp.full((row.shape[0], width), 10**6, jnp.int32)
     tokens = tokens.at[:, 0].set(drafting.last_tokens(slots))
     return DraftTree(
-        tokens.at[:, jnp.asarray(line)].set(truth),
-        jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape))
+      tokens.at[:, jnp.asarray(line)].set(truth),
+      jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape),
+    )
 
   return drafting.stateless(propose, width)
 
@@ -143,78 +148,82 @@ class World:
   def __init__(self, *, ways=1, seed=3, sampling=Sampling(), eos=5, **model):
     config = testing.tiny_model_config(**(dict(layers=1) | model))
     self.model = make_transformer(config, freeze(PrecisionConfig()))
-    self.draft_model = make_draft_model(config,
-                                        freeze(PrecisionConfig()),
-                                        model=self.model)
+    self.draft_model = make_draft_model(
+      config, freeze(PrecisionConfig()), model=self.model
+    )
     self.mesh = sharding.make_mesh(MeshConfig(data=ways))
     self.params = jax.device_put(
-        jax.jit(self.model.init)(jax.random.key(0)),
-        sharding.replicated(self.mesh))
+      jax.jit(self.model.init)(jax.random.key(0)),
+      sharding.replicated(self.mesh),
+    )
     self.seed = seed
     self.sampling = sampling
     self.eos_ids = (eos,)
     self.pool = ExecutablePool(lambda: 0.0)
 
-  def engine(self,
-             *,
-             drafter=None,
-             learned=None,
-             control=None,
-             pool=None,
-             strategy=None,
-             replicas=1,
-             **rollout):
+  def engine(
+    self,
+    *,
+    drafter=None,
+    learned=None,
+    control=None,
+    pool=None,
+    strategy=None,
+    replicas=1,
+    **rollout,
+  ):
     """Returns an engine; keywords override RolloutConfig.
 
     `drafts_by` is its field `drafter`, the name of one.
     """
-    fields = dict(slots=16,
-                  width=1,
-                  prompt_length=6,
-                  max_new_tokens=18,
-                  min_capacity=16,
-                  segment_forwards=7,
-                  samples_per_prompt=4)
+    fields = dict(
+      slots=16,
+      width=1,
+      prompt_length=6,
+      max_new_tokens=18,
+      min_capacity=16,
+      segment_forwards=7,
+      samples_per_prompt=4,
+    )
     clock = rollout.pop('clock', lambda: 0.0)
     if 'drafts_by' in rollout:
       fields['drafter'] = rollout.pop('drafts_by')
     return RolloutEngine(
-        self.model,
-        rollout=freeze(RolloutConfig(**(fields | rollout))),
-        control=freeze(ControlConfig(**(dict(min_slots=8) | (control or {})))),
-        sampling=self.sampling,
-        eos_ids=self.eos_ids,
-        seed=self.seed,
-        mesh=self.mesh,
-        clock=clock,
-        drafter=drafter,
-        learned=learned,
-        strategy=strategy,
-        pool=pool or self.pool,
-        replicas=replicas)
+      self.model,
+      rollout=freeze(RolloutConfig(**(fields | rollout))),
+      control=freeze(ControlConfig(**(dict(min_slots=8) | (control or {})))),
+      sampling=self.sampling,
+      eos_ids=self.eos_ids,
+      seed=self.seed,
+      mesh=self.mesh,
+      clock=clock,
+      drafter=drafter,
+      learned=learned,
+      strategy=strategy,
+      pool=pool or self.pool,
+      replicas=replicas,
+    )
 
-  def generate(self,
-               requests,
-               *,
-               store=None,
-               ahead=(),
-               params=None,
-               own=(),
-               **options):
+  def generate(
+    self, requests, *, store=None, ahead=(), params=None, own=(), **options
+  ):
     """Returns (rollouts, engine)."""
     engine = self.engine(**options)
-    rollouts, _ = engine.generate(params or self.params,
-                                  requests,
-                                  RolloutState(store=store),
-                                  ahead=ahead,
-                                  drafter_params=own)
+    rollouts, _ = engine.generate(
+      params or self.params,
+      requests,
+      RolloutState(store=store),
+      ahead=ahead,
+      drafter_params=own,
+    )
     return rollouts, engine
 
   def draft_params(self, seed=1):
     """Returns parameters for `self.draft_model`, on the mesh."""
     return jax.device_put(
-        jax.jit(self.draft_model.init)(jax.random.key(seed)),
-        sharding.replicated(self.mesh))
+      jax.jit(self.draft_model.init)(jax.random.key(seed)),
+      sharding.replicated(self.mesh),
+    )
 
   @functools.cached_property
   def _law_at(self):
@@ -223,23 +232,26 @@ class World:
       order = jnp.arange(tokens.shape[0])[None]
       segments = (order <= last).astype(jnp.int32)
       hidden = self.model.hidden(params, tokens[None], order, segments)
-      return sampling_ops.log_law(self.model.logits(params, hidden[0, last]),
-                                  self.sampling)
+      return sampling_ops.log_law(
+        self.model.logits(params, hidden[0, last]), self.sampling
+      )
 
     return jax.jit(law)
 
   def law_after(self, tokens):
     """Returns float32[V], the law of the next token, without a cache."""
     padded = np.zeros(40, np.int32)
-    padded[:len(tokens)] = tokens
+    padded[: len(tokens)] = tokens
     return self._law_at(self.params, padded, np.int32(len(tokens) - 1))
 
   def margin(self, rollout, place):
     """Returns log(second / first) of the race for one token, nats."""
     text = np.r_[rollout.request.prompt, rollout.tokens[:place]]
     scores = np.sort(
-        sampling_ops.race_scores(key_of(rollout, self.seed), jnp.int32(place),
-                                 self.law_after(text)))
+      sampling_ops.race_scores(
+        key_of(rollout, self.seed), jnp.int32(place), self.law_after(text)
+      )
+    )
     return float(np.log(scores[1] / scores[0]))
 
 
@@ -247,11 +259,14 @@ def make_requests(samples=(3, 20, 1, 8, 5), *, step=0, vocabulary=6, seed=0):
   """Returns prompts of lengths 1 to 6; 37 samples, unless told."""
   rng = np.random.default_rng(seed)
   return [
-      Request(prompt=rng.integers(0, vocabulary, 1 + (5 * i) % 6),
-              samples=count,
-              domain=TRAIN,
-              step=step,
-              request=i) for i, count in enumerate(samples)
+    Request(
+      prompt=rng.integers(0, vocabulary, 1 + (5 * i) % 6),
+      samples=count,
+      domain=TRAIN,
+      step=step,
+      request=i,
+    )
+    for i, count in enumerate(samples)
   ]
 
 
@@ -316,8 +331,9 @@ def all_equations(jaxpr):
   for equation in jaxpr.eqns:
     yield equation
     for value in jax.tree.leaves(
-        list(equation.params.values()),
-        is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')):
+      list(equation.params.values()),
+      is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr'),
+    ):
       inner = getattr(value, 'jaxpr', value)
       if hasattr(inner, 'eqns'):
         yield from all_equations(inner)
@@ -332,14 +348,16 @@ def all_primitives(jaxpr):
 def rounded_products(jaxpr):
   """Returns the float32 products whose factors a device may round."""
   return [
-      equation for equation in all_equations(jaxpr)
-      if equation.primitive.name == 'dot_general' and
-      equation.invars[0].aval.dtype == jnp.float32 and
-      equation.params['precision'] != (jax.lax.Precision.HIGHEST,) * 2
+    equation
+    for equation in all_equations(jaxpr)
+    if equation.primitive.name == 'dot_general'
+    and equation.invars[0].aval.dtype == jnp.float32
+    and equation.params['precision'] != (jax.lax.Precision.HIGHEST,) * 2
   ]
 
 
 def sequence_grid(vocabulary, length):
   """Returns int32[vocabulary ** length, length], every sequence."""
-  return np.asarray(list(itertools.product(range(vocabulary), repeat=length)),
-                    np.int32)
+  return np.asarray(
+    list(itertools.product(range(vocabulary), repeat=length)), np.int32
+  )

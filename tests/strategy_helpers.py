@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
 from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
 
@@ -46,24 +46,19 @@ class Machine:
 
   def rate(self, rows, arm):
     """Returns the true tokens per row and second of the coming segment."""
-    nodes = self.reach(len(self.used), rows)[:arm.width - 1]
+    nodes = self.reach(len(self.used), rows)[: arm.width - 1]
     return (1 + sum(nodes)) / self.cost(rows, arm)
 
-  def run(self,
-          strategy,
-          rows,
-          arms,
-          *,
-          running=None,
-          capacity=64,
-          forwards=32):
+  def run(
+    self, strategy, rows, arms, *, running=None, capacity=64, forwards=32
+  ):
     """Runs one segment; returns the tokens of a row."""
     n = running or rows
     occupancy = Occupancy(n, rows, capacity)
     arm, most, timed = strategy.choose(occupancy, forwards)
     best = max(self.rate(rows, a) for a in arms)
     plain = self.rate(rows, PLAIN)
-    nodes = self.reach(len(self.used), rows)[:arm.width - 1]
+    nodes = self.reach(len(self.used), rows)[: arm.width - 1]
     self.used.append((rows, arm, most, timed))
     # A deeper node is reached only if the one before it was.
     draw = np.sort(self.rng.random(most * n))
@@ -74,12 +69,16 @@ class Machine:
       seconds += self.cold
     self.latest[rows, capacity] = arm
     strategy.observe(
-        occupancy, arm,
-        Spent(seconds=seconds if (rows, arm) in self.warm and timed else None,
-              preparation=0.0,
-              forwards=most,
-              row_forwards=most * n,
-              accepted=[int(x) for x in accepted]))
+      occupancy,
+      arm,
+      Spent(
+        seconds=seconds if (rows, arm) in self.warm and timed else None,
+        preparation=0.0,
+        forwards=most,
+        row_forwards=most * n,
+        accepted=[int(x) for x in accepted],
+      ),
+    )
     self.warm.add((rows, arm))
     tokens = sum(accepted) / n
     self.spent += seconds

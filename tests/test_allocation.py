@@ -8,20 +8,20 @@ from group_helpers import make_group
 import numpy as np
 import pytest
 
-from rlax_llm import credit
-from rlax_llm import learner as learners
-from rlax_llm import run as runs
+from rlax_llm import components as runs
 from rlax_llm import testing
 from rlax_llm.config import ConfigError
-from rlax_llm.experience import Collector
+from rlax_llm.experience import advantages
+from rlax_llm.experience.collector import Collector
+from rlax_llm.learning import learner as learners
 from rlax_llm.learning.allocation import SuccessHistory
 from rlax_llm.learning.batch import Sample
 from rlax_llm.learning.length_ranker import LengthHistory
 from rlax_llm.learning.length_ranker import prompt_key
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.ops import rewards as reward_ops
-from rlax_llm.progression import Stopwatch
-from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.tasks.verifier.verifier import Verifier
+from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 def _run(**changes):
@@ -44,10 +44,11 @@ def _collect_with():
     def make(run):
       verifier = stack.enter_context(Verifier(run.config.task, run.config.seed))
       score = lambda unused_params, samples: [
-          np.zeros(len(s.completion), np.float32) for s in samples
+        np.zeros(len(s.completion), np.float32) for s in samples
       ]
-      return Collector(run, run.engine(run.sampling), verifier,
-                       run.rollout_store(), score)
+      return Collector(
+        run, run.engine(run.sampling), verifier, run.rollout_store(), score
+      )
 
     yield make
 
@@ -85,19 +86,28 @@ def _check_extra(request, count, known):
     known: accuracies before each step, by prompt.
   """
   accuracy = known[request.step].get(request.prompt.tobytes())
-  extra = 0 if accuracy is None else reward_ops.extra_rollouts(
-      accuracy, samples=4, most=10, hardness_weighted=True, scaled=True)
+  extra = (
+    0
+    if accuracy is None
+    else reward_ops.extra_rollouts(
+      accuracy, samples=4, most=10, hardness_weighted=True, scaled=True
+    )
+  )
   assert count == request.samples == 4 + extra
   return extra
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     dict(),
-    pytest.param(dict(
-        dynamic_sampling=2, over_provision=1.5, rollout__max_new_tokens=1),
-                 marks=pytest.mark.slow)
-],
-                         ids=['alone', 'composed'])
+    pytest.param(
+      dict(dynamic_sampling=2, over_provision=1.5, rollout__max_new_tokens=1),
+      marks=pytest.mark.slow,
+    ),
+  ],
+  ids=['alone', 'composed'],
+)
 def test_hard_prompts_get_more_by_what_earlier_steps_saw(collect_with, changes):
   """Law: nobody gets more before it was sampled; then as many as DARS's
   schedule gives for the accuracy of the prompt's newest group of an earlier
@@ -112,23 +122,29 @@ def test_hard_prompts_get_more_by_what_earlier_steps_saw(collect_with, changes):
   plain = _run(**changes)
   collector = collect_with(run)
   seen, known, sizes = _spied(collector), [{}], []
-  for found, base in zip(_collected(run, collector, 3),
-                         _collected(plain, collect_with(plain), 3)):
-    sizes.append([
+  for found, base in zip(
+    _collected(run, collector, 3), _collected(plain, collect_with(plain), 3)
+  ):
+    sizes.append(
+      [
         _check_extra(group.request, len(group.rollouts), known)
         for group in seen
-    ])
+      ]
+    )
     if not changes:
       assert collector.metrics()['rollout/extra_samples'] == sum(sizes[-1])
-      assert [[r.tokens.tolist() for r in g.rollouts[:4]] for g in found
-             ] == [[r.tokens.tolist() for r in g.rollouts] for g in base]
+      assert [[r.tokens.tolist() for r in g.rollouts[:4]] for g in found] == [
+        [r.tokens.tolist() for r in g.rollouts] for g in base
+      ]
     known.append(
-        known[-1] |
-        {g.request.prompt.tobytes(): g.correctness.mean() for g in seen})
+      known[-1]
+      | {g.request.prompt.tobytes(): g.correctness.mean() for g in seen}
+    )
     seen.clear()
     record = json.loads(json.dumps(collector.dump()))
     assert sorted(record['successes']['accuracies'].values()) == pytest.approx(
-        sorted(known[-1].values()))
+      sorted(known[-1].values())
+    )
     again = collect_with(run)
     again.restore(record)
     assert json.dumps(again.dump()) == json.dumps(record)
@@ -143,27 +159,30 @@ def test_groups_of_different_sizes_are_judged_one_by_one():
   """
   run = _run()
   groups = [
-      make_group([1, 0, 0, 1]),
-      make_group([0, 0, 1, 0, 0, 0]),
-      make_group([0, 0, 0, 0]),
-      make_group([1, 1, 0, 1, 0])
+    make_group([1, 0, 0, 1]),
+    make_group([0, 0, 1, 0, 0, 0]),
+    make_group([0, 0, 0, 0]),
+    make_group([1, 1, 0, 1, 0]),
   ]
   for name in ('grpo', 'dr_grpo', 'rloo', 'opo'):
     run = dataclasses.replace(run, algorithm=PRESETS[name])
-    found = credit.advantages(run, groups)
-    alone = [credit.advantages(run, [g])[0] for g in groups]
+    found = advantages.advantages(run, groups)
+    alone = [advantages.advantages(run, [g])[0] for g in groups]
     for mine, want in zip(found, alone):
       np.testing.assert_allclose(mine, want, rtol=1e-6)
     assert all(np.ptp(x) > 0 for x in found[:2]) and not found[2].any()
   signal = dataclasses.replace(run, algorithm=PRESETS['confucius3'])
   assert [
-      x.all() for x in credit.trained_samples(signal, groups,
-                                              np.zeros(len(groups), bool))
+    x.all()
+    for x in advantages.trained_samples(
+      signal, groups, np.zeros(len(groups), bool)
+    )
   ] == [True, True, False, True]
-  shuffled = credit.permuted(groups, 0, 0)
+  shuffled = advantages.permuted(groups, 0, 0)
   assert [len(g.rewards) for g in shuffled] == [4, 6, 4, 5]
-  assert (sum(g.rewards.sum() for g in shuffled) == sum(
-      g.rewards.sum() for g in groups))
+  assert sum(g.rewards.sum() for g in shuffled) == sum(
+    g.rewards.sum() for g in groups
+  )
 
 
 def test_optimizer_steps_take_whole_groups():
@@ -185,11 +204,15 @@ def test_impossible_allocations_are_refused():
   Mutant: estimators that compare groups admitted.
   """
   for changes, message in [
-      (dict(extra_by_hardness=True),
-       'extra_by_hardness=True has no effect with control.extra_samples=0'),
-      (dict(extra_samples=-1), 'extra_samples=-1 must be at least 0'),
-      (dict(extra_samples=4, algorithm__name='reinforce_plus_plus'),
-       'extra_samples=4 makes groups of different sizes.*group_centred'),
+    (
+      dict(extra_by_hardness=True),
+      'extra_by_hardness=True has no effect with control.extra_samples=0',
+    ),
+    (dict(extra_samples=-1), 'extra_samples=-1 must be at least 0'),
+    (
+      dict(extra_samples=4, algorithm__name='reinforce_plus_plus'),
+      'extra_samples=4 makes groups of different sizes.*group_centred',
+    ),
   ]:
     with pytest.raises(ConfigError, match=message):
       _run(**changes)
@@ -208,9 +231,9 @@ def test_a_key_is_a_literal():
 
 def _histories(prompts):
   """Returns (name of the field by prompt, history) of both kinds."""
-  lengths = LengthHistory().observe(prompts,
-                                    [np.array([3, 5 + i]) for i in range(4)],
-                                    keep=0.7)
+  lengths = LengthHistory().observe(
+    prompts, [np.array([3, 5 + i]) for i in range(4)], keep=0.7
+  )
   successes = SuccessHistory().observe(prompts, [0.0, 0.25, 0.5, 1.0])
   return [('prompts', lengths), ('accuracies', successes)]
 
@@ -248,9 +271,10 @@ def test_histories_of_earlier_versions_are_taken_over(kind):
   record = json.loads(json.dumps(history.dump()))
   old = dict(record)
   old[name] = {
-      prompt.astype('<i4').tobytes().hex() if i != 2 else key: value
-      for i, (prompt, (key,
-                       value)) in enumerate(zip(prompts, record[name].items()))
+    prompt.astype('<i4').tobytes().hex() if i != 2 else key: value
+    for i, (prompt, (key, value)) in enumerate(
+      zip(prompts, record[name].items())
+    )
   }
   again = type(history).restore(old)
   assert again == history
@@ -276,5 +300,6 @@ def test_own_metrics_stay_with_their_samples(collect_with):
   again = collect_with(run)
   again.restore(record)
   assert json.dumps(again.dump()) == json.dumps(record)
-  assert [item['metrics'] for item in record['past']
-         ] == [list(group.metrics) for group in found]
+  assert [item['metrics'] for item in record['past']] == [
+    list(group.metrics) for group in found
+  ]

@@ -6,141 +6,141 @@ import time
 
 import pytest
 
-from rlax_llm import answer_text
-from rlax_llm.learning import filters
+from rlax_llm.experience import labels as labels_lib
+from rlax_llm.tasks import answer_text
 
 NUMBERS = [
-    # Mixed numbers, plain and in LaTeX.
-    ('2 1/2', '5/2'),
-    ('-2 1/2', '-5/2'),
-    ('\u22122 1/2', '-5/2'),
-    ('1,000 1/2', '2001/2'),
-    (r'2\frac{1}{2}', '5/2'),
-    (r'2 \frac12', '5/2'),
-    (r'-2\dfrac{1}{2}', '-5/2'),
-    ('0 1/2', '1/2'),
-    ('2 100/200', '5/2'),
-    # Quotients.
-    ('21/2', '21/2'),
-    ('1 / 2', '1/2'),
-    ('1.5/-2', '-3/4'),
-    ('1,000/2,000', '1/2'),
-    (r'\frac{-1}{2}', '-1/2'),
-    (r'-\tfrac 1 2', '-1/2'),
-    (r'\frac{1,000}{2}', '500'),
-    # Decimals, exponents, thousands.
-    ('.5', '1/2'),
-    ('3.', '3'),
-    ('- 3', '-3'),
-    ('+4', '4'),
-    ('025', '25'),
-    ('1e-3', '1/1000'),
-    ('1,250.00', '1250'),
-    ('1{,}250', '1250'),
-    (r'10,\!080', '10080'),
-    (r'1\,250\,000', '1250000'),
-    ('1 250', '1250'),
-    ('1\u202f250', '1250'),
-    # Markup.
-    ('$42$', '42'),
-    (r'\(42\)', '42'),
-    ('**$42$.**', '42'),
-    (r'\textbf{42}', '42'),
-    (r'\boxed{42}', '42'),
-    (r'\fbox{\boxed{42}}', '42'),
-    (r'$\boxed 42$', '42'),
-    ('#### 42', '42'),
-    ('42 ####', '42'),
-    ('42,', '42'),
-    ('42:', '42'),
-    # Other scripts.
-    ('３', '3'),
-    ('－１，２５０．５', '-2501/2'),
-    ('٢', '2'),
-    ('½', '1/2'),
-    ('2½', '5/2'),
-    ('-2 ¾', '-11/4'),
-    ('２ １／２', '5/2'),
+  # Mixed numbers, plain and in LaTeX.
+  ('2 1/2', '5/2'),
+  ('-2 1/2', '-5/2'),
+  ('\u22122 1/2', '-5/2'),
+  ('1,000 1/2', '2001/2'),
+  (r'2\frac{1}{2}', '5/2'),
+  (r'2 \frac12', '5/2'),
+  (r'-2\dfrac{1}{2}', '-5/2'),
+  ('0 1/2', '1/2'),
+  ('2 100/200', '5/2'),
+  # Quotients.
+  ('21/2', '21/2'),
+  ('1 / 2', '1/2'),
+  ('1.5/-2', '-3/4'),
+  ('1,000/2,000', '1/2'),
+  (r'\frac{-1}{2}', '-1/2'),
+  (r'-\tfrac 1 2', '-1/2'),
+  (r'\frac{1,000}{2}', '500'),
+  # Decimals, exponents, thousands.
+  ('.5', '1/2'),
+  ('3.', '3'),
+  ('- 3', '-3'),
+  ('+4', '4'),
+  ('025', '25'),
+  ('1e-3', '1/1000'),
+  ('1,250.00', '1250'),
+  ('1{,}250', '1250'),
+  (r'10,\!080', '10080'),
+  (r'1\,250\,000', '1250000'),
+  ('1 250', '1250'),
+  ('1\u202f250', '1250'),
+  # Markup.
+  ('$42$', '42'),
+  (r'\(42\)', '42'),
+  ('**$42$.**', '42'),
+  (r'\textbf{42}', '42'),
+  (r'\boxed{42}', '42'),
+  (r'\fbox{\boxed{42}}', '42'),
+  (r'$\boxed 42$', '42'),
+  ('#### 42', '42'),
+  ('42 ####', '42'),
+  ('42,', '42'),
+  ('42:', '42'),
+  # Other scripts.
+  ('３', '3'),
+  ('－１，２５０．５', '-2501/2'),
+  ('٢', '2'),
+  ('½', '1/2'),
+  ('2½', '5/2'),
+  ('-2 ¾', '-11/4'),
+  ('２ １／２', '5/2'),
 ]
 UNITS = [
-    ('5%', '5', '%'),
-    (r'5\%.', '5', '%'),
-    ('5 percent', '5', '%'),
-    (r'5\text{ percent}', '5', '%'),
-    (r'\$10,\!080', '10080', '$'),
-    ('-$5', '-5', '$'),
-    ('$-5', '-5', '$'),
-    ('5 dollars', '5', '$'),
-    ('5€', '5', '€'),
-    (r'90^\circ', '90', '°'),
-    (r'90^{\circ}', '90', '°'),
-    ('12 inches', '12', 'inch'),
-    (r'12\text{ cm}^2', '12', 'cm^2'),
-    (r'12 \mbox{ cm}^{2}', '12', 'cm^2'),
-    ('12 square cm', '12', 'cm^2'),
-    ('2 1/2 hours', '5/2', 'h'),
-    (r'2\frac{1}{2}\text{ hours}', '5/2', 'h'),
-    (r'42\text{ apples}', '42', 'apple'),
+  ('5%', '5', '%'),
+  (r'5\%.', '5', '%'),
+  ('5 percent', '5', '%'),
+  (r'5\text{ percent}', '5', '%'),
+  (r'\$10,\!080', '10080', '$'),
+  ('-$5', '-5', '$'),
+  ('$-5', '-5', '$'),
+  ('5 dollars', '5', '$'),
+  ('5€', '5', '€'),
+  (r'90^\circ', '90', '°'),
+  (r'90^{\circ}', '90', '°'),
+  ('12 inches', '12', 'inch'),
+  (r'12\text{ cm}^2', '12', 'cm^2'),
+  (r'12 \mbox{ cm}^{2}', '12', 'cm^2'),
+  ('12 square cm', '12', 'cm^2'),
+  ('2 1/2 hours', '5/2', 'h'),
+  (r'2\frac{1}{2}\text{ hours}', '5/2', 'h'),
+  (r'42\text{ apples}', '42', 'apple'),
 ]
 NO_NUMBERS = [
-    # Two numbers.
-    '10 20',
-    '1 2',
-    '1  250',
-    '1\n250',
-    '1 250,000',
-    '1 0000',
-    '2.5 1/2',
-    '1 250/3',
-    '3 5/2',
-    '2 -1/2',
-    '2-1/2',
-    '1/2/3',
-    '2 1/2 3',
-    r'\frac{1}{2}3',
-    r'\frac{2 1}{2}',
-    '3 or 4',
-    '5 cm 6',
-    '5 feet 6 inches',
-    # Marks in the middle.
-    '1,00',
-    '1,0000',
-    '0,123',
-    '1.000,5',
-    '1. 5',
-    '1 .5',
-    '1e 3',
-    '1$2',
-    '1%2',
-    '12**3',
-    '5! ',
-    '1_000',
-    # Words that change the number, and variables.
-    '5 million',
-    r'5\text{ million}',
-    r'3\text{ halves}',
-    '5 pi',
-    '5x',
-    '5 m',
-    '42 apples',
-    'x=5',
-    '$5%',
-    # No numbers, or too large.
-    '',
-    '.',
-    '-',
-    '$',
-    '--3',
-    '1/0',
-    r'\frac{1}{0}',
-    '1e9999',
-    '9' * 257,
-    'nan',
-    '1½3',
-    '½½',
-    '2½/3',
-    '①',
-    '2⁵',
+  # Two numbers.
+  '10 20',
+  '1 2',
+  '1  250',
+  '1\n250',
+  '1 250,000',
+  '1 0000',
+  '2.5 1/2',
+  '1 250/3',
+  '3 5/2',
+  '2 -1/2',
+  '2-1/2',
+  '1/2/3',
+  '2 1/2 3',
+  r'\frac{1}{2}3',
+  r'\frac{2 1}{2}',
+  '3 or 4',
+  '5 cm 6',
+  '5 feet 6 inches',
+  # Marks in the middle.
+  '1,00',
+  '1,0000',
+  '0,123',
+  '1.000,5',
+  '1. 5',
+  '1 .5',
+  '1e 3',
+  '1$2',
+  '1%2',
+  '12**3',
+  '5! ',
+  '1_000',
+  # Words that change the number, and variables.
+  '5 million',
+  r'5\text{ million}',
+  r'3\text{ halves}',
+  '5 pi',
+  '5x',
+  '5 m',
+  '42 apples',
+  'x=5',
+  '$5%',
+  # No numbers, or too large.
+  '',
+  '.',
+  '-',
+  '$',
+  '--3',
+  '1/0',
+  r'\frac{1}{0}',
+  '1e9999',
+  '9' * 257,
+  'nan',
+  '1½3',
+  '½½',
+  '2½/3',
+  '①',
+  '2⁵',
 ]
 
 
@@ -201,15 +201,20 @@ def test_notations_of_one_number_agree():
     upper = rng.randint(1, lower - 1)
     sign = rng.choice(['', '-'])
     value = fractions.Fraction(f'{sign}{whole * lower + upper}/{lower}')
-    for text in (f'{sign}{whole} {upper}/{lower}',
-                 f'{sign}{whole}\\frac{{{upper}}}{{{lower}}}',
-                 f'{sign}{whole:,} {upper:,}/{lower:,}',
-                 f'{sign}\\dfrac{{{whole * lower + upper}}}{{{lower}}}',
-                 f'{value}', f'${value}$'):
+    for text in (
+      f'{sign}{whole} {upper}/{lower}',
+      f'{sign}{whole}\\frac{{{upper}}}{{{lower}}}',
+      f'{sign}{whole:,} {upper:,}/{lower:,}',
+      f'{sign}\\dfrac{{{whole * lower + upper}}}{{{lower}}}',
+      f'{value}',
+      f'${value}$',
+    ):
       assert answer_text.parse_number(text) == (value, ''), text
 
 
-@pytest.mark.parametrize('text, content', [
+@pytest.mark.parametrize(
+  'text, content',
+  [
     (r'\boxed{42}', '42'),
     (r' $\boxed{ 42 }$ ', '42'),
     ('\\boxed\n{42}', '42'),
@@ -225,17 +230,26 @@ def test_notations_of_one_number_agree():
     (r'\boxed{5', r'\boxed{5'),
     ('$5$', '$5$'),
     ('5', '5'),
-])
+  ],
+)
 def test_only_a_box_around_everything_is_taken_off(text, content):
   """Mutant: the last box of the text."""
   assert answer_text.unbox(text) == content
 
 
-@pytest.mark.parametrize('text', [
-    '\\boxed{' * 100_000 + '}' * 100_000, '\\boxed{' * 100_000, '}' * 100_000,
-    '\\boxed{}' * 100_000, '\\boxed 5' * 100_000, ' ' * 200_000 + '5',
-    '\\boxed' + ' ' * 200_000, '1 ' * 100_000
-])
+@pytest.mark.parametrize(
+  'text',
+  [
+    '\\boxed{' * 100_000 + '}' * 100_000,
+    '\\boxed{' * 100_000,
+    '}' * 100_000,
+    '\\boxed{}' * 100_000,
+    '\\boxed 5' * 100_000,
+    ' ' * 200_000 + '5',
+    '\\boxed' + ' ' * 200_000,
+    '1 ' * 100_000,
+  ],
+)
 def test_any_text_takes_linear_time(text):
   """Mutant: one search for the closing brace by box."""
   start = time.perf_counter()
@@ -247,20 +261,20 @@ def test_any_text_takes_linear_time(text):
 
 
 VOTES = [
-    ['1,000', '1000.0', ' 1000', '1 000', r'\boxed{1000}', '**1000**', '1e3'],
-    ['2 1/2', '5/2', '2.5', r'2\frac12', r'$\frac{5}{2}$'],
-    ['21/2', '10.5', '10 1/2'],
-    ['12'],
-    ['1 2', '1  2', '1\n2'],
-    ['1.5'],
-    ['1 .5'],
-    ['5%', r'5\%', '5 percent'],
-    ['5 cm', r'5\text{ cm}'],
-    ['(1, 2)', '(1,2)', '( 1 ,2 )'],
-    ['x + 1', 'X+1', r'\boxed{x+1}'],
-    ['new york', 'New  York'],
-    ['newyork'],
-    [None, '', ' '],
+  ['1,000', '1000.0', ' 1000', '1 000', r'\boxed{1000}', '**1000**', '1e3'],
+  ['2 1/2', '5/2', '2.5', r'2\frac12', r'$\frac{5}{2}$'],
+  ['21/2', '10.5', '10 1/2'],
+  ['12'],
+  ['1 2', '1  2', '1\n2'],
+  ['1.5'],
+  ['1 .5'],
+  ['5%', r'5\%', '5 percent'],
+  ['5 cm', r'5\text{ cm}'],
+  ['(1, 2)', '(1,2)', '( 1 ,2 )'],
+  ['x + 1', 'X+1', r'\boxed{x+1}'],
+  ['new york', 'New  York'],
+  ['newyork'],
+  [None, '', ' '],
 ]
 
 
@@ -270,7 +284,8 @@ def test_a_number_without_a_unit_votes_for_its_only_equal():
   Mutants: units never merged; a number merged with the first of several units.
   """
   votes = lambda *answers: answer_text.with_units(
-      [filters.canonical(answer) for answer in answers])
+    [labels_lib.canonical(answer) for answer in answers]
+  )
   assert len(set(votes('$5', '5', '5.0', r'\$5'))) == 1
   assert len(set(votes('5', '5%', '$5'))) == 3
   assert votes('7', '5%', None) == ['7', '5%', None]
@@ -282,6 +297,8 @@ def test_equal_answers_are_one_vote():
 
   Mutant: `re.sub(r'\\s+', '', answer)`.
   """
-  forms = [{filters.canonical(answer) for answer in group} for group in VOTES]
+  forms = [
+    {labels_lib.canonical(answer) for answer in group} for group in VOTES
+  ]
   assert all(len(form) == 1 for form in forms), forms
   assert len(set.union(*forms)) == len(VOTES)

@@ -26,7 +26,7 @@ def test_pack_places_every_sample_once_within_the_rows(seed):
   assert rows == batches.pack(lengths, 32)
   # First fit: any two rows together exceed L, or the second would not exist.
   used = [sum(lengths[i] for i in row) for row in rows]
-  assert all(a + b > 32 for k, a in enumerate(used) for b in used[k + 1:])
+  assert all(a + b > 32 for k, a in enumerate(used) for b in used[k + 1 :])
 
 
 def test_pack_by_hand():
@@ -45,21 +45,25 @@ def _samples(count=30, seed=0):
   for i in range(count):
     prompt, completion = rng.integers(1, 6), rng.integers(1, 12)
     samples.append(
-        Sample(prompt=rng.integers(0, 100, prompt).astype(np.int32),
-               completion=rng.integers(0, 100, completion).astype(np.int32),
-               advantage=float(i + 1),
-               behaviour_logprobs=rng.normal(size=completion).astype(
-                   np.float32)))
+      Sample(
+        prompt=rng.integers(0, 100, prompt).astype(np.int32),
+        completion=rng.integers(0, 100, completion).astype(np.int32),
+        advantage=float(i + 1),
+        behaviour_logprobs=rng.normal(size=completion).astype(np.float32),
+      )
+    )
   return samples
 
 
 def _make(samples, *, reduction='token_mean', rows=4, keep=None, row_length=24):
-  return batches.make_batch(samples,
-                            reduction=reduction,
-                            constant=12,
-                            row_length=row_length,
-                            microbatch_rows=rows,
-                            keep=keep)
+  return batches.make_batch(
+    samples,
+    reduction=reduction,
+    constant=12,
+    row_length=row_length,
+    microbatch_rows=rows,
+    keep=keep,
+  )
 
 
 def _unpack(batch):
@@ -69,9 +73,15 @@ def _unpack(batch):
       for segment in range(1, batch.segments[m, r].max() + 1):
         where = batch.segments[m, r] == segment
         yield {
-            name: getattr(batch, name)[m, r][where]
-            for name in ('tokens', 'positions', 'targets', 'weights',
-                         'advantages', 'behaviour_logprobs')
+          name: getattr(batch, name)[m, r][where]
+          for name in (
+            'tokens',
+            'positions',
+            'targets',
+            'weights',
+            'advantages',
+            'behaviour_logprobs',
+          )
         }
 
 
@@ -94,13 +104,14 @@ def test_batch_holds_each_sample_at_its_place():
     assert part['tokens'].tolist() == whole.tolist()
     assert part['positions'].tolist() == list(range(len(whole)))
     assert part['targets'].tolist() == [i >= first for i in range(len(whole))]
-    np.testing.assert_array_equal(part['behaviour_logprobs'][first:],
-                                  sample.behaviour_logprobs)
+    np.testing.assert_array_equal(
+      part['behaviour_logprobs'][first:], sample.behaviour_logprobs
+    )
     for name in ('weights', 'advantages', 'behaviour_logprobs'):
       assert np.all(part[name][:first] == 0)
     assert np.all(part['advantages'][first:] == sample.advantage)
   per_microbatch = [
-      (batch.segments[m].max(axis=1) > 0).sum() for m in range(int(batch.count))
+    (batch.segments[m].max(axis=1) > 0).sum() for m in range(int(batch.count))
   ]
   assert max(per_microbatch) - min(per_microbatch) <= 1
 
@@ -114,8 +125,8 @@ def test_batch_is_empty_beyond_its_count():
     batch = _make(_samples(count), rows=2)
     total = batch.tokens.shape[0]
     assert total & (total - 1) == 0 and total >= batch.count
-    assert not batch.segments[int(batch.count):].any()
-    assert not batch.targets[int(batch.count):].any()
+    assert not batch.segments[int(batch.count) :].any()
+    assert not batch.targets[int(batch.count) :].any()
     assert all(batch.segments[m].any() for m in range(int(batch.count)))
 
 
@@ -132,13 +143,13 @@ def test_weights_add_up(reduction):
   lengths = np.array([len(s.completion) for s in samples])
   batch = _make(samples, reduction=reduction)
   expected = {
-      'token_mean': 1,
-      'sequence_mean': 1,
-      'sequence_mean_token_sum': lengths.mean(),
-      'sequence_sum_token_mean_constant': lengths.mean() / 12,
-      'token_sum': lengths.sum(),
-      'sequence_mean_over_all': 1,
-      'sequence_sum_token_mean_constant_over_all': lengths.mean() / 12,
+    'token_mean': 1,
+    'sequence_mean': 1,
+    'sequence_mean_token_sum': lengths.mean(),
+    'sequence_sum_token_mean_constant': lengths.mean() / 12,
+    'token_sum': lengths.sum(),
+    'sequence_mean_over_all': 1,
+    'sequence_sum_token_mean_constant_over_all': lengths.mean() / 12,
   }[reduction]
   assert batch.weights.sum() == pytest.approx(expected, rel=1e-5)
   assert np.all((batch.weights > 0) == batch.targets)
@@ -146,7 +157,7 @@ def test_weights_add_up(reduction):
   keep = np.arange(len(samples)) % 2 == 0
   kept = _make(samples, reduction=reduction, keep=keep)
   by_token = {
-      float(s['advantages'].max()): s['weights'].max() for s in _unpack(batch)
+    float(s['advantages'].max()): s['weights'].max() for s in _unpack(batch)
   }
   for part in _unpack(kept):
     assert part['weights'].max() == by_token[float(part['advantages'].max())]

@@ -17,14 +17,14 @@ import optax
 import pytest
 import tensorstore
 
-from rlax_llm import checkpoint
 from rlax_llm import testing
-from rlax_llm.checkpoint import Checkpoints
-from rlax_llm.checkpoint import digest_arrays
+from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
-from rlax_llm.files import ReadError
-from rlax_llm.run import make_run
+from rlax_llm.runtime.files import ReadError
 from rlax_llm.types import TrainState
+from rlax_llm.workdir import checkpoint
+from rlax_llm.workdir.checkpoint import Checkpoints
+from rlax_llm.workdir.checkpoint import digest_arrays
 
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -32,9 +32,9 @@ OPTIMIZER = optax.adamw(1e-3)
 def _state(seed=0, width=96):
   noise = np.random.default_rng(seed).normal(size=(width, 64))
   params = {'layer': {'w': jnp.float32(noise), 'b': jnp.bfloat16(noise[0])}}
-  return TrainState(step=jnp.int32(seed),
-                    params=params,
-                    opt_state=OPTIMIZER.init(params))
+  return TrainState(
+    step=jnp.int32(seed), params=params, opt_state=OPTIMIZER.init(params)
+  )
 
 
 def _abstract(state):
@@ -44,10 +44,9 @@ def _abstract(state):
 def _save(folder, steps, keep=3):
   with Checkpoints(folder, keep=keep) as checkpoints:
     for step in steps:
-      checkpoints.save(step, {'policy': _state(step)}, {
-          'cursor': step,
-          'text': ['é', 1.5]
-      })
+      checkpoints.save(
+        step, {'policy': _state(step)}, {'cursor': step, 'text': ['é', 1.5]}
+      )
 
 
 def _restore(folder, wanted=None):
@@ -101,8 +100,9 @@ def test_donation_right_after_save(tmp_path):
 
 
 def _largest(path):
-  return max((p for p in path.rglob('*') if p.is_file()),
-             key=lambda p: p.stat().st_size)
+  return max(
+    (p for p in path.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size
+  )
 
 
 def _flip(path):
@@ -114,7 +114,7 @@ def _flip(path):
 
 def _truncate(path):
   file = _largest(path / 'policy')
-  file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def _delete(path):
@@ -185,11 +185,27 @@ def _delete_index(path):
   (path / 'policy' / 'manifest.ocdbt').unlink()
 
 
-@pytest.mark.parametrize('damage', [
-    _flip, _truncate, _delete, _delete_item, _delete_host, _tear_host,
-    _edit_host, _edit_leaves, _swap, _empty, _delete_tree, _tear_tree,
-    _rename_in_tree, _tear_shapes, _folder_for_a_file, _delete_index
-])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    _flip,
+    _truncate,
+    _delete,
+    _delete_item,
+    _delete_host,
+    _tear_host,
+    _edit_host,
+    _edit_leaves,
+    _swap,
+    _empty,
+    _delete_tree,
+    _tear_tree,
+    _rename_in_tree,
+    _tear_shapes,
+    _folder_for_a_file,
+    _delete_index,
+  ],
+)
 def test_damage_falls_back_and_names_both(tmp_path, damage):
   """Mutants: no digest check (_swap, _edit_host); the newest is trusted; what
   Orbax raises for an altered text passed on (_rename_in_tree)."""
@@ -260,20 +276,27 @@ def _fail_to_read(path):
   path.symlink_to('/proc/self/mem')
 
 
-_TEXTS = ('host/metadata', 'policy/_METADATA',
-          'policy/array_metadatas/process_0')
+_TEXTS = (
+  'host/metadata',
+  'policy/_METADATA',
+  'policy/array_metadatas/process_0',
+)
 _ARRAYS = ('policy/manifest.ocdbt', 'policy/d', 'policy/ocdbt.process_0/d')
 
 
 # Reads that were under way when one failed are abandoned.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-@pytest.mark.parametrize('trouble, code, places', [
+@pytest.mark.parametrize(
+  'trouble, code, places',
+  [
     (_forbid, errno.EACCES, _TEXTS + _ARRAYS + ('host', 'policy')),
     (_break_link, errno.ELOOP, _TEXTS + ('policy/manifest.ocdbt',)),
     (_fail_to_read, errno.EIO, _TEXTS),
-])
-def test_storage_that_does_not_answer_is_no_damage(tmp_path, trouble, code,
-                                                   places):
+  ],
+)
+def test_storage_that_does_not_answer_is_no_damage(
+  tmp_path, trouble, code, places
+):
   """Law: an error of the system is raised, in one line that names the cause; no
   older checkpoint is used, and nothing is set aside: once the storage answers,
   the checkpoint is there.
@@ -346,20 +369,33 @@ def _raise(error):
   raise error
 
 
-@pytest.mark.parametrize('error, found', [
+@pytest.mark.parametrize(
+  'error, found',
+  [
     (MemoryError(), ReadError),
-    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
-     ReadError),
+    (
+      jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
+      ReadError,
+    ),
     (TimeoutError(errno.ETIMEDOUT, 'Connection timed out'), ReadError),
-    (ValueError("ABORTED: Error reading local file: [os_error_code='116']"),
-     ReadError),
-    (ValueError('FAILED_PRECONDITION: Error reading local file: Transport '
-                "endpoint is not connected [os_error_code='107']"), ReadError),
+    (
+      ValueError("ABORTED: Error reading local file: [os_error_code='116']"),
+      ReadError,
+    ),
+    (
+      ValueError(
+        'FAILED_PRECONDITION: Error reading local file: Transport '
+        "endpoint is not connected [os_error_code='107']"
+      ),
+      ReadError,
+    ),
     (TypeError('a mistake in this program'), TypeError),
     (_Unknown(), _Unknown),
-])
-def test_whatever_else_is_raised_is_no_damage(tmp_path, monkeypatch, error,
-                                              found):
+  ],
+)
+def test_whatever_else_is_raised_is_no_damage(
+  tmp_path, monkeypatch, error, found
+):
   """Law: what does not prove damage is raised, and the checkpoint stays the
   newest. The texts are those of TensorStore for a system that refuses.
 
@@ -367,10 +403,12 @@ def test_whatever_else_is_raised_is_no_damage(tmp_path, monkeypatch, error,
   """
   _save(tmp_path, [1, 2])
   with monkeypatch.context() as patch:
-    patch.setattr(jax, 'make_array_from_callback',
-                  lambda *a, **k: _raise(error))
-    patch.setattr(jax, 'make_array_from_single_device_arrays',
-                  lambda *a, **k: _raise(error))
+    patch.setattr(
+      jax, 'make_array_from_callback', lambda *a, **k: _raise(error)
+    )
+    patch.setattr(
+      jax, 'make_array_from_single_device_arrays', lambda *a, **k: _raise(error)
+    )
     with pytest.raises(found):
       _restore(tmp_path)
   (step, _, _), warnings = _restore(tmp_path)
@@ -413,12 +451,20 @@ def test_none_readable_does_not_start_again(tmp_path):
   assert 'checkpoints/1 is unreadable' in str(e.value)
 
 
-@pytest.mark.parametrize('wanted, words', [
-    (lambda: _state(width=97),
-     r'opt_state/0/mu/layer/w is float32\[96, 64\] there and float32\[97'),
-    (lambda: _state().replace(params={}), r'params/layer/b is bfloat16\[64\] '
-     'there and absent'),
-])
+@pytest.mark.parametrize(
+  'wanted, words',
+  [
+    (
+      lambda: _state(width=97),
+      r'opt_state/0/mu/layer/w is float32\[96, 64\] there and float32\[97',
+    ),
+    (
+      lambda: _state().replace(params={}),
+      r'params/layer/b is bfloat16\[64\] '
+      'there and absent',
+    ),
+  ],
+)
 def test_other_model_is_named(tmp_path, wanted, words):
   _save(tmp_path, [1])
   with pytest.raises(ConfigError, match=words):
@@ -443,8 +489,9 @@ def test_sharding_comes_from_the_target(tmp_path):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   wanted = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      _abstract(_state()))
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    _abstract(_state()),
+  )
   (_, state, _), _ = _restore(tmp_path, wanted)
   assert all(x.sharding == sharding for x in jax.tree.leaves(state))
 
@@ -454,27 +501,24 @@ def test_digest_is_stable():
   tree = {'b': np.arange(3, dtype=np.int32), 'a': [jnp.bfloat16(1.5)]}
   digest = digest_arrays(tree)
   assert digest == (
-      '40d781fa922123f5a6d3c4f1f1fe8fa18fec2c1b30a651dfd687fc0081045459')
+    '40d781fa922123f5a6d3c4f1f1fe8fa18fec2c1b30a651dfd687fc0081045459'
+  )
   assert digest == digest_arrays({'a': (jnp.bfloat16(1.5),), 'b': tree['b']})
 
 
-@pytest.mark.parametrize('other', [
-    {
-        'x': np.zeros((2, 3), np.int32)
-    },
-    {
-        'x': np.zeros((3, 2), np.float32)
-    },
-    {
-        'y': np.zeros((3, 2), np.int32)
-    },
-    {
-        'x': np.array([[0, 0], [0, 0], [0, 1]], np.int32)
-    },
-])
+@pytest.mark.parametrize(
+  'other',
+  [
+    {'x': np.zeros((2, 3), np.int32)},
+    {'x': np.zeros((3, 2), np.float32)},
+    {'y': np.zeros((3, 2), np.int32)},
+    {'x': np.array([[0, 0], [0, 0], [0, 1]], np.int32)},
+  ],
+)
 def test_digest_covers_name_dtype_shape_and_bytes(other):
-  assert digest_arrays({'x': np.zeros((3, 2),
-                                      np.int32)}) != digest_arrays(other)
+  assert digest_arrays({'x': np.zeros((3, 2), np.int32)}) != digest_arrays(
+    other
+  )
 
 
 def test_digest_of_a_view_is_that_of_its_values():
@@ -486,10 +530,9 @@ def test_digest_of_a_view_is_that_of_its_values():
 def test_states_are_read_by_name(tmp_path):
   """Mutants: `_read` restores every item; the digest of `policy` for all."""
   with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, {
-        'policy': _state(1),
-        'critic': _state(2, width=32)
-    }, {})
+    checkpoints.save(
+      1, {'policy': _state(1), 'critic': _state(2, width=32)}, {}
+    )
   shape = _abstract(_state())
   with Checkpoints(tmp_path) as checkpoints:
     _, found, _ = checkpoints.restore({'critic': _abstract(_state(0, 32))})
@@ -515,13 +558,9 @@ def _earlier_form(path):
 
 def _drop_arrays(path, prefix):
   """Deletes the arrays whose names begin so from the files of an item."""
-  store = tensorstore.KvStore.open({
-      'driver': 'ocdbt',
-      'base': {
-          'driver': 'file',
-          'path': f'{path}/'
-      }
-  }).result()
+  store = tensorstore.KvStore.open(
+    {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{path}/'}}
+  ).result()
   keys = [key for key in store.list().result() if key.startswith(prefix)]
   assert keys
   for key in keys:
@@ -541,15 +580,20 @@ def test_parameters_alone_are_read(tmp_path):
     step, found, host = checkpoints.restore(wanted)
     assert (step, list(found), host['cursor']) == (2, ['policy/params'], 2)
     assert digest_arrays(found['policy/params']) == digest_arrays(
-        _state(2).params)
+      _state(2).params
+    )
     assert checkpoints.restore({'policy': _abstract(_state())})[0] == 1
-    assert checkpoints.restore({'policy/step': _abstract(_state()).step
-                               })[1]['policy/step'] == 2
+    assert (
+      checkpoints.restore({'policy/step': _abstract(_state()).step})[1][
+        'policy/step'
+      ]
+      == 2
+    )
     _swap(tmp_path / 'checkpoints' / '2')
     assert checkpoints.restore(wanted)[0] == 1
-    with pytest.raises(ConfigError,
-                       match='params/layer/b is bfloat16.* '
-                       'there and absent'):
+    with pytest.raises(
+      ConfigError, match='params/layer/b is bfloat16.* there and absent'
+    ):
       checkpoints.restore({'policy/params': {'layer': {}}})
 
 
@@ -566,8 +610,9 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path, wanted):
   pick = lambda state: state if wanted == 'policy' else state.params
   with Checkpoints(tmp_path, warn=lambda _: None) as checkpoints:
     damages = [
-        lambda path: None, lambda path: _drop_arrays(path / 'policy', b'opt_'),
-        _swap
+      lambda path: None,
+      lambda path: _drop_arrays(path / 'policy', b'opt_'),
+      _swap,
     ]
     whole = tmp_path / 'whole'
     shutil.copytree(tmp_path / 'checkpoints' / '2', whole)
@@ -580,7 +625,8 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path, wanted):
       assert got == want
       assert digest_arrays(found[wanted]) == digest_arrays(pick(_state(want)))
       assert jax.tree.structure(found[wanted]) == jax.tree.structure(
-          pick(_state(want)))
+        pick(_state(want))
+      )
 
 
 @pytest.mark.parametrize('kind', ['prompt_lookup', 'model'])

@@ -11,15 +11,15 @@ import pytest
 
 from experiments.benchmarks import memory
 from rlax_llm import config as config_lib
-from rlax_llm import executables
-from rlax_llm import flags
 from rlax_llm import testing
-from rlax_llm import validation
+from rlax_llm.components import make_run
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import validation
 from rlax_llm.drafting import drafters
 from rlax_llm.learning import algorithms
-from rlax_llm.run import make_run
+from rlax_llm.runtime import executables
+from rlax_llm.runtime import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / 'configs').glob('[!_]*.py'))
@@ -70,7 +70,8 @@ def test_round_trip_through_a_dict():
   assert validation.validate(again) == validation.validate(config)
   frozen = config_lib.to_dict(validation.validate(config))
   assert validation.validate(
-      config_lib.from_dict(frozen)) == validation.validate(config)
+    config_lib.from_dict(frozen)
+  ) == validation.validate(config)
   with pytest.raises(ConfigError, match='learning.momentum'):
     config_lib.from_dict({'learning': {'momentum': 1}})
 
@@ -96,8 +97,11 @@ def test_every_config_loads_and_validates(path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path', [p for p in CONFIGS if p.stem != 'quickstart'],
-                         ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  'path',
+  [p for p in CONFIGS if p.stem != 'quickstart'],
+  ids=lambda path: path.stem,
+)
 def test_the_shapes_of_a_config_compile(path, tmp_path):
   """Law: segment and update of the config compile from shapes alone, divided
   over 8 devices, and what a device holds shrinks with fsdp.
@@ -140,19 +144,24 @@ def test_choices_name_what_is_implemented():
     assert algorithms.resolve(config) == algorithms.PRESETS[preset]
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     dict(num_steps=0, learning__warmup_steps=9),
     dict(num_steps=3, learning__warmup_steps=3),
     dict(num_steps=3, learning__minibatches=2, learning__warmup_steps=6),
     dict(sft__steps=0, sft__warmup_steps=9),
     dict(sft__steps=9, sft__warmup_steps=9),
     dict(num_steps=3, drafter__every=3, rollout__drafter='model'),
-    dict(num_steps=3,
-         checkpoint__every=9,
-         checkpoint__keep_every=9,
-         evaluate__every=9,
-         control__staleness=9)
-])
+    dict(
+      num_steps=3,
+      checkpoint__every=9,
+      checkpoint__keep_every=9,
+      evaluate__every=9,
+      control__staleness=9,
+    ),
+  ],
+)
 def test_durations_up_to_the_end_are_taken(changes):
   """Law: a duration may be all of what it is a part of, and one that nothing
   reads may be anything. Mutants: `>=` for `>`; no regard to sft.steps=0.

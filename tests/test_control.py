@@ -14,30 +14,30 @@ from rollout_helpers import assert_same_tokens
 from rollout_helpers import by_sample
 from rollout_helpers import make_requests
 
-from rlax_llm import credit
+from rlax_llm import components as runs
 from rlax_llm import early_stop
 from rlax_llm import evaluate
-from rlax_llm import groups
-from rlax_llm import run as runs
 from rlax_llm import trainer
 from rlax_llm.config import ConfigError
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
+from rlax_llm.config.validation import validate
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.drafting.strategy.cost_model import CostModel
-from rlax_llm.experience import Collector
+from rlax_llm.experience import advantages
+from rlax_llm.experience import groups
+from rlax_llm.experience.collector import Collector
 from rlax_llm.learning import length_ranker
 from rlax_llm.learning import quality_head
 from rlax_llm.ops import pruning
-from rlax_llm.progression import Stopwatch
 from rlax_llm.rollout import control
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.table import sample_key
-from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
-from rlax_llm.validation import validate
+from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 # ---- Logical time ------------------------------------------------------------
@@ -84,8 +84,9 @@ def test_logical_time_is_one_token_a_tick(seed):
     known = np.minimum(known + rng.integers(0, 7, len(numbers)), lengths)
     for view in time.advance(known, known == lengths):
       done = {
-          n for n in set(numbers)
-          if all(end[s] <= view.tick for s, m in enumerate(numbers) if m == n)
+        n
+        for n in set(numbers)
+        if all(end[s] <= view.tick for s, m in enumerate(numbers) if m == n)
       }
       assert {n for n in view.complete if n in numbers} == done
       seen.append(view.tick)
@@ -99,8 +100,8 @@ def test_logical_time_is_one_token_a_tick(seed):
           assert now <= known[s]
   assert time.end == end
   last = {
-      n: max(end[s] for s, m in enumerate(numbers) if m == n)
-      for n in set(numbers)
+    n: max(end[s] for s, m in enumerate(numbers) if m == n)
+    for n in set(numbers)
   }
   assert seen == sorted(set(last.values()))
 
@@ -114,10 +115,12 @@ def test_old_groups_are_waited_for():
   requests = (_request(0, step=1), _request(1, step=2), _request(2, step=5))
   view = lambda *done: control.SampleView(3, requests, dict.fromkeys(done, 3))
   stop = control.stop_at_groups(1, 3)
-  assert [stop(view(2)),
-          stop(view(0)),
-          stop(view(0, 2)),
-          stop(view(0, 1))] == [False, False, False, True]
+  assert [stop(view(2)), stop(view(0)), stop(view(0, 2)), stop(view(0, 1))] == [
+    False,
+    False,
+    False,
+    True,
+  ]
   assert not control.stop_at_groups(3, 3)(view(0, 1))
 
 
@@ -133,10 +136,7 @@ def _undisturbed():
 
 
 def _drafters():
-  return {
-      'none': None,
-      'tree cache': rollout_helpers.tree_cache(4, places=40),
-  }
+  return {'none': None, 'tree cache': rollout_helpers.tree_cache(4, places=40)}
 
 
 @pytest.mark.parametrize('name', _drafters())
@@ -155,8 +155,10 @@ def test_boundary_decisions_change_no_sample(name, monkeypatch):
   engine = _world().engine(drafter=drafter, slots=8, control=dict(min_slots=2))
   arms = list(engine._parts[0].drafters)  # pylint: disable=protected-access
   monkeypatch.setattr(
-      type(engine.strategy), 'choose',
-      rollout_helpers.random_choices(np.random.default_rng(1), arms))
+    type(engine.strategy),
+    'choose',
+    rollout_helpers.random_choices(np.random.default_rng(1), arms),
+  )
   earlier, versions = {}, {}
   requests = make_requests()
   dropped = set()
@@ -165,19 +167,21 @@ def test_boundary_decisions_change_no_sample(name, monkeypatch):
     rng.shuffle(requests)
     chance = rng.random()
     state = RolloutState(version, store, earlier)
-    rollouts, _ = engine.generate(_world().params,
-                                  requests,
-                                  state,
-                                  policies=[lambda view: rng.random() < chance],
-                                  limit=rng.choice([None, 3, 7]))
+    rollouts, _ = engine.generate(
+      _world().params,
+      requests,
+      state,
+      policies=[lambda view: rng.random() < chance],
+      limit=rng.choice([None, 3, 7]),
+    )
     keys = [(r.request.request, r.index) for r in rollouts]
     assert keys == [(r.request, i) for r in requests for i in range(r.samples)]
     for rollout in rollouts:
       key = sample_key(rollout.request, rollout.index)
       before = earlier.get(key)
       old = before.token_version.tolist() if before else []
-      new = rollout.token_version[len(old):]
-      assert rollout.token_version[:len(old)].tolist() == old
+      new = rollout.token_version[len(old) :]
+      assert rollout.token_version[: len(old)].tolist() == old
       assert (new == version).all()
       versions[key] = len({*rollout.token_version.tolist()})
       earlier[key] = rollout
@@ -193,42 +197,45 @@ def test_boundary_decisions_change_no_sample(name, monkeypatch):
   kept = [r for k, r in want.items() if k[0] not in dropped]
   assert_same_tokens(_world(), kept, got)
   for rollout in got:
-    np.testing.assert_allclose(rollout.behaviour_logprobs,
-                               want[rollout.request.request,
-                                    rollout.index].behaviour_logprobs,
-                               atol=2e-5)
+    np.testing.assert_allclose(
+      rollout.behaviour_logprobs,
+      want[rollout.request.request, rollout.index].behaviour_logprobs,
+      atol=2e-5,
+    )
 
 
 # ---- APRIL -------------------------------------------------------------------
 def _expected_cut(requests, rollouts, slots, target):
   """Returns {sample: tokens} and what is complete, from whole rollouts."""
   numbers = [
-      n for n, request in enumerate(requests) for _ in range(request.samples)
+    n for n, request in enumerate(requests) for _ in range(request.samples)
   ]
   begin, end = _ticks(numbers, [r.length for r in rollouts], slots)
   last = {
-      n: max(end[s] for s, m in enumerate(numbers) if m == n)
-      for n in set(numbers)
+    n: max(end[s] for s, m in enumerate(numbers) if m == n)
+    for n in set(numbers)
   }
   cut = sorted(last.values())[target - 1]
   tokens = {
-      s: min(r.length, max(cut - begin[s], 0)) for s, r in enumerate(rollouts)
+    s: min(r.length, max(cut - begin[s], 0)) for s, r in enumerate(rollouts)
   }
   return tokens, {n for n, tick in last.items() if tick <= cut}
 
 
-@pytest.mark.parametrize('options', [
+@pytest.mark.parametrize(
+  'options',
+  [
     dict(),
-    dict(slots=4,
-         segment_forwards=1,
-         control=dict(min_slots=2, logical_slots=16)),
-    dict(slots=32,
-         control=dict(logical_slots=16),
-         width=4,
-         drafter='prompt_lookup'),
+    dict(
+      slots=4, segment_forwards=1, control=dict(min_slots=2, logical_slots=16)
+    ),
+    dict(
+      slots=32, control=dict(logical_slots=16), width=4, drafter='prompt_lookup'
+    ),
     dict(width=4, drafter='tree_cache', segment_forwards=3),
-],
-                         ids=['plain', 'few slots', 'many slots', 'tree cache'])
+  ],
+  ids=['plain', 'few slots', 'many slots', 'tree cache'],
+)
 def test_the_cut_is_made_in_logical_time(options):
   """Law: the step stops at the tick of the second complete group, whatever W,
   N and the segments are: who is complete, who is suspended and with how many
@@ -237,24 +244,30 @@ def test_the_cut_is_made_in_logical_time(options):
   Mutant: tokens beyond the cut kept.
   """
   drafter = {
-      'tree_cache': rollout_helpers.tree_cache(4),
-      'prompt_lookup': rollout_helpers.drafting.prompt_lookup(4)
+    'tree_cache': rollout_helpers.tree_cache(4),
+    'prompt_lookup': rollout_helpers.drafting.prompt_lookup(4),
   }.get(options.pop('drafter', None))
   options.pop('width', None)
   requests = make_requests((4, 4, 4, 4, 4, 4, 4), seed=1)
   whole = _world().generate(requests)[0]
   engine = _world().engine(drafter=drafter, **options)
-  rollouts, _ = engine.generate(_world().params,
-                                requests,
-                                RolloutState(),
-                                policies=[control.stop_at_groups(2, 0)])
+  rollouts, _ = engine.generate(
+    _world().params,
+    requests,
+    RolloutState(),
+    policies=[control.stop_at_groups(2, 0)],
+  )
   tokens, complete = _expected_cut(requests, whole, 16, 2)
   assert 2 <= len(complete) < 7
   for sample, (rollout, full) in enumerate(zip(rollouts, whole)):
-    assert rollout.tokens.tolist() == full.tokens[:tokens[sample]].tolist()
+    assert rollout.tokens.tolist() == full.tokens[: tokens[sample]].tolist()
     assert rollout.suspended == (tokens[sample] < full.length)
-    assert rollout.length == len(rollout.behaviour_logprobs) == len(
-        rollout.token_version) == len(rollout.drafted)
+    assert (
+      rollout.length
+      == len(rollout.behaviour_logprobs)
+      == len(rollout.token_version)
+      == len(rollout.drafted)
+    )
     if rollout.request.request in complete:
       assert not rollout.suspended
   sampled = sum(r.length for r in rollouts)
@@ -311,13 +324,14 @@ def _all_sequences(prefix=()):
 
 def _exact_gradient(law):
   return sum(
-      np.exp(_score(law, y).sum()) * _reward(y) * _gradient(law, y)
-      for y in _all_sequences())
+    np.exp(_score(law, y).sum()) * _reward(y) * _gradient(law, y)
+    for y in _all_sequences()
+  )
 
 
 def _deviation(estimates, exact):
   """Returns the largest |z| of the means, over the entries that vary."""
-  mean, error = estimates.mean(0), estimates.std(0) / len(estimates)**0.5
+  mean, error = estimates.mean(0), estimates.std(0) / len(estimates) ** 0.5
   return np.max(np.abs(mean - exact)[error > 0] / error[error > 0])
 
 
@@ -353,14 +367,14 @@ def test_sequence_weights_undo_partial_rollouts():
       sums['sequence'] += gradient * np.prod(ratio)
       sums['none'] += gradient
       places = np.ones(_LONGEST)
-      places[:len(full)] = ratio
+      places[: len(full)] = ratio
       sums['token'] += gradient * places[:, None, None]
     for name, total in sums.items():
       found[name].append(total)
   found = {name: np.stack(x) for name, x in found.items()}
   bias = {
-      name: np.linalg.norm(x.mean(0) - exact) / np.linalg.norm(exact)
-      for name, x in found.items()
+    name: np.linalg.norm(x.mean(0) - exact) / np.linalg.norm(exact)
+    for name, x in found.items()
   }
   assert _deviation(found['sequence'], exact) < 3
   assert _deviation(found['none'], exact) > 3
@@ -371,9 +385,12 @@ def test_sequence_weights_undo_partial_rollouts():
 # ---- The collector -----------------------------------------------------------
 def _config(**changes):
   """Plain sampling of up to 12 tokens, with dotted changes."""
-  return tiny_config(**dict(
-      rollout__max_new_tokens=12, rollout__drafter='none', rollout__width=1) |
-                     changes)
+  return tiny_config(
+    **dict(
+      rollout__max_new_tokens=12, rollout__drafter='none', rollout__width=1
+    )
+    | changes
+  )
 
 
 @pytest.fixture(name='collect_with')
@@ -384,8 +401,9 @@ def _collect_with():
     def make(config, score=None):
       run = runs.make_run(config)
       verifier = stack.enter_context(Verifier(run.config.task, run.config.seed))
-      return run, Collector(run, run.engine(run.sampling), verifier,
-                            run.rollout_store(), score)
+      return run, Collector(
+        run, run.engine(run.sampling), verifier, run.rollout_store(), score
+      )
 
     yield make
 
@@ -396,7 +414,8 @@ def _equal(a, b):
     return a.dtype == b.dtype and np.array_equal(a, b)
   if hasattr(a, '__dataclass_fields__'):
     return type(a) is type(b) and all(
-        _equal(getattr(a, n), getattr(b, n)) for n in a.__dataclass_fields__)
+      _equal(getattr(a, n), getattr(b, n)) for n in a.__dataclass_fields__
+    )
   if isinstance(a, (list, tuple)):
     return len(a) == len(b) and all(map(_equal, a, b))
   if isinstance(a, dict):
@@ -415,33 +434,42 @@ def test_without_policies_a_step_is_the_engines_own(collect_with):
   for step in range(2):
     found = collector.collect(params, step, Stopwatch(run.clock))
     collector.learned()
-    requests = run.requests(run.problems(step),
-                            samples=4,
-                            domain=TRAIN,
-                            step=step)
-    want, _ = run.engine(run.sampling).generate(params, requests,
-                                                RolloutState(version=step))
+    requests = run.requests(
+      run.problems(step), samples=4, domain=TRAIN, step=step
+    )
+    want, _ = run.engine(run.sampling).generate(
+      params, requests, RolloutState(version=step)
+    )
     assert _equal([r for group in found for r in group.rollouts], want)
-    assert [g.problem.prompt for g in found
-           ] == [p.prompt for p in run.problems(step)]
+    assert [g.problem.prompt for g in found] == [
+      p.prompt for p in run.problems(step)
+    ]
   state = collector.dump()
   assert state['cursor'] == 8
   assert not any(state[k] for k in ('pending', 'surplus', 'queue', 'past'))
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     dict(over_provision=1.75, logical_slots=6),
-    pytest.param(dict(over_provision=1.5,
-                      dynamic_sampling=2,
-                      replay=1,
-                      staleness=1,
-                      prune_at=3,
-                      prune_steps=2),
-                 marks=pytest.mark.slow),
-],
-                         ids=['april', 'all'])
+    pytest.param(
+      dict(
+        over_provision=1.5,
+        dynamic_sampling=2,
+        replay=1,
+        staleness=1,
+        prune_at=3,
+        prune_steps=2,
+      ),
+      marks=pytest.mark.slow,
+    ),
+  ],
+  ids=['april', 'all'],
+)
 def test_every_token_is_booked_and_every_problem_comes_once(
-    collect_with, changes):
+  collect_with, changes
+):
   """Law: tokens sampled = trained + buffered + dropped, after every step; no
   group is trained on twice but by replay, none is skipped but without signal,
   none is older than its bound; what is kept or stale has been scored, each
@@ -458,9 +486,8 @@ def test_every_token_is_booked_and_every_problem_comes_once(
     return [np.full(len(s.completion), -version, np.float32) for s in samples]
 
   run, collector = collect_with(
-      _config(**{
-          f'control__{k}': v for k, v in changes.items()
-      }), score)
+    _config(**{f'control__{k}': v for k, v in changes.items()}), score
+  )
   params = run.states.init_params()
   watch = Stopwatch(run.clock)
   trained = []
@@ -476,13 +503,17 @@ def test_every_token_is_booked_and_every_problem_comes_once(
     _, other = collect_with(_config())
     other.restore(record)
     assert json.dumps(other.dump()) == json.dumps(record)
-    state = groups.restore(record, lambda n: run.problems(n // 4)[n % 4],
-                           lambda p: run.encode(p, prompt=True),
-                           run.tokenizer.decode,
-                           functools.partial(credit.judge, run), TRAIN)
-    assert state.sampled_tokens == (state.trained_tokens +
-                                    state.buffered_tokens +
-                                    state.dropped_tokens)
+    state = groups.restore(
+      record,
+      lambda n: run.problems(n // 4)[n % 4],
+      lambda p: run.encode(p, prompt=True),
+      run.tokenizer.decode,
+      functools.partial(advantages.judge, run),
+      TRAIN,
+    )
+    assert state.sampled_tokens == (
+      state.trained_tokens + state.buffered_tokens + state.dropped_tokens
+    )
     values = collector.metrics()
     assert values['rollout/buffered_tokens'] == state.buffered_tokens
     put_off += len(state.pending)
@@ -492,8 +523,11 @@ def test_every_token_is_booked_and_every_problem_comes_once(
     kept += [g for batch in state.queue for g in batch]
     for group in kept:
       for r in group.rollouts:
-        assert r.length == 0 or r.survival == 0 or (-r.token_version
-                                                    == r.scored_logprobs).all()
+        assert (
+          r.length == 0
+          or r.survival == 0
+          or (-r.token_version == r.scored_logprobs).all()
+        )
     for group in found:
       assert version - group.request.step <= max(bound, 4)
       assert len(group.rollouts) == (2 if 'prune_at' in changes else 4)
@@ -515,17 +549,21 @@ def test_impossible_controls_are_refused():
   Mutant: the bound on over_provision without the replayed groups.
   """
   for changes, message in [
-      (dict(control__over_provision=0.5),
-       'over_provision=0.5 must be at least'),
-      (dict(control__over_provision=2.5), 'over_provision=2.5 .* at most 2'),
-      (dict(control__over_provision=1.8, control__replay=1), 'at most 1.75'),
-      (dict(control__replay=4), 'replay=4 leaves no new group'),
-      (dict(control__prune_keep=0.25), 'prune_keep=0.25 has no effect'),
-      (dict(control__prune_at=12), 'prune_at=12 is behind the last'),
-      (dict(control__dynamic_sampling=1,
-            control__run_ahead_rows=4,
-            rollout__drafter='tree_cache',
-            rollout__width=3), 'run_ahead_rows=4 cannot foretell'),
+    (dict(control__over_provision=0.5), 'over_provision=0.5 must be at least'),
+    (dict(control__over_provision=2.5), 'over_provision=2.5 .* at most 2'),
+    (dict(control__over_provision=1.8, control__replay=1), 'at most 1.75'),
+    (dict(control__replay=4), 'replay=4 leaves no new group'),
+    (dict(control__prune_keep=0.25), 'prune_keep=0.25 has no effect'),
+    (dict(control__prune_at=12), 'prune_at=12 is behind the last'),
+    (
+      dict(
+        control__dynamic_sampling=1,
+        control__run_ahead_rows=4,
+        rollout__drafter='tree_cache',
+        rollout__width=3,
+      ),
+      'run_ahead_rows=4 cannot foretell',
+    ),
   ]:
     with pytest.raises(ConfigError, match=message):
       validate(_config(**changes))
@@ -533,31 +571,28 @@ def test_impossible_controls_are_refused():
 
 # ---- Whole runs --------------------------------------------------------------
 COMBINATIONS = {
-    'april':
-        dict(control__over_provision=1.75,
-             control__logical_slots=8,
-             control__order='longest_first'),
-    'staleness':
-        dict(control__staleness=2, learning__old_logprobs='scored'),
-    'dynamic':
-        dict(control__dynamic_sampling=2),
-    'replay':
-        dict(control__replay=2, control__order='shortest_first'),
-    'prune':
-        dict(control__prune_at=4, control__prune_steps=1),
-    'extra':
-        dict(control__extra_samples=5, learning__minibatches=2),
-    'all':
-        dict(control__over_provision=1.5,
-             control__logical_slots=8,
-             control__prune_at=4,
-             control__prune_steps=1,
-             control__dynamic_sampling=2,
-             control__staleness=1,
-             control__replay=1,
-             control__extra_samples=3,
-             control__extra_by_hardness=True,
-             learning__old_logprobs='scored'),
+  'april': dict(
+    control__over_provision=1.75,
+    control__logical_slots=8,
+    control__order='longest_first',
+  ),
+  'staleness': dict(control__staleness=2, learning__old_logprobs='scored'),
+  'dynamic': dict(control__dynamic_sampling=2),
+  'replay': dict(control__replay=2, control__order='shortest_first'),
+  'prune': dict(control__prune_at=4, control__prune_steps=1),
+  'extra': dict(control__extra_samples=5, learning__minibatches=2),
+  'all': dict(
+    control__over_provision=1.5,
+    control__logical_slots=8,
+    control__prune_at=4,
+    control__prune_steps=1,
+    control__dynamic_sampling=2,
+    control__staleness=1,
+    control__replay=1,
+    control__extra_samples=3,
+    control__extra_by_hardness=True,
+    learning__old_logprobs='scored',
+  ),
 }
 
 
@@ -579,8 +614,10 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
   rng = random.Random(0)
   arms = [PLAIN, *(Arm(w, 1, ('tree_cache',)) for w in (3, 4))]
   monkeypatch.setattr(
-      CostModel, 'choose',
-      rollout_helpers.random_choices(np.random.default_rng(1), arms))
+    CostModel,
+    'choose',
+    rollout_helpers.random_choices(np.random.default_rng(1), arms),
+  )
   real = trainer.train_step
 
   def dies(loop, step, *args):
@@ -588,11 +625,13 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
       raise RuntimeError('killed')
     return real(loop, step, *args)
 
-  changes |= dict(rollout__drafter='tree_cache',
-                  rollout__width=0,
-                  rollout__slots=4,
-                  control__min_slots=2,
-                  control__widths=(1, 3, 4))
+  changes |= dict(
+    rollout__drafter='tree_cache',
+    rollout__width=0,
+    rollout__slots=4,
+    control__min_slots=2,
+    control__widths=(1, 3, 4),
+  )
   with monkeypatch.context() as patched:
     patched.setattr(trainer, 'train_step', dies)
     with pytest.raises(RuntimeError, match='killed'):
@@ -601,8 +640,9 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
   for key in ('tokens_sampled', 'tokens_sha256', 'parameters_sha256'):
     assert got[key] == want[key], key
   for file in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl'):
-    assert ((tmp_path / 'plain' / file).read_text() == (tmp_path / 'parts' /
-                                                        file).read_text()), file
+    assert (tmp_path / 'plain' / file).read_text() == (
+      tmp_path / 'parts' / file
+    ).read_text(), file
 
 
 # ---- Order -------------------------------------------------------------------
@@ -621,8 +661,9 @@ def test_list_mle_by_hand():
     more, less = scores.copy(), scores.copy()
     more[i] += 1e-5
     less[i] -= 1e-5
-    slope = (length_ranker.list_mle(more)[0] -
-             length_ranker.list_mle(less)[0]) / 2e-5
+    slope = (
+      length_ranker.list_mle(more)[0] - length_ranker.list_mle(less)[0]
+    ) / 2e-5
     assert gradient[i] == pytest.approx(slope, abs=1e-6)
 
 
@@ -632,8 +673,9 @@ def test_tau_by_hand():
 
   Mutant: ties counted among the pairs.
   """
-  tau = length_ranker.kendall_tau(np.array([1, 2, 3, 3]), np.array([1, 3, 2,
-                                                                    4]))
+  tau = length_ranker.kendall_tau(
+    np.array([1, 2, 3, 3]), np.array([1, 3, 2, 4])
+  )
   assert tau == pytest.approx(3 / 30**0.5)
   assert length_ranker.kendall_tau(np.ones(3), np.arange(3)) == 0
 
@@ -660,14 +702,16 @@ def test_lengths_are_predicted_from_history_and_from_the_prompt():
   unseen = [prompt(k) for k in kinds]
   assert length_ranker.kendall_tau(history.predict(unseen), kinds) > 0.6
   again = length_ranker.LengthHistory.restore(
-      json.loads(json.dumps(history.dump())))
+    json.loads(json.dumps(history.dump()))
+  )
   assert again == history
   # One rollout of e^3 tokens, shrunken by two of the line's log length.
   first = length_ranker.LengthHistory(line=(1.0, 0.0, 1.0, 0.0, 0.0))
   after = first.observe([seen[0]], [np.array([20])], keep=1.0)
   line = (0.9 * 1 + np.log(20)) / 1.9
   assert after.predict([seen[0]])[0] == pytest.approx(
-      (np.log(20) + 2 * line) / 3)
+    (np.log(20) + 2 * line) / 3
+  )
 
 
 def test_the_order_is_a_speed_value_where_all_are_taken(collect_with):
@@ -681,37 +725,43 @@ def test_the_order_is_a_speed_value_where_all_are_taken(collect_with):
     run, collector = collect_with(_config(control__order=order))
     params = run.states.init_params()
     found[order] = [
-        r for step in range(3)
-        for g in collector.collect(params, step, Stopwatch(run.clock))
-        for r in g.rollouts if collector.learned() is None
+      r
+      for step in range(3)
+      for g in collector.collect(params, step, Stopwatch(run.clock))
+      for r in g.rollouts
+      if collector.learned() is None
     ]
     tau = collector.metrics().get('rollout/length_tau')
     assert (tau is None) == (order == 'arrival')
   for a, b in zip(*found.values()):
-    assert (a.request.step, a.request.request,
-            a.index) == (b.request.step, b.request.request, b.index)
+    assert (a.request.step, a.request.request, a.index) == (
+      b.request.step,
+      b.request.request,
+      b.index,
+    )
     assert a.tokens.tolist() == b.tokens.tolist()
 
 
 # ---- Early stopping ----------------------------------------------------------
 def _evaluation(**changes):
   """Returns (texts, Stopped or None) of an untrained model's sums."""
-  config = _config(task__name='chain_sum',
-                   task__prompt_format='short',
-                   task__answer_format='after_equals',
-                   task__options=dict(min_terms=2, max_terms=2),
-                   model__tokenizer='0123456789+-*/=() ',
-                   rollout__prompt_length=12,
-                   rollout__max_new_tokens=32,
-                   evaluate__problems=6,
-                   **changes)
+  config = _config(
+    task__name='chain_sum',
+    task__prompt_format='short',
+    task__answer_format='after_equals',
+    task__options=dict(min_terms=2, max_terms=2),
+    model__tokenizer='0123456789+-*/=() ',
+    rollout__prompt_length=12,
+    rollout__max_new_tokens=32,
+    evaluate__problems=6,
+    **changes,
+  )
   run = runs.make_run(config)
   engine = run.engine(run.sampling)
   params = run.states.init_params()
-  requests = run.requests(evaluate.held_out_problems(run),
-                          samples=2,
-                          domain=EVALUATE,
-                          step=0)
+  requests = run.requests(
+    evaluate.held_out_problems(run), samples=2, domain=EVALUATE, step=0
+  )
   if config.evaluate.early_stop:
     stopped = early_stop.sample(run, engine, params, requests)
     return stopped.texts, stopped
@@ -728,9 +778,9 @@ def test_probes_leave_no_trace_and_equal_answers_end_a_sample(tmp_path):
   Mutant: the probe kept in the text.
   """
   plain, _ = _evaluation()
-  probes = dict(evaluate__probe='=',
-                evaluate__probe_every=5,
-                evaluate__probe_tokens=3)
+  probes = dict(
+    evaluate__probe='=', evaluate__probe_every=5, evaluate__probe_tokens=3
+  )
   texts, never = _evaluation(evaluate__early_stop=99, **probes)
   assert texts == plain and never.stopped == 0 and never.probe_tokens > 0
   texts, once = _evaluation(evaluate__early_stop=1, **probes)
@@ -755,20 +805,20 @@ def test_survival_by_hand():
 
   Mutants: the slope's sign; no least probability.
   """
-  solve = functools.partial(pruning.survival_probabilities,
-                            keep=0.5,
-                            share=0.5,
-                            least=0.05)
+  solve = functools.partial(
+    pruning.survival_probabilities, keep=0.5, share=0.5, least=0.05
+  )
   chances = np.repeat([0.05, 0.2, 0.5, 0.8, 0.95], [6, 4, 3, 2, 1])
   found = solve(chances)
-  np.testing.assert_allclose(found[[0, 6, 10, 13, 15]],
-                             [0.218, 0.385, 0.718, 1, 1],
-                             atol=6e-4)
+  np.testing.assert_allclose(
+    found[[0, 6, 10, 13, 15]], [0.218, 0.385, 0.718, 1, 1], atol=6e-4
+  )
   assert found.sum() == pytest.approx(8)
   assert found @ chances == pytest.approx(4)
   np.testing.assert_allclose(solve(np.full(8, 0.3)), 0.5)
-  np.testing.assert_allclose(solve(np.array([0.01] * 7 + [0.02])),
-                             [3 / 7] * 7 + [1])
+  np.testing.assert_allclose(
+    solve(np.array([0.01] * 7 + [0.02])), [3 / 7] * 7 + [1]
+  )
   # So few successes cannot be had: the least likely are all kept, and the most
   # likely with the least probability.
   found = solve(np.linspace(0, 1, 8), share=0.2)
@@ -784,12 +834,12 @@ def test_survivors_are_drawn_with_their_probabilities():
   Mutant: a fresh number for each sample.
   """
   rng = np.random.default_rng(1)
-  chances = pruning.survival_probabilities(rng.random(10),
-                                           keep=0.5,
-                                           share=0.5,
-                                           least=0.05)
+  chances = pruning.survival_probabilities(
+    rng.random(10), keep=0.5, share=0.5, least=0.05
+  )
   drawn = np.array(
-      [pruning.draw_survivors(chances, rng.random()) for _ in range(20000)])
+    [pruning.draw_survivors(chances, rng.random()) for _ in range(20000)]
+  )
   assert (drawn.sum(axis=1) == 5).all()
   error = np.sqrt(chances * (1 - chances) / len(drawn))
   assert (np.abs(drawn.mean(axis=0) - chances) <= 4 * error + 1e-12).all()
@@ -804,8 +854,11 @@ def test_inverse_survival_weights_undo_pruning():
   exact = _exact_gradient(law)
   rng = np.random.default_rng(0)
   found = {'weighted': [], 'none': []}
-  solve = functools.cache(lambda success: pruning.survival_probabilities(
-      np.array(success), keep=0.5, share=0.5, least=0.05))
+  solve = functools.cache(
+    lambda success: pruning.survival_probabilities(
+      np.array(success), keep=0.5, share=0.5, least=0.05
+    )
+  )
   for _ in range(4000):
     whole = [_go_on(law, [], rng) for _ in range(6)]
     # Any function of the beginning: here it is half right.
@@ -841,10 +894,9 @@ def test_the_head_learns_what_decides_the_reward():
   assert head.loss(inputs, labels) < 0.35
   chances = head.success(inputs)
   assert chances[labels == 1].mean() > 0.7 > 0.3 > chances[labels == 0].mean()
-  one = quality_head.QualityHead().learn(inputs[:2],
-                                         np.array([0.0, 1.0]),
-                                         np.array([1.0, 3.0]),
-                                         seed=0)
+  one = quality_head.QualityHead().learn(
+    inputs[:2], np.array([0.0, 1.0]), np.array([1.0, 3.0]), seed=0
+  )
   assert one.counts.sum(axis=1).tolist() == [11.0, 13.0]
 
 
@@ -864,7 +916,8 @@ def test_features_are_of_the_first_tokens_alone():
   for row, (prompt, rest) in enumerate(zip(prompts, more)):
     text = np.r_[prompt, rest][None]
     order = np.arange(text.shape[1], dtype=np.int32)[None]
-    hidden = np.asarray(model.hidden(params, text, order,
-                                     np.ones_like(order)))[0]
-    want = hidden[max(len(prompt), text.shape[1] - 16):].mean(axis=0)
+    hidden = np.asarray(model.hidden(params, text, order, np.ones_like(order)))[
+      0
+    ]
+    want = hidden[max(len(prompt), text.shape[1] - 16) :].mean(axis=0)
     np.testing.assert_allclose(found.reshape(4, -1)[row], want, atol=1e-5)

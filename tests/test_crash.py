@@ -39,21 +39,34 @@ def get_config():
   config.checkpoint.every = 3
   return config
 '''
-VALUES = ('steps', 'tokens_sampled', 'tokens_sha256', 'parameters_sha256',
-          'reward_first', 'reward_last', 'accuracy_before', 'accuracy_after')
+VALUES = (
+  'steps',
+  'tokens_sampled',
+  'tokens_sha256',
+  'parameters_sha256',
+  'reward_first',
+  'reward_last',
+  'accuracy_before',
+  'accuracy_after',
+)
 
 
 def _start(folder, cache, *overrides):
   (folder / 'config.py').write_text(CONFIG)
-  return subprocess.Popen([
-      sys.executable, '-m', 'rlax_llm.train',
-      f'--config={folder / "config.py"}', f'--workdir={folder / "run"}',
-      *overrides
-  ],
-                          stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT,
-                          text=True,
-                          env=cache)
+  return subprocess.Popen(
+    [
+      sys.executable,
+      '-m',
+      'rlax_llm.train',
+      f'--config={folder / "config.py"}',
+      f'--workdir={folder / "run"}',
+      *overrides,
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=cache,
+  )
 
 
 @pytest.fixture(name='cache', scope='module')
@@ -61,8 +74,9 @@ def _cache(tmp_path_factory):
   """The environment: compiled programs are kept between the starts."""
   folder = tmp_path_factory.mktemp('cache')
   return {
-      **os.environ, 'JAX_COMPILATION_CACHE_DIR': str(folder),
-      'XLA_FLAGS': ''
+    **os.environ,
+    'JAX_COMPILATION_CACHE_DIR': str(folder),
+    'XLA_FLAGS': '',
   }
 
 
@@ -105,7 +119,8 @@ def _disturb(process, run, rng, number, writing):
 
 def _assert_same(run, whole):
   got, want = (
-      json.loads((r / 'summary.json').read_text()) for r in (run, whole))
+    json.loads((r / 'summary.json').read_text()) for r in (run, whole)
+  )
   for name in VALUES:
     assert got[name] == want[name], name
   for name in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl'):
@@ -127,8 +142,9 @@ def test_killed_again_and_again(tmp_path, cache, whole, request):
     folder.mkdir()
     for fault in range(faults):
       last = fault + 1 == faults
-      number = signal.SIGKILL if last else rng.choice(
-          (signal.SIGTERM, signal.SIGKILL))
+      number = (
+        signal.SIGKILL if last else rng.choice((signal.SIGTERM, signal.SIGKILL))
+      )
       with _start(folder, cache) as process:
         _disturb(process, folder / 'run', rng, number, writing=last)
     with _start(folder, cache) as process:
@@ -139,18 +155,19 @@ def test_killed_again_and_again(tmp_path, cache, whole, request):
 
 @pytest.mark.slow
 def test_speculation_may_change_at_a_resume(tmp_path, cache, whole):
-  """Law: killed, then continued without speculation: the same bits.
-  """
+  """Law: killed, then continued without speculation: the same bits."""
   rng = random.Random(1)
   with _start(tmp_path, cache) as process:
-    assert _disturb(process,
-                    tmp_path / 'run',
-                    rng,
-                    signal.SIGKILL,
-                    writing=False)
-  with _start(tmp_path, cache, '--config.rollout.drafter=none',
-              '--config.rollout.branching=1',
-              '--config.control.run_ahead_rows=0') as process:
+    assert _disturb(
+      process, tmp_path / 'run', rng, signal.SIGKILL, writing=False
+    )
+  with _start(
+    tmp_path,
+    cache,
+    '--config.rollout.drafter=none',
+    '--config.rollout.branching=1',
+    '--config.control.run_ahead_rows=0',
+  ) as process:
     out, _ = process.communicate(timeout=600)
   assert process.returncode == 0, out
   _assert_same(tmp_path / 'run', whole)

@@ -16,21 +16,22 @@ from learning_helpers import tiny_run
 import numpy as np
 import pytest
 
+from rlax_llm.components import make_run
 from rlax_llm.learning import diagnostics
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.ops import sampling
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.state import RolloutState
-from rlax_llm.run import make_run
 from rlax_llm.types import EVALUATE
 
 
 def _samples(run, params, **changes):
   """Samples with exact behaviour log-probabilities."""
   return [
-      dataclasses.replace(s,
-                          behaviour_logprobs=plain_logprobs(run, params, s),
-                          **changes) for s in random_samples()
+    dataclasses.replace(
+      s, behaviour_logprobs=plain_logprobs(run, params, s), **changes
+    )
+    for s in random_samples()
   ]
 
 
@@ -71,17 +72,19 @@ def test_entropy_is_that_of_all_samples(signal):
   samples = _samples(run, params)
   if not signal:
     samples = [
-        dataclasses.replace(s, advantage=0.0, trained=i % 2 == 0)
-        for i, s in enumerate(samples)
+      dataclasses.replace(s, advantage=0.0, trained=i % 2 == 0)
+      for i, s in enumerate(samples)
     ]
   found = make_learner(run).diagnose(params, samples, _fresh(samples), step)
-  entropies = np.concatenate([
+  entropies = np.concatenate(
+    [
       sampling.entropy(plain_law(run, params, s))
       for s in _chosen(run, samples, step)
-  ])
-  np.testing.assert_allclose(found.values['policy/entropy'],
-                             entropies.mean(),
-                             rtol=1e-5)
+    ]
+  )
+  np.testing.assert_allclose(
+    found.values['policy/entropy'], entropies.mean(), rtol=1e-5
+  )
   assert found.values['policy/behaviour_gap_max'] < 1e-3
 
 
@@ -96,20 +99,25 @@ def test_the_gap_is_that_of_fresh_tokens():
   samples = _samples(run, params)
   learner = make_learner(run)
   stale = [
-      dataclasses.replace(s,
-                          behaviour_logprobs=np.where(
-                              np.arange(len(s.completion)) < 3,
-                              s.behaviour_logprobs - 2, s.behaviour_logprobs))
-      for s in samples
+    dataclasses.replace(
+      s,
+      behaviour_logprobs=np.where(
+        np.arange(len(s.completion)) < 3,
+        s.behaviour_logprobs - 2,
+        s.behaviour_logprobs,
+      ),
+    )
+    for s in samples
   ]
   fresh = [np.arange(len(s.completion)) >= 3 for s in samples]
   gap = lambda *args: learner.diagnose(params, *args, 0).values[
-      'policy/behaviour_gap_max']
+    'policy/behaviour_gap_max'
+  ]
   assert gap(stale, fresh) < 1e-3
   assert gap(stale, _fresh(stale)) == pytest.approx(2, abs=1e-4)
   lost = [
-      dataclasses.replace(s, behaviour_logprobs=s.behaviour_logprobs * np.nan)
-      for s in samples
+    dataclasses.replace(s, behaviour_logprobs=s.behaviour_logprobs * np.nan)
+    for s in samples
   ]
   assert np.isnan(gap(lost, fresh))
   none = learner.diagnose(params, samples, _fresh(samples, False), 0)
@@ -132,19 +140,24 @@ def test_ratios_are_those_of_the_update():
   assert still['policy/ratio_max'] == still['policy/ratio_min'] == 1
   assert still['policy/approximate_kl'] == still['policy/clip_fraction'] == 0
   moved = learner.diagnose_update(after, diagnosis, before)
-  gaps = np.concatenate([
+  gaps = np.concatenate(
+    [
       plain_logprobs(run, after, s) - plain_logprobs(run, before, s)
       for s in _chosen(run, samples, step)
-  ])
+    ]
+  )
   close = lambda name, want: np.testing.assert_allclose(
-      moved[f'policy/{name}'], want, rtol=1e-4, atol=1e-6)
+    moved[f'policy/{name}'], want, rtol=1e-4, atol=1e-6
+  )
   close('ratio_max', np.exp(gaps).max())
   close('ratio_mean', np.exp(gaps).mean())
   close('ratio_min', np.exp(gaps).min())
   close('approximate_kl', -gaps.mean())
   close('clip_fraction', np.mean(np.exp(gaps) > 1.2))
-  close('effective_tokens',
-        np.exp(gaps).sum()**2 / (len(gaps) * np.exp(2 * gaps).sum()))
+  close(
+    'effective_tokens',
+    np.exp(gaps).sum() ** 2 / (len(gaps) * np.exp(2 * gaps).sum()),
+  )
   close('kl_reference_k3', 0)
 
 
@@ -160,7 +173,8 @@ def test_what_depends_on_advantages_is_measured_where_they_are_known(name):
   samples = _samples(run, params, advantage=0.0)
   learner = make_learner(run, algorithm)
   found = learner.diagnose_update(
-      params, learner.diagnose(params, samples, _fresh(samples), 0), None)
+    params, learner.diagnose(params, samples, _fresh(samples), 0), None
+  )
   shaped = name != 'grpo'
   assert ('policy/clip_fraction' in found) != shaped
   assert set(found) <= diagnostics.names(algorithm)
@@ -180,28 +194,40 @@ def test_a_stale_run_samples_and_scores_what_is_read(tmp_path, monkeypatch):
   Mutants: every stale batch scored; batches sampled for steps beyond the last;
   the gap of stale tokens measured under today's policy.
   """
-  from rlax_llm import learner as learners
+  from rlax_llm.learning import learner as learners
+
   scored = []
   score = learners.Learner.score_samples
-  monkeypatch.setattr(learners.Learner, 'score_samples',
-                      lambda *args: scored.append(1) or score(*args))
+  monkeypatch.setattr(
+    learners.Learner,
+    'score_samples',
+    lambda *args: scored.append(1) or score(*args),
+  )
   for source, reads in (('sampler', False), ('scored', True)):
     folder = tmp_path / source
     scored.clear()
     train_quietly(
-        tiny_config(num_steps=4,
-                    control__staleness=2,
-                    learning__learning_rate=0.05,
-                    learning__old_logprobs=source), folder)
+      tiny_config(
+        num_steps=4,
+        control__staleness=2,
+        learning__learning_rate=0.05,
+        learning__old_logprobs=source,
+      ),
+      folder,
+    )
     assert bool(scored) == reads
     rows = _rows(folder)
-    assert [row['rollout/sampled_tokens'] > 0 for row in rows
-           ] == [True, True, False, False]
+    assert [row['rollout/sampled_tokens'] > 0 for row in rows] == [
+      True,
+      True,
+      False,
+      False,
+    ]
     assert [('policy/effective_tokens' in row) for row in rows] == [reads] * 4
     gaps = [
-        row['policy/behaviour_gap_max']
-        for row in _rows(folder, 'timing.jsonl')
-        if 'policy/behaviour_gap_max' in row
+      row['policy/behaviour_gap_max']
+      for row in _rows(folder, 'timing.jsonl')
+      if 'policy/behaviour_gap_max' in row
     ]
     # The first two steps sample; the third learns from the first's samples.
     assert len(gaps) == 2 and max(gaps) < 1e-4
@@ -213,11 +239,18 @@ def test_which_objectives_read_the_sampler():
 
   Mutants: each of them forgotten; all objectives.
   """
-  read = lambda run, **changes: make_learner(
-      run, dataclasses.replace(PRESETS['grpo'], **changes)).reads_sampler
-  for changes in (dict(credit='minimum_variance'), dict(credit='distillation'),
-                  dict(step_scale='effective_samples'),
-                  dict(correction='token'), dict(rejection='stale_failures')):
+  read = lambda run, **changes: (
+    make_learner(
+      run, dataclasses.replace(PRESETS['grpo'], **changes)
+    ).reads_sampler
+  )
+  for changes in (
+    dict(credit='minimum_variance'),
+    dict(credit='distillation'),
+    dict(step_scale='effective_samples'),
+    dict(correction='token'),
+    dict(rejection='stale_failures'),
+  ):
     assert read(tiny_run(), **changes), changes
   assert read(tiny_run(old_logprobs='scored'))
   for name in ('grpo', 'dapo', 'ppo', 'rloo', 'gspo'):
@@ -242,7 +275,8 @@ def test_logits_that_are_not_finite_are_named(temperature, bad):
   requests = run.requests(run.problems(0), samples=2, domain=EVALUATE, step=0)
   engine.generate(params, requests, RolloutState())
   assert not engine.stats.warning()
-  engine.generate(jax.tree.map(lambda x: x * bad, params), requests,
-                  RolloutState())
+  engine.generate(
+    jax.tree.map(lambda x: x * bad, params), requests, RolloutState()
+  )
   assert engine.stats.nonfinite_samples == 8
   assert engine.stats.warning().startswith('8 samples: tokens were drawn from')

@@ -15,16 +15,16 @@ import pytest
 from safetensors.numpy import load_file
 import test_train as runs
 
-from rlax_llm import drafter_training
 from rlax_llm import export
+from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.learning import auxiliary
+from rlax_llm.learning import drafter_training
 from rlax_llm.learning.batch import Sample
-from rlax_llm.run import make_run
 from rlax_llm.types import DraftParams
 
 LONG = runs.LONG | dict(num_steps=40)
@@ -35,7 +35,8 @@ def _plain(tmp_path_factory):
   """40 steps without speculation."""
   folder = tmp_path_factory.mktemp('plain')
   return folder, *runs._train(
-      folder, rollout__width=1, rollout__drafter='none', **LONG)
+    folder, rollout__width=1, rollout__drafter='none', **LONG
+  )
 
 
 CHAIN = dict(rollout__drafter='model', rollout__width=4)
@@ -55,15 +56,18 @@ def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
     rng = random.Random(0)
     arms = [PLAIN, *(Arm(w, 1, ('model',)) for w in (3, 4))]
     monkeypatch.setattr(
-        CostModel, 'choose', lambda self, occupancy, forwards: Choice(
-            rng.choice(arms), rng.randint(1, 5), True))
+      CostModel,
+      'choose',
+      lambda self, occupancy, forwards: Choice(
+        rng.choice(arms), rng.randint(1, 5), True
+      ),
+    )
     # It goes forward, or what is left for training is a matter of chance.
     ticks = itertools.accumulate(iter(rng.random, None))
     clock = lambda: next(ticks)
-  summary, _ = runs._train(tmp_path,
-                           clock=clock,
-                           drafter__share=0.5,
-                           **(LONG | changes))
+  summary, _ = runs._train(
+    tmp_path, clock=clock, drafter__share=0.5, **(LONG | changes)
+  )
   runs._assert_same_run(tmp_path, summary, plain)
   rows = [r for r in runs._rows(tmp_path, 'timing.jsonl') if 'time/step' in r]
   assert sum(r['drafter/updates'] for r in rows) > 20
@@ -75,8 +79,9 @@ def test_the_drafter_changes_nothing(plain, tmp_path, monkeypatch, changes):
 @pytest.mark.slow
 def test_the_hybrid_changes_nothing(plain, tmp_path):
   """Law: so do drafts from the network and from past rollouts, merged."""
-  summary, _ = runs._train(tmp_path,
-                           **(LONG | TREE | dict(rollout__drafter='hybrid')))
+  summary, _ = runs._train(
+    tmp_path, **(LONG | TREE | dict(rollout__drafter='hybrid'))
+  )
   runs._assert_same_run(tmp_path, summary, plain)
   rows = [r for r in runs._rows(tmp_path, 'timing.jsonl') if 'time/step' in r]
   assert max(r['rollout/accept_length'] for r in rows[1:]) > 1.5
@@ -100,17 +105,23 @@ def test_a_continued_run_goes_on_with_its_drafter(tmp_path):
   first, _ = runs._train(folder, num_steps=3, **frozen)
   step, after = file_helpers.read_states(run.states, str(folder))
   assert step == 3
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(before['drafter']),
-               jax.device_get(after['drafter']))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.device_get(before['drafter']),
+    jax.device_get(after['drafter']),
+  )
   out = tmp_path / 'exported'
   assert export.export(str(folder), str(out), drafter=True) == 3
   tensors = load_file(out / 'model.safetensors')
   params = jax.device_get(after['drafter'].params)
-  np.testing.assert_array_equal(tensors['fc.weight'],
-                                params['join']['kernel'].T)
+  np.testing.assert_array_equal(
+    tensors['fc.weight'], params['join']['kernel'].T
+  )
   joint = params['layer']['query_key_value']['kernel']
-  np.testing.assert_array_equal(tensors['layers.0.self_attn.k_proj.weight'],
-                                joint[:, :, -2].reshape(16, -1).T)
+  np.testing.assert_array_equal(
+    tensors['layers.0.self_attn.k_proj.weight'],
+    joint[:, :, -2].reshape(16, -1).T,
+  )
   size = sum(x.size for x in jax.tree.leaves(params))
   assert sum(x.size for x in tensors.values()) == size
   assert json.loads((out / 'config.json').read_text())['num_hidden_layers'] == 1
@@ -135,18 +146,22 @@ def _run():
 
 def _window(run, samples):
   batch = drafter_training.DrafterTraining(run)._pack(samples)
-  return auxiliary.DraftWindow(*(jnp.asarray(getattr(batch, name)[0])
-                                 for name in ('tokens', 'positions', 'segments',
-                                              'targets')))
+  return auxiliary.DraftWindow(
+    *(
+      jnp.asarray(getattr(batch, name)[0])
+      for name in ('tokens', 'positions', 'segments', 'targets')
+    )
+  )
 
 
 def _samples(seed, count=6):
   rng = np.random.default_rng(seed)
   return [
-      Sample(
-          rng.integers(0, 5, 3).astype(np.int32),
-          rng.integers(0, 5, rng.integers(1, 8)).astype(np.int32))
-      for _ in range(count)
+    Sample(
+      rng.integers(0, 5, 3).astype(np.int32),
+      rng.integers(0, 5, rng.integers(1, 8)).astype(np.int32),
+    )
+    for _ in range(count)
   ]
 
 
@@ -164,21 +179,28 @@ def test_the_loss_is_its_definition():
   own = run.states.init_drafter().params
   samples = _samples(0)
   window = _window(run, samples)
-  hidden = run.model.hidden(params, window.tokens, window.positions,
-                            window.segments)
+  hidden = run.model.hidden(
+    params, window.tokens, window.positions, window.segments
+  )
   got = auxiliary.drafter_loss(own, params, hidden, window, learning)
   values = []
   for sample in samples:
     tokens = np.r_[sample.prompt, sample.completion][None]
     order = np.arange(tokens.shape[1])[None]
-    h = run.model.hidden(params, jnp.asarray(tokens), order,
-                         np.ones_like(order))
+    h = run.model.hidden(
+      params, jnp.asarray(tokens), order, np.ones_like(order)
+    )
     features = jnp.concatenate([jnp.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
-    estimate = run.states.draft_model.hidden(DraftParams(params, own),
-                                             jnp.asarray(tokens), features,
-                                             order, np.ones_like(order))
-    law = lambda x: np.asarray(jax.nn.softmax(run.model.logits(params, x)[0]),
-                               np.float64)
+    estimate = run.states.draft_model.hidden(
+      DraftParams(params, own),
+      jnp.asarray(tokens),
+      features,
+      order,
+      np.ones_like(order),
+    )
+    law = lambda x: np.asarray(
+      jax.nn.softmax(run.model.logits(params, x)[0]), np.float64
+    )
     gap = np.abs(np.asarray(estimate - h, np.float64))[0]
     smooth = np.where(gap < 1, gap**2 / 2, gap - 0.5).mean(-1)
     entropy = -(law(h) * np.log(law(estimate))).sum(-1)
@@ -198,13 +220,18 @@ def test_updates_lower_the_loss():
   state, params = run.states.init_drafter(), run.states.init_params()
   samples = _samples(1, 12)
   window = _window(run, samples)
-  hidden = run.model.hidden(params, window.tokens, window.positions,
-                            window.segments)
+  hidden = run.model.hidden(
+    params, window.tokens, window.positions, window.segments
+  )
   learning = run.states.draft_learning
   perfect = learning.draft_model._replace(hidden=lambda *args: hidden)
   floor = auxiliary.drafter_loss(
-      state.params, params, hidden, window,
-      dataclasses.replace(learning, draft_model=perfect))
+    state.params,
+    params,
+    hidden,
+    window,
+    dataclasses.replace(learning, draft_model=perfect),
+  )
   losses = []
   for _ in range(60):
     state, loss = training._update(state, params, training._pack(samples), 0)
@@ -271,6 +298,5 @@ def test_time_that_is_left_over_is_not_saved_up(monkeypatch):
 
 
 class _Rollout:
-
   def __init__(self, sample):
     self.tokens, self.request = sample.completion, sample

@@ -8,20 +8,20 @@ from jax._src import array as jax_array
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollout_helpers import World
 import rollout_helpers as helpers
+from rollout_helpers import World
 
-from rlax_llm import executables
 from rlax_llm.config import ConfigError
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
 from rlax_llm.drafting import drafter as drafting
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.models.language_model import score
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import executor
 from rlax_llm.rollout.state import RolloutState
+from rlax_llm.runtime import executables
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
@@ -43,23 +43,21 @@ def _plain():
 def _drafter(name):
   vocabulary = 7
   return {
-      'chain': lambda: drafting.prompt_lookup(4),
-      'hostile': lambda: helpers.hostile_chain(4, vocabulary),
-      'tree': lambda: helpers.random_tree(6, vocabulary),
-      'cache': lambda: helpers.tree_cache(4),
-      'cache tree': lambda: helpers.tree_cache(6, branching=3),
-      'oracle': lambda: _oracle(False),
-      'oracle tree': lambda: _oracle(True),
+    'chain': lambda: drafting.prompt_lookup(4),
+    'hostile': lambda: helpers.hostile_chain(4, vocabulary),
+    'tree': lambda: helpers.random_tree(6, vocabulary),
+    'cache': lambda: helpers.tree_cache(4),
+    'cache tree': lambda: helpers.tree_cache(6, branching=3),
+    'oracle': lambda: _oracle(False),
+    'oracle tree': lambda: _oracle(True),
   }[name]()
 
 
 @functools.cache
 def _oracle(tree):
-  return helpers.oracle(7 if tree else 4,
-                        _plain(),
-                        _world().seed,
-                        LONGEST,
-                        tree=tree)
+  return helpers.oracle(
+    7 if tree else 4, _plain(), _world().seed, LONGEST, tree=tree
+  )
 
 
 # --- The law.
@@ -68,29 +66,40 @@ def _oracle(tree):
 def _stale_rollouts(world, request):
   """Completions that the law nearly excludes, and likely ones."""
   tokens = lambda *t: np.asarray(t, np.int32)
-  plain, _ = world.generate([dataclasses.replace(request, samples=1, step=99)],
-                            slots=16,
-                            max_new_tokens=3)
+  plain, _ = world.generate(
+    [dataclasses.replace(request, samples=1, step=99)],
+    slots=16,
+    max_new_tokens=3,
+  )
   wrong = dataclasses.replace(plain[0], tokens=tokens(2, 3, 1), length=3)
   return [plain[0], wrong]
 
 
 LAW_CASES = [
-    pytest.param(drafter,
-                 width,
-                 temperature,
-                 top_p,
-                 marks=() if fast else pytest.mark.slow)
-    for drafter, widths in (('none', (1,)), ('lookup', (5, 9)),
-                            ('hostile', (5, 9)), ('tree', (5, 9)),
-                            ('cache', (5, 9)), ('cache tree', (5, 9)))
-    for width in widths
-    for temperature in (0.7, 1.0, 1.5)
-    for top_p in (1.0, 0.9)
-    for fast in [(drafter, width, temperature,
-                  top_p) in (('none', 1, 1.0, 1.0), ('lookup', 5, 0.7, 1.0),
-                             ('tree', 9, 1.5, 1.0), ('tree', 5, 1.0, 0.9),
-                             ('cache tree', 5, 1.0, 1.0))]
+  pytest.param(
+    drafter, width, temperature, top_p, marks=() if fast else pytest.mark.slow
+  )
+  for drafter, widths in (
+    ('none', (1,)),
+    ('lookup', (5, 9)),
+    ('hostile', (5, 9)),
+    ('tree', (5, 9)),
+    ('cache', (5, 9)),
+    ('cache tree', (5, 9)),
+  )
+  for width in widths
+  for temperature in (0.7, 1.0, 1.5)
+  for top_p in (1.0, 0.9)
+  for fast in [
+    (drafter, width, temperature, top_p)
+    in (
+      ('none', 1, 1.0, 1.0),
+      ('lookup', 5, 0.7, 1.0),
+      ('tree', 9, 1.5, 1.0),
+      ('tree', 5, 1.0, 0.9),
+      ('cache tree', 5, 1.0, 1.0),
+    )
+  ]
 ]
 
 
@@ -103,16 +112,16 @@ def test_law(drafter, width, temperature, top_p):
   the next draw; the token of the draft is committed in place of the target's;
   noise of position t used at t + 1 of the same forward.
   """
-  world = _world(vocabulary=4,
-                 eos=3,
-                 sampling=Sampling(temperature, top_p=top_p))
+  world = _world(
+    vocabulary=4, eos=3, sampling=Sampling(temperature, top_p=top_p)
+  )
   draft = {
-      'none': drafting.no_drafter,
-      'lookup': lambda: drafting.prompt_lookup(width),
-      'hostile': lambda: helpers.hostile_chain(width, 4),
-      'tree': lambda: helpers.random_tree(width, 4),
-      'cache': lambda: helpers.tree_cache(width, places=1040),
-      'cache tree': lambda: helpers.tree_cache(width, branching=2, places=1040),
+    'none': drafting.no_drafter,
+    'lookup': lambda: drafting.prompt_lookup(width),
+    'hostile': lambda: helpers.hostile_chain(width, 4),
+    'tree': lambda: helpers.random_tree(width, 4),
+    'cache': lambda: helpers.tree_cache(width, places=1040),
+    'cache tree': lambda: helpers.tree_cache(width, branching=2, places=1040),
   }[drafter]()
   prompt = np.asarray([1, 2, 1, 0, 1])
   requests = [Request(prompt, 1024, TRAIN, width, i) for i in range(12)]
@@ -120,14 +129,15 @@ def test_law(drafter, width, temperature, top_p):
   if 'cache' in drafter:  # warm, of another policy: stale
     store = RolloutStore(history=2, megabytes=1, tokenizer='')
     store.add(_stale_rollouts(world, requests[0]))
-  rollouts, engine = world.generate(requests,
-                                    drafter=draft,
-                                    store=store,
-                                    slots=1024,
-                                    samples_per_prompt=1024,
-                                    max_new_tokens=3,
-                                    control=dict(refill_threshold=0.5,
-                                                 compact=False))
+  rollouts, engine = world.generate(
+    requests,
+    drafter=draft,
+    store=store,
+    slots=1024,
+    samples_per_prompt=1024,
+    max_new_tokens=3,
+    control=dict(refill_threshold=0.5, compact=False),
+  )
   helpers.assert_law(world, prompt, 3, rollouts)
   if width > 1:  # drafts were accepted: the test is about them
     assert engine.stats.tokens > 1.02 * engine.stats.row_forwards
@@ -152,7 +162,7 @@ def test_plain_rollouts_are_varied():
     assert r.forwards == r.length and not r.drafted.any()
     assert (r.token_version == 0).all()
   assert [(r.request.request, r.index) for r in rollouts] == [
-      (q.request, i) for q in helpers.make_requests() for i in range(q.samples)
+    (q.request, i) for q in helpers.make_requests() for i in range(q.samples)
   ]
 
 
@@ -166,18 +176,22 @@ def test_plain_rollouts_equal_an_uncached_loop():
   world = _world()
   for rollout in _plain()[::3]:
     for place in range(min(rollout.length, 8)):
-      law = world.law_after(np.r_[rollout.request.prompt,
-                                  rollout.tokens[:place]])
+      law = world.law_after(
+        np.r_[rollout.request.prompt, rollout.tokens[:place]]
+      )
       token = helpers.sampling_ops.race(
-          jnp.asarray(helpers.key_of(rollout, world.seed)), jnp.int32(place),
-          law)
-      assert (token == rollout.tokens[place] or
-              world.margin(rollout, place) < helpers.NEAR_TIE)
+        jnp.asarray(helpers.key_of(rollout, world.seed)), jnp.int32(place), law
+      )
+      assert (
+        token == rollout.tokens[place]
+        or world.margin(rollout, place) < helpers.NEAR_TIE
+      )
 
 
-@pytest.mark.parametrize('name', [
-    'chain', 'hostile', 'tree', 'oracle', 'oracle tree', 'cache', 'cache tree'
-])
+@pytest.mark.parametrize(
+  'name',
+  ['chain', 'hostile', 'tree', 'oracle', 'oracle tree', 'cache', 'cache tree'],
+)
 def test_drafters_change_no_token(name):
   """Tokens, ends and log-probabilities are those of plain sampling.
 
@@ -187,17 +201,18 @@ def test_drafters_change_no_token(name):
   """
   world, want = _world(), _plain()
   # Growth and compaction with trees, one executable for each other drafter.
-  few = {} if name == 'tree' else dict(min_capacity=32,
-                                       control=dict(compact=False))
-  got, engine = world.generate(helpers.make_requests(),
-                               drafter=_drafter(name),
-                               **few)
+  few = (
+    {} if name == 'tree' else dict(min_capacity=32, control=dict(compact=False))
+  )
+  got, engine = world.generate(
+    helpers.make_requests(), drafter=_drafter(name), **few
+  )
   helpers.assert_same_tokens(world, want, got)
   for a, b in zip(want, got):
     if np.array_equal(a.tokens, b.tokens):
-      np.testing.assert_allclose(a.behaviour_logprobs,
-                                 b.behaviour_logprobs,
-                                 atol=1e-5)
+      np.testing.assert_allclose(
+        a.behaviour_logprobs, b.behaviour_logprobs, atol=1e-5
+      )
     # One token of every forward is the target's own; the last forward's may
     # lie behind EOS or the limit.
     assert b.length - b.drafted.sum() in (b.forwards, b.forwards - 1)
@@ -212,25 +227,28 @@ def test_drafters_change_no_token(name):
 
 
 VARIATIONS = {
-    'N = 4': dict(slots=4, control=dict(min_slots=2)),
-    'N = 64': dict(slots=64),
-    'segments of 1': dict(segment_forwards=1),
-    'segments of 64': dict(segment_forwards=64),
-    'refill at once': dict(control=dict(refill_threshold=0.01)),
-    'refill late': dict(control=dict(refill_threshold=1.0)),
-    'no compaction': dict(control=dict(compact=False)),
-    'compaction to 1': dict(control=dict(min_slots=1)),
-    'one capacity': dict(min_capacity=64),
-    'other blocks': dict(samples_per_prompt=16),
+  'N = 4': dict(slots=4, control=dict(min_slots=2)),
+  'N = 64': dict(slots=64),
+  'segments of 1': dict(segment_forwards=1),
+  'segments of 64': dict(segment_forwards=64),
+  'refill at once': dict(control=dict(refill_threshold=0.01)),
+  'refill late': dict(control=dict(refill_threshold=1.0)),
+  'no compaction': dict(control=dict(compact=False)),
+  'compaction to 1': dict(control=dict(min_slots=1)),
+  'one capacity': dict(min_capacity=64),
+  'other blocks': dict(samples_per_prompt=16),
 }
 
 SLOW = ('N = 64', 'compaction to 1')
 
 
-@pytest.mark.parametrize('name', [
+@pytest.mark.parametrize(
+  'name',
+  [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
     for name in VARIATIONS
-])
+  ],
+)
 def test_speed_values_change_no_token(name):
   """Slots, segment length, refill, compaction and growth change no token.
 
@@ -240,17 +258,19 @@ def test_speed_values_change_no_token(name):
   the next row of its block.
   """
   world = _world()
-  got, _ = world.generate(helpers.make_requests(),
-                          drafter=drafting.prompt_lookup(4),
-                          **VARIATIONS[name])
+  got, _ = world.generate(
+    helpers.make_requests(),
+    drafter=drafting.prompt_lookup(4),
+    **VARIATIONS[name],
+  )
   helpers.assert_same_tokens(world, _plain(), got)
   for r in got:
     assert r.length - r.drafted.sum() in (r.forwards, r.forwards - 1)
 
 
 @pytest.mark.parametrize(
-    'drafter', ['chain', 'tree',
-                pytest.param('cache', marks=pytest.mark.slow)])
+  'drafter', ['chain', 'tree', pytest.param('cache', marks=pytest.mark.slow)]
+)
 def test_order_and_company_change_no_token(drafter):
   """Shuffled, reversed, repeated and lonely requests give the same tokens.
 
@@ -265,10 +285,12 @@ def test_order_and_company_change_no_token(drafter):
   alone, _ = world.generate(requests[3:4], drafter=drafter)
   of_three = [r for r in _plain() if r.request.request == 3]
   helpers.assert_same_tokens(world, of_three, alone)
-  twice, _ = world.generate([requests[0], requests[2], requests[0]],
-                            drafter=drafter,
-                            slots=4,
-                            samples_per_prompt=4)
+  twice, _ = world.generate(
+    [requests[0], requests[2], requests[0]],
+    drafter=drafter,
+    slots=4,
+    samples_per_prompt=4,
+  )
   assert len(twice) == 7
   for a, b in zip(twice[:3], twice[4:]):
     np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -282,8 +304,9 @@ def test_devices_change_no_token(drafter):
   Mutant: compaction leaves the keys behind.
   """
   world = _world(ways=8)
-  got, engine = world.generate(helpers.make_requests(),
-                               drafter=drafter and _drafter(drafter))
+  got, engine = world.generate(
+    helpers.make_requests(), drafter=drafter and _drafter(drafter)
+  )
   helpers.assert_same_tokens(_world(), _plain(), got)
   assert min(n for n, _, _ in engine.reachable_keys()) == 8
 
@@ -294,9 +317,11 @@ def test_a_random_clock_changes_no_token():
   Mutant: a late sample is given one token less.
   """
   world, rng = _world(), np.random.default_rng(0)
-  got, _ = world.generate(helpers.make_requests(),
-                          drafter=drafting.prompt_lookup(4),
-                          clock=lambda: float(rng.normal() * 1e3))
+  got, _ = world.generate(
+    helpers.make_requests(),
+    drafter=drafting.prompt_lookup(4),
+    clock=lambda: float(rng.normal() * 1e3),
+  )
   helpers.assert_same_tokens(world, _plain(), got)
 
 
@@ -315,8 +340,9 @@ def _filled(kind, *, history=2):
   if kind == 'warm':
     store.add(_plain())
   elif kind == 'stale':
-    rollouts, _ = _world().generate(helpers.make_requests(step=7),
-                                    params=_stale_world())
+    rollouts, _ = _world().generate(
+      helpers.make_requests(step=7), params=_stale_world()
+    )
     store.add(rollouts)
   else:
     rng = np.random.default_rng(0)
@@ -327,13 +353,16 @@ def _filled(kind, *, history=2):
   return store
 
 
-@pytest.mark.parametrize('name, kind', [
+@pytest.mark.parametrize(
+  'name, kind',
+  [
     ('cache', 'warm'),
     ('cache', 'stale'),
     ('cache', 'adversarial'),
     ('cache tree', 'warm'),
     ('cache tree', 'adversarial'),
-])
+  ],
+)
 def test_no_cache_changes_a_token(name, kind):
   """Right, stale and adversarial rollouts in the cache: the same tokens.
 
@@ -342,22 +371,27 @@ def test_no_cache_changes_a_token(name, kind):
   its last sample has ended.
   """
   world, store = _world(), _filled(kind, history=64)
-  drafter = helpers.tree_cache(4 if name == 'cache' else 6,
-                               branching=1 if name == 'cache' else 3,
-                               history=24)
-  got, engine = world.generate(helpers.make_requests(),
-                               drafter=drafter,
-                               store=store,
-                               slots=4,
-                               control=dict(min_slots=2),
-                               min_capacity=32)
+  drafter = helpers.tree_cache(
+    4 if name == 'cache' else 6,
+    branching=1 if name == 'cache' else 3,
+    history=24,
+  )
+  got, engine = world.generate(
+    helpers.make_requests(),
+    drafter=drafter,
+    store=store,
+    slots=4,
+    control=dict(min_slots=2),
+    min_capacity=32,
+  )
   helpers.assert_same_tokens(world, _plain(), got)
   accept = engine.stats.tokens / engine.stats.row_forwards
   if kind == 'warm':
     assert accept > 1.4
   newest = store.history(helpers.make_requests()[1])[-20:]
-  assert [n.tolist() for n in newest
-         ] == [r.tokens.tolist() for r in got if r.request.request == 1]
+  assert [n.tolist() for n in newest] == [
+    r.tokens.tolist() for r in got if r.request.request == 1
+  ]
 
 
 AHEAD = dict(drafter=None, width=4, history=4, segment_forwards=4, slots=8)
@@ -408,16 +442,14 @@ def test_running_ahead_changes_no_token():
     hint = store.hint(rollout.request, rollout.index)
     if hint is not None and len(hint):
       hints += 1
-      np.testing.assert_array_equal(hint, rollout.tokens[:len(hint)])
+      np.testing.assert_array_equal(hint, rollout.tokens[: len(hint)])
       if len(hint) == rollout.length:  # it foretells all but the last node
         assert rollout.forwards <= -(-rollout.length // 4) + 1
   assert hints >= 4
   # Hints are no rollouts: the history holds what was sampled for its step.
   for request in helpers.make_requests((4, 4, 4), step=1, seed=5):
     known = [
-        r.tokens.tolist()
-        for r in got[1]
-        if r.request.request == request.request
+      r.tokens.tolist() for r in got[1] if r.request.request == request.request
     ]
     assert [h.tolist() for h in store.history(request)] == known
 
@@ -437,14 +469,16 @@ def test_running_ahead_does_not_keep_the_batch_wide():
   spent = []
   for rows in (0, 4):
     store = RolloutStore(history=4, megabytes=1, tokenizer='')
-    got, engine = world.generate(requests,
-                                 ahead=coming,
-                                 store=store,
-                                 width=4,
-                                 history=4,
-                                 slots=16,
-                                 segment_forwards=3,
-                                 control=dict(min_slots=2, run_ahead_rows=rows))
+    got, engine = world.generate(
+      requests,
+      ahead=coming,
+      store=store,
+      width=4,
+      history=4,
+      slots=16,
+      segment_forwards=3,
+      control=dict(min_slots=2, run_ahead_rows=rows),
+    )
     spent.append(engine.stats.slot_forwards)
     assert (engine.stats.ahead_tokens > 0) == (rows > 0)
     assert len(got) == 36
@@ -460,15 +494,17 @@ def test_any_arm_at_any_boundary_changes_no_token(monkeypatch):
   rng = np.random.default_rng(0)
   world = _world()
   arms = [PLAIN] + [
-      Arm(w, b, ('tree_cache',)) for w, b in ((3, 1), (4, 1), (3, 2), (4, 2))
+    Arm(w, b, ('tree_cache',)) for w, b in ((3, 1), (4, 1), (3, 2), (4, 2))
   ]
   monkeypatch.setattr(CostModel, 'choose', helpers.random_choices(rng, arms))
-  got, engine = world.generate(helpers.make_requests(),
-                               width=0,
-                               branching=0,
-                               store=_filled('stale'),
-                               control=dict(widths=(1, 3, 4)),
-                               clock=lambda: float(rng.normal()))
+  got, engine = world.generate(
+    helpers.make_requests(),
+    width=0,
+    branching=0,
+    store=_filled('stale'),
+    control=dict(widths=(1, 3, 4)),
+    clock=lambda: float(rng.normal()),
+  )
   helpers.assert_same_tokens(world, _plain(), got)
   assert 1 < engine.stats.node_forwards / engine.stats.forwards < 4
 
@@ -483,7 +519,7 @@ def test_noise_follows_the_request():
   prompt = np.asarray([1, 2, 3])
   text = lambda rollouts: [tuple(r.tokens) for r in rollouts]
   make = lambda domain, step, request: [
-      Request(prompt, 8, domain, step, request)
+    Request(prompt, 8, domain, step, request)
   ]
   base = text(world.generate(make(TRAIN, 0, 0))[0])
   assert base == text(world.generate(make(TRAIN, 0, 0))[0])
@@ -496,25 +532,32 @@ def test_noise_follows_the_request():
 # --- Log-probabilities.
 
 
-@pytest.mark.parametrize('drafter,temperature', [
+@pytest.mark.parametrize(
+  'drafter,temperature',
+  [
     ('none', 1.0),
     ('chain', 1.0),
     ('tree', 1.0),
     ('chain', 0.7),
     pytest.param('none', 0.7, marks=pytest.mark.slow),
     pytest.param('tree', 0.7, marks=pytest.mark.slow),
-])
+  ],
+)
 def test_behaviour_logprobs_equal_a_fresh_score(drafter, temperature):
   """What the sampler recorded is what `score` says, on every token, to 1e-5.
 
   EOS included. Mutants: log-probabilities of the untempered law; those of the
   node before; those of the draft's token.
   """
-  world = _world() if temperature == 1 else _world(
-      sampling=Sampling(temperature))
+  world = (
+    _world() if temperature == 1 else _world(sampling=Sampling(temperature))
+  )
   draft = None if drafter == 'none' else _drafter(drafter)
-  few = {} if temperature == 1 else dict(min_capacity=32,
-                                         control=dict(compact=False))
+  few = (
+    {}
+    if temperature == 1
+    else dict(min_capacity=32, control=dict(compact=False))
+  )
   rollouts, _ = world.generate(helpers.make_requests(), drafter=draft, **few)
   tokens = np.zeros((len(rollouts), 32), np.int32)
   segments = np.zeros_like(tokens)
@@ -527,13 +570,15 @@ def test_behaviour_logprobs_equal_a_fresh_score(drafter, temperature):
     recorded[row, first:last] = r.behaviour_logprobs
     completion[row, first:last] = True
   positions = np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape)
-  fresh = score(world.params,
-                jnp.asarray(tokens),
-                jnp.asarray(positions),
-                jnp.asarray(segments),
-                model=world.model,
-                sampling=world.sampling,
-                chunk=200)
+  fresh = score(
+    world.params,
+    jnp.asarray(tokens),
+    jnp.asarray(positions),
+    jnp.asarray(segments),
+    model=world.model,
+    sampling=world.sampling,
+    chunk=200,
+  )
   assert any(r.finished for r in rollouts)
   gap = np.abs(np.asarray(fresh) - recorded)[completion]
   assert gap.max() < 1e-5
@@ -576,8 +621,15 @@ def test_one_read_for_each_segment(monkeypatch):
 
     monkeypatch.setattr(jax_array.ArrayImpl, name, watched)
 
-  for name in ('__array__', '__float__', '__int__', '__index__', '__bool__',
-               'item', 'tolist'):
+  for name in (
+    '__array__',
+    '__float__',
+    '__int__',
+    '__index__',
+    '__bool__',
+    'item',
+    'tolist',
+  ):
     watch(name)
   with jax.transfer_guard_device_to_host('disallow'):
     _, engine = world.generate(requests, drafter=chain)
@@ -606,10 +658,12 @@ def test_a_key_seen_once_never_compiles_again():
   before = executables.compile_totals()[0]
   for seed in range(1, 6):
     generate(seed, **one_shape)
-  generate(7,
-           min_capacity=32,
-           segment_forwards=5,
-           control=dict(compact=False, refill_threshold=0.6))
+  generate(
+    7,
+    min_capacity=32,
+    segment_forwards=5,
+    control=dict(compact=False, refill_threshold=0.6),
+  )
   assert executables.compile_totals()[0] == before
   # With growth and compaction: one compilation for each new key, no more.
   keys = len(world.pool.keys())
@@ -627,16 +681,16 @@ def test_used_keys_are_reachable_keys():
   world, rng = _world(), np.random.default_rng(1)
   for control in (dict(), dict(min_slots=4), dict(compact=False)):
     pool = _Recorder(world.pool)
-    engine = world.engine(drafter=drafting.prompt_lookup(4),
-                          control=control,
-                          pool=pool)
+    engine = world.engine(
+      drafter=drafting.prompt_lookup(4), control=control, pool=pool
+    )
     for step in range(4):
       samples = rng.integers(1, 25, rng.integers(1, 5))
       requests = helpers.make_requests(samples, step=step)
       engine.generate(world.params, requests, helpers.RolloutState())
-    used = {(key[1], key[2], key[3].width)
-            for key in pool.used
-            if key[0] == 'segment'}
+    used = {
+      (key[1], key[2], key[3].width) for key in pool.used if key[0] == 'segment'
+    }
     assert len(used) > 1
     assert used <= {(n, s, arm.width) for n, s, arm in engine.reachable_keys()}
 

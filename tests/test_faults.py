@@ -19,26 +19,33 @@ from config_helpers import train_quietly
 import file_helpers
 import pytest
 
-from rlax_llm import checkpoint
 from rlax_llm import evaluate
 from rlax_llm import train
 from rlax_llm import trainer
-from rlax_llm.drafter_training import DrafterTraining
-from rlax_llm.files import WriteError
-from rlax_llm.progress import Progress
-from rlax_llm.stopping import Stopped
+from rlax_llm.learning.drafter_training import DrafterTraining
+from rlax_llm.runtime.files import WriteError
+from rlax_llm.runtime.stopping import Stopped
+from rlax_llm.workdir import checkpoint
+from rlax_llm.workdir.progress import Progress
 
 SEED, SEQUENCES, FAULTS = 0, 40, 3
-VALUES = ('tokens_sampled', 'tokens_sha256', 'parameters_sha256',
-          'reward_first', 'reward_last', 'accuracy_before', 'accuracy_after')
+VALUES = (
+  'tokens_sampled',
+  'tokens_sha256',
+  'parameters_sha256',
+  'reward_first',
+  'reward_last',
+  'accuracy_before',
+  'accuracy_after',
+)
 FILES = ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl')
 # Where faults come: a function that is called there, and its owner.
 PLACES = {
-    'step': (trainer, 'train_step'),
-    'evaluation': (evaluate, 'evaluate'),
-    'checkpoint': (checkpoint.Checkpoints, 'save'),
-    'warm start': (trainer, 'warm_start'),
-    'drafter warm-up': (DrafterTraining, 'warm_up'),
+  'step': (trainer, 'train_step'),
+  'evaluation': (evaluate, 'evaluate'),
+  'checkpoint': (checkpoint.Checkpoints, 'save'),
+  'warm start': (trainer, 'warm_start'),
+  'drafter warm-up': (DrafterTraining, 'warm_up'),
 }
 KINDS = ('stop', 'hard end', 'disk full')
 
@@ -98,16 +105,18 @@ class Disturbance:
 
 def _config():
   """Everything on whose state a continued run depends, few steps."""
-  return tiny_config(num_steps=5,
-                     sft__steps=4,
-                     sft__sequences_per_step=8,
-                     sft__warmup_steps=2,
-                     algorithm__kl_coefficient=0.1,
-                     control__over_provision=1.5,
-                     rollout__drafter='model',
-                     drafter__warmup_updates=2,
-                     evaluate__every=2,
-                     checkpoint__every=3)
+  return tiny_config(
+    num_steps=5,
+    sft__steps=4,
+    sft__sequences_per_step=8,
+    sft__warmup_steps=2,
+    algorithm__kl_coefficient=0.1,
+    control__over_provision=1.5,
+    rollout__drafter='model',
+    drafter__warmup_updates=2,
+    evaluate__every=2,
+    checkpoint__every=3,
+  )
 
 
 def _run(folder, disturbance):
@@ -115,11 +124,12 @@ def _run(folder, disturbance):
   with pytest.MonkeyPatch.context() as patch, disturbance.stack:
     disturbance.watch(patch)
     try:
-      return train_quietly(_config(),
-                           folder,
-                           clock=disturbance.clock,
-                           display=Progress(io.StringIO(),
-                                            clock=disturbance.clock))
+      return train_quietly(
+        _config(),
+        folder,
+        clock=disturbance.clock,
+        display=Progress(io.StringIO(), clock=disturbance.clock),
+      )
     except (Stopped, Killed, WriteError):
       assert disturbance.came
   return None
@@ -141,7 +151,8 @@ def _shared_executables(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
-    'ignore::pytest.PytestUnhandledThreadExceptionWarning')
+  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
+)
 def test_sequences_of_faults_change_no_bit(tmp_path, shared_executables):
   """Law: after stops, hard ends and full disks at any event of any place, one
   after another, the same call ends with the files and parameters of the
@@ -171,11 +182,11 @@ def test_sequences_of_faults_change_no_bit(tmp_path, shared_executables):
     for name in VALUES:
       assert got[name] == summary[name], (name, history)
     for name in FILES:
-      assert ((folder / name).read_bytes() == (tmp_path / 'whole' /
-                                               name).read_bytes()), (name,
-                                                                     history)
-  print(json.dumps({
-      f'{kind}, {place}': n for (kind, place), n in seen.items()
-  }))
+      assert (folder / name).read_bytes() == (
+        tmp_path / 'whole' / name
+      ).read_bytes(), (name, history)
+  print(
+    json.dumps({f'{kind}, {place}': n for (kind, place), n in seen.items()})
+  )
   # Every kind of fault came in every place.
   assert len(seen) == len(KINDS) * len(PLACES)

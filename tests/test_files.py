@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlax_llm import files
-from rlax_llm import flags
-from rlax_llm import manifest
-from rlax_llm import metrics
 from rlax_llm import testing
-from rlax_llm.checkpoint import Checkpoints
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
+from rlax_llm.runtime import files
+from rlax_llm.runtime import flags
+from rlax_llm.workdir import manifest
+from rlax_llm.workdir import metrics
+from rlax_llm.workdir.checkpoint import Checkpoints
 
 
 def _lines(path):
@@ -55,8 +55,9 @@ def test_a_device_that_is_full(tmp_path):
   """
   (tmp_path / 'timing.jsonl').symlink_to('/dev/full')
   with pytest.raises(files.WriteError, match='No space left on device'):
-    with metrics.MetricsWriter(tmp_path, resume_step=None,
-                               run_id='a') as writer:
+    with metrics.MetricsWriter(
+      tmp_path, resume_step=None, run_id='a'
+    ) as writer:
       writer.write(1, {'reward/mean': 1.0, 'time/step': 1.0})
   assert _lines(tmp_path / 'metrics.jsonl') == [{'step': 1, 'reward/mean': 1.0}]
 
@@ -115,14 +116,14 @@ def test_a_run_goes_on_without_tensorboard(tmp_path, make):
   warnings = []
   limit = 300 if make is _board_is_full else 10**6
   with file_helpers.room(limit):
-    with metrics.MetricsWriter(tmp_path,
-                               resume_step=None,
-                               run_id='a',
-                               warn=warnings.append) as writer:
+    with metrics.MetricsWriter(
+      tmp_path, resume_step=None, run_id='a', warn=warnings.append
+    ) as writer:
       for step in range(1, 9):
         writer.write(step, {'reward/mean': 1.0})
-  assert [row['step'] for row in _lines(tmp_path / 'metrics.jsonl')
-         ] == list(range(1, 9))
+  assert [row['step'] for row in _lines(tmp_path / 'metrics.jsonl')] == list(
+    range(1, 9)
+  )
   (line,) = warnings
   assert 'TensorBoard' in line and 'the .jsonl files have everything' in line
 
@@ -183,29 +184,42 @@ def test_exit_code_of_a_full_disk(monkeypatch, capsys):
 
 
 _ROWS = st.dictionaries(
-    st.text(max_size=5),
-    st.recursive(st.none() | st.integers() | st.floats() | st.text(max_size=9),
-                 lambda inner: st.lists(inner, max_size=3),
-                 max_leaves=5))
+  st.text(max_size=5),
+  st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=5,
+  ),
+)
 _HOSTILE_LINES = st.one_of(
-    st.binary(max_size=40),
-    st.just(b'[' * 10**5),
-    st.just(b'{"step": ' + b'9' * 5000 + b'}'),
-    st.sampled_from([
-        b'{"step": "3"}', b'{"step": NaN}', b'{"step": null}', b'{"step": 1e3}',
-        b'3', b'\xff\xfe{\0"\0', b'{"step": 2, "x": "\xff"}'
-    ]),
-    _ROWS.map(lambda row: json.dumps(row).encode()),
+  st.binary(max_size=40),
+  st.just(b'[' * 10**5),
+  st.just(b'{"step": ' + b'9' * 5000 + b'}'),
+  st.sampled_from(
+    [
+      b'{"step": "3"}',
+      b'{"step": NaN}',
+      b'{"step": null}',
+      b'{"step": 1e3}',
+      b'3',
+      b'\xff\xfe{\0"\0',
+      b'{"step": 2, "x": "\xff"}',
+    ]
+  ),
+  _ROWS.map(lambda row: json.dumps(row).encode()),
 )
 
 
 @hypothesis.settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+  max_examples=60,
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 @hypothesis.given(
-    st.lists(st.tuples(st.integers(0, 9), _HOSTILE_LINES)), st.integers(0, 9),
-    st.sampled_from([b'{"step": 0, "torn', b'{"step": 0, "torn": 1}']))
+  st.lists(st.tuples(st.integers(0, 9), _HOSTILE_LINES)),
+  st.integers(0, 9),
+  st.sampled_from([b'{"step": 0, "torn', b'{"step": 0, "torn": 1}']),
+)
 def test_any_rest_of_a_metrics_file_is_continued(tmp_path, rest, last, torn):
   """Law: whatever a killed run left, its whole lines up to the restored step
   stay, byte for byte and in order, and all further lines are whole.
@@ -220,10 +234,9 @@ def test_any_rest_of_a_metrics_file_is_continued(tmp_path, rest, last, torn):
       good[i] = b'{"step": %d, "i": %d}\n' % (step, i)
       file.write(good[i] + line.replace(b'\n', b'').replace(b'\r', b'') + b'\n')
     file.write(torn)
-  with metrics.MetricsWriter(folder,
-                             resume_step=last,
-                             run_id='a',
-                             warn=lambda line: None) as writer:
+  with metrics.MetricsWriter(
+    folder, resume_step=last, run_id='a', warn=lambda line: None
+  ) as writer:
     kept = (folder / 'metrics.jsonl').read_bytes()
     writer.write(10, {'reward/mean': 1.0})
   wanted = [good[i] for i, (step, _) in enumerate(rest) if step <= last]

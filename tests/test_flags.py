@@ -7,7 +7,7 @@ from absl import flags as absl_flags
 import pytest
 
 from rlax_llm import config as config_lib
-from rlax_llm import flags
+from rlax_llm.runtime import flags
 
 GOOD = """
 from rlax_llm.config import Config
@@ -18,7 +18,7 @@ def get_config():
 """
 PROGRAM = """
 import sys
-from rlax_llm import flags
+from rlax_llm.runtime import flags
 from rlax_llm.config import ConfigError
 CONFIG = flags.DEFINE_config()
 WORKDIR = flags.DEFINE_workdir()
@@ -47,29 +47,35 @@ def _folder(tmp_path):
 
 
 def _program(folder, *arguments):
-  return subprocess.run([sys.executable, 'program.py', *arguments],
-                        cwd=folder,
-                        env={
-                            'PYTHONPATH': ':'.join(sys.path),
-                            'JAX_PLATFORMS': 'cpu'
-                        },
-                        capture_output=True,
-                        text=True,
-                        timeout=60,
-                        check=False)
+  return subprocess.run(
+    [sys.executable, 'program.py', *arguments],
+    cwd=folder,
+    env={'PYTHONPATH': ':'.join(sys.path), 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
 
 
 def test_command_line_reaches_main(folder):
-  done = _program(folder, '--config=good.py', '--workdir=w',
-                  '--config.learning.learning_rate=0.5')
+  done = _program(
+    folder,
+    '--config=good.py',
+    '--workdir=w',
+    '--config.learning.learning_rate=0.5',
+  )
   assert (done.returncode, done.stdout) == (0, '7 0.5 w\n'), done.stderr
 
 
-@pytest.mark.parametrize('arguments, code, words', [
+@pytest.mark.parametrize(
+  'arguments, code, words',
+  [
     (['--config.learning_rate=1'], 2, "'learning.learning_rate'"),
     (['--config.seed=13'], 2, 'seed 13 is out of range; give another'),
     (['--config.seed=14'], 130, 'interrupted'),
-])
+  ],
+)
 def test_one_line_and_exit_code(folder, arguments, code, words):
   """Mutant: `except flags.Error` alone (KeyError and ConfigError escape)."""
   done = _program(folder, '--config=good.py', '--workdir=w', *arguments)
@@ -98,16 +104,17 @@ def _parse(folder, monkeypatch):
     argv = ['program', *arguments]
     monkeypatch.setattr(sys, 'argv', argv)
     # absl binds its global FLAGS when a DEFINE function is compiled.
-    holder = flags.config_flags.DEFINE_config_file('config',
-                                                   None,
-                                                   flag_values=values)
+    holder = flags.config_flags.DEFINE_config_file(
+      'config', None, flag_values=values
+    )
     values['config'].parser = flags._FileParser()
     absl_flags.DEFINE_string('workdir', None, '', flag_values=values)
     flags._parse(argv)
     return holder.value
 
   flags.config_flags.register_flag_parser_for_type(
-      flags.collections.abc.Mapping, flags._MappingParser())
+    flags.collections.abc.Mapping, flags._MappingParser()
+  )
   return parse
 
 
@@ -117,12 +124,17 @@ def test_override_before_the_file_is_refused(parse):
 
 
 def test_overrides_of_every_type(parse):
-  config = parse('--config', 'good.py', '--config.deterministic',
-                 '--config.task.options={"max_terms": 3}',
-                 '--config.algorithm.loss=reinforce',
-                 '--config.algorithm.clip_low=0.1',
-                 '--noconfig.control.compact',
-                 '--config.learning.precision.compute', 'bfloat16')
+  config = parse(
+    '--config',
+    'good.py',
+    '--config.deterministic',
+    '--config.task.options={"max_terms": 3}',
+    '--config.algorithm.loss=reinforce',
+    '--config.algorithm.clip_low=0.1',
+    '--noconfig.control.compact',
+    '--config.learning.precision.compute',
+    'bfloat16',
+  )
   assert config.deterministic and not config.control.compact
   assert config.task.options == {'max_terms': 3}
   assert config.algorithm.loss == 'reinforce'

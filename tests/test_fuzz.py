@@ -12,53 +12,96 @@ import jax.numpy as jnp
 import pytest
 import tokenizer_helpers
 
-from rlax_llm import answer_text
-from rlax_llm import chat_template
 from rlax_llm import config as config_lib
-from rlax_llm import flags
-from rlax_llm import pretrained
-from rlax_llm import safetensors_files
 from rlax_llm import testing
-from rlax_llm import tokenizer_files
-from rlax_llm.checkpoint import Checkpoints
 from rlax_llm.config import ConfigError
+from rlax_llm.config.validation import validate
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.pretrained_tokenizer import load_tokenizer
+from rlax_llm.models.pretrained import loading
+from rlax_llm.models.pretrained import safetensors_files
+from rlax_llm.runtime import flags
+from rlax_llm.tasks import answer_text
 from rlax_llm.tasks import extract
-from rlax_llm.tasks import guard
-from rlax_llm.tasks import jsonl_task
+from rlax_llm.tasks import jsonl
 from rlax_llm.tasks import match
 from rlax_llm.tasks import question_answer
-from rlax_llm.validation import validate
+from rlax_llm.tasks.reasoning_gym import guard
+from rlax_llm.tokenizers import chat_template
+from rlax_llm.tokenizers import files
+from rlax_llm.tokenizers.pretrained import load_tokenizer
+from rlax_llm.workdir.checkpoint import Checkpoints
 
 _SETTINGS = dict(
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 fuzz = hypothesis.settings(max_examples=120, **_SETTINGS)
 # Where an example starts a process or reads many files.
 fuzz_slowly = hypothesis.settings(max_examples=40, **_SETTINGS)
 
 # Python's own texts: lone surrogates and control characters among them.
 TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
-PIECES = st.sampled_from([
-    '9' * 4000, '10**10**9', '9**9**9**9', '1e999999999', '-' * 2000,
-    '(' * 2000, '\\boxed{' * 500, '}' * 500, '\\frac{', '<answer>' * 300,
-    '</answer>', '####', '=', '\n' * 500, 'a' * 5000 + '!', '1,' * 2000,
-    '\ud800', '\0', 'NaN', 'Infinity', '\\sqrt[' * 99, '٣', '²', ' ' * 5000,
-    '^{' * 50, '!' * 99
-])
+PIECES = st.sampled_from(
+  [
+    '9' * 4000,
+    '10**10**9',
+    '9**9**9**9',
+    '1e999999999',
+    '-' * 2000,
+    '(' * 2000,
+    '\\boxed{' * 500,
+    '}' * 500,
+    '\\frac{',
+    '<answer>' * 300,
+    '</answer>',
+    '####',
+    '=',
+    '\n' * 500,
+    'a' * 5000 + '!',
+    '1,' * 2000,
+    '\ud800',
+    '\0',
+    'NaN',
+    'Infinity',
+    '\\sqrt[' * 99,
+    '٣',
+    '²',
+    ' ' * 5000,
+    '^{' * 50,
+    '!' * 99,
+  ]
+)
 ANSWERS = st.lists(PIECES | TEXT, max_size=5).map(''.join)
-SCALARS = (st.none() | st.booleans() | st.integers() | st.floats() | TEXT |
-           st.sampled_from([10**400, 1e308, 5e-324]))
-JSON = st.recursive(SCALARS,
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                        TEXT, inner, max_size=3),
-                    max_leaves=8)
-BYTES = st.binary(max_size=60) | st.sampled_from([
-    b'[' * 20000, b'{"a":' * 4000, b'\xff\xfe', b'\xef\xbb\xbf', b'\0' * 99,
-    b'"' + b'x' * 10**4, b'9' * 10**4, b'NaN', b'1e400', b'"\\ud800"'
-])
+SCALARS = (
+  st.none()
+  | st.booleans()
+  | st.integers()
+  | st.floats()
+  | TEXT
+  | st.sampled_from([10**400, 1e308, 5e-324])
+)
+JSON = st.recursive(
+  SCALARS,
+  lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)
+  ),
+  max_leaves=8,
+)
+BYTES = st.binary(max_size=60) | st.sampled_from(
+  [
+    b'[' * 20000,
+    b'{"a":' * 4000,
+    b'\xff\xfe',
+    b'\xef\xbb\xbf',
+    b'\0' * 99,
+    b'"' + b'x' * 10**4,
+    b'9' * 10**4,
+    b'NaN',
+    b'1e400',
+    b'"\\ud800"',
+  ]
+)
 
 
 def _dumps(value):
@@ -102,20 +145,17 @@ def test_any_answers_are_compared(answer, truth, kind):
   assert equal in (True, False)
   if kind == 'exact':
     assert equal == (
-        answer_text.unbox(answer).split() == answer_text.unbox(truth).split())
+      answer_text.unbox(answer).split() == answer_text.unbox(truth).split()
+    )
     assert match.is_equal(answer, answer, kind)
   elif answer_text.parse_number(answer) is not None:
     assert match.is_equal(answer, answer, kind)
 
 
 ITEM = {
-    'question': 'What is 3 + 4?',
-    'answer': '7',
-    'metadata': {
-        'numbers': [3, 4],
-        'target': 7,
-        'variable': 'x'
-    }
+  'question': 'What is 3 + 4?',
+  'answer': '7',
+  'metadata': {'numbers': [3, 4], 'target': 7, 'variable': 'x'},
 }
 
 
@@ -139,13 +179,16 @@ def test_the_guard_judges_any_answer(answer, name):
 
 @fuzz
 @hypothesis.given(
-    st.lists(BYTES | JSON.map(_dumps) | st.fixed_dictionaries({
-        'question': JSON,
-        'answer': JSON
-    }).map(_dumps),
-             min_size=1,
-             max_size=4), st.sampled_from(['numeric', 'exact']),
-    st.sampled_from(question_answer.GOLD_FORMATS))
+  st.lists(
+    BYTES
+    | JSON.map(_dumps)
+    | st.fixed_dictionaries({'question': JSON, 'answer': JSON}).map(_dumps),
+    min_size=1,
+    max_size=4,
+  ),
+  st.sampled_from(['numeric', 'exact']),
+  st.sampled_from(question_answer.GOLD_FORMATS),
+)
 def test_any_jsonl_file_is_read_or_refused(tmp_path, lines, kind, gold_format):
   """Law: what is read is questions with answers that match themselves; else
   one line names the file and the line.
@@ -157,20 +200,27 @@ def test_any_jsonl_file_is_read_or_refused(tmp_path, lines, kind, gold_format):
   config = config_lib.TaskConfig(name='jsonl', path=str(path), match=kind)
   options = {**question_answer.OPTIONS, 'gold_format': gold_format}
   try:
-    found = jsonl_task.read_problems(str(path), options, config)
+    found = jsonl.read_problems(str(path), options, config)
   except ValueError as error:
     _one_line(error)
     assert str(path) in str(error)
     return
   for question, (row, number) in found.items():
-    assert question.strip(
-    ) and 1 <= number <= path.read_bytes().count(b'\n') + 1
+    assert (
+      question.strip() and 1 <= number <= path.read_bytes().count(b'\n') + 1
+    )
     assert match.is_equal(row.answer, row.answer, kind)
 
 
-NAMES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-         'added_tokens.json', 'generation_config.json', 'config.json',
-         'chat_template.jinja')
+NAMES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'generation_config.json',
+  'config.json',
+  'chat_template.jinja',
+)
 
 
 @pytest.fixture(name='model', scope='module')
@@ -180,14 +230,32 @@ def _model(tmp_path_factory):
 
 @fuzz_slowly
 @hypothesis.given(
-    st.sampled_from(NAMES), BYTES | JSON.map(_dumps) | st.dictionaries(
-        st.sampled_from([
-            'eos_token', 'bos_token', 'add_bos_token', 'eos_token_id', 'model',
-            'added_tokens', 'chat_template', 'vocab', 'post_processor',
-            'pad_token', 'added_tokens_decoder', 'extra_special_tokens'
-        ]), JSON).map(_dumps))
-def test_any_tokenizer_files_are_read_or_refused(model, tmp_path, name,
-                                                 content):
+  st.sampled_from(NAMES),
+  BYTES
+  | JSON.map(_dumps)
+  | st.dictionaries(
+    st.sampled_from(
+      [
+        'eos_token',
+        'bos_token',
+        'add_bos_token',
+        'eos_token_id',
+        'model',
+        'added_tokens',
+        'chat_template',
+        'vocab',
+        'post_processor',
+        'pad_token',
+        'added_tokens_decoder',
+        'extra_special_tokens',
+      ]
+    ),
+    JSON,
+  ).map(_dumps),
+)
+def test_any_tokenizer_files_are_read_or_refused(
+  model, tmp_path, name, content
+):
   """Law: a folder with one hostile file gives a tokenizer that reads and
   writes text, or one line.
 
@@ -207,20 +275,43 @@ def test_any_tokenizer_files_are_read_or_refused(model, tmp_path, name,
     return
   text = 'How many legs have three cats?'
   # A file may name a letter as a special token; then it is skipped.
-  named = tokenizer_files.read_declared(str(folder)).names.values()
+  named = files.read_declared(str(folder)).names.values()
   if not any(name and name in text for name in named):
     assert 'legs' in made.decode(made.encode_prompt(text))
 
 
-_PROGRAM = st.lists(st.sampled_from([
-    '{{ messages }}', '{{', '}}', '{%', '%}', '{% for m in messages %}',
-    '{% endfor %}', '{{ m.content }}', '{% set x = x ~ x %}',
-    "{{ 'a' * 9999 }}", '{% raw %}', '{#', '\ud800', '{{ ().__class__ }}',
-    '{{ x.y.z }}', '{% macro f() %}', '{% endmacro %}', '{{ f() }}',
-    '{{ 1/0 }}', '{{ messages|tojson }}', '{% include "x" %}', '{{ 10**400 }}',
-    '(' * 500, '{{ ' + '[' * 300, '{% if a %}' * 200
-]),
-                    max_size=6).map(''.join)
+_PROGRAM = st.lists(
+  st.sampled_from(
+    [
+      '{{ messages }}',
+      '{{',
+      '}}',
+      '{%',
+      '%}',
+      '{% for m in messages %}',
+      '{% endfor %}',
+      '{{ m.content }}',
+      '{% set x = x ~ x %}',
+      "{{ 'a' * 9999 }}",
+      '{% raw %}',
+      '{#',
+      '\ud800',
+      '{{ ().__class__ }}',
+      '{{ x.y.z }}',
+      '{% macro f() %}',
+      '{% endmacro %}',
+      '{{ f() }}',
+      '{{ 1/0 }}',
+      '{{ messages|tojson }}',
+      '{% include "x" %}',
+      '{{ 10**400 }}',
+      '(' * 500,
+      '{{ ' + '[' * 300,
+      '{% if a %}' * 200,
+    ]
+  ),
+  max_size=6,
+).map(''.join)
 
 
 @pytest.mark.slow
@@ -232,12 +323,14 @@ def test_any_template_is_rendered_or_refused(source):
   Mutant: UnicodeEncodeError or RecursionError of the renderer ends a run.
   """
   template = chat_template.ChatTemplate(source, origin='here')
-  for ask in (lambda: template.render([{
-      'role': 'user',
-      'content': 'x'
-  }],
-                                      add_generation_prompt=True,
-                                      variables={}), template.names):
+  for ask in (
+    lambda: template.render(
+      [{'role': 'user', 'content': 'x'}],
+      add_generation_prompt=True,
+      variables={},
+    ),
+    template.names,
+  ):
     try:
       assert isinstance(ask(), (str, frozenset))
     except ConfigError as error:
@@ -253,8 +346,11 @@ def test_any_weights_file_is_refused(tmp_path, content, length):
   Mutants: RecursionError passed on; the length not bounded by the file.
   """
   path = tmp_path / 'model.safetensors'
-  for data in (content, length.to_bytes(8, 'little') + content,
-               len(content).to_bytes(8, 'little') + content):
+  for data in (
+    content,
+    length.to_bytes(8, 'little') + content,
+    len(content).to_bytes(8, 'little') + content,
+  ):
     path.write_bytes(data)
     try:
       found = safetensors_files.read_header(path)
@@ -272,13 +368,14 @@ def test_any_config_json_is_refused(tmp_path, content):
   config = testing.tiny_config()
   config.model.pretrained = str(tmp_path)
   with pytest.raises(ConfigError) as error:
-    validate(pretrained.resolve(config))
+    validate(loading.resolve(config))
   _one_line(error.value)
 
 
 PATHS = [
-    path for path, value in flags.field_paths(config_lib.Config()).items()
-    if not isinstance(value, config_lib.Section)
+  path
+  for path, value in flags.field_paths(config_lib.Config()).items()
+  if not isinstance(value, config_lib.Section)
 ]
 
 
@@ -298,7 +395,7 @@ def test_any_config_is_valid_or_refused(changes):
       section = getattr(section, part)
     setattr(section, name, value)
   try:
-    frozen = validate(pretrained.resolve(config))
+    frozen = validate(loading.resolve(config))
   except ConfigError as error:
     _one_line(error)
     return
@@ -334,7 +431,6 @@ def test_any_record_of_rollouts_is_read_or_refused(text):
 
 
 class _Bomb:
-
   def __reduce__(self):
     return (os.mkdir, (self.path,))
 
@@ -359,10 +455,13 @@ def test_a_checkpoint_is_never_unpickled(tmp_path, monkeypatch):
   read = []
   for name in ('load', 'loads'):
     true = getattr(pickle, name)
-    monkeypatch.setattr(pickle,
-                        name,
-                        lambda *args, true=true, **kwargs: read.append(args) or
-                        true(*args, **kwargs))
+    monkeypatch.setattr(
+      pickle,
+      name,
+      lambda *args, true=true, **kwargs: (
+        read.append(args) or true(*args, **kwargs)
+      ),
+    )
   with Checkpoints(folder) as saved:
     assert saved.restore(states)[0] == 1
   for path in paths:

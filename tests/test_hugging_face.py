@@ -19,48 +19,52 @@ import safetensors.numpy
 import tokenizer_helpers
 
 from rlax_llm import export
-from rlax_llm import manifest
-from rlax_llm import pretrained
-from rlax_llm import progress
-from rlax_llm import safetensors_files
 from rlax_llm import sample
-from rlax_llm import sharding
 from rlax_llm import testing
-from rlax_llm.checkpoint import digest_arrays
+from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import MeshConfig
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import PrecisionConfig
-from rlax_llm.models import hugging_face
+from rlax_llm.models.pretrained import config_json
+from rlax_llm.models.pretrained import loading
+from rlax_llm.models.pretrained import safetensors_files
 from rlax_llm.models.transformer import make_transformer
-from rlax_llm.run import make_run
+from rlax_llm.runtime import sharding
+from rlax_llm.workdir import manifest
+from rlax_llm.workdir import progress
+from rlax_llm.workdir.checkpoint import digest_arrays
 
 BFLOAT16 = ml_dtypes.bfloat16
 
 # Qwen2 in the old layout: 2 layers, width 12, 4 heads of 6, 2 KV heads.
-QWEN2 = dict(architectures=['Qwen2ForCausalLM'],
-             model_type='qwen2',
-             vocab_size=11,
-             hidden_size=12,
-             num_hidden_layers=2,
-             num_attention_heads=4,
-             num_key_value_heads=2,
-             head_dim=6,
-             intermediate_size=10,
-             max_position_embeddings=256,
-             rope_theta=1e6,
-             rms_norm_eps=1e-5,
-             tie_word_embeddings=False,
-             use_sliding_window=False,
-             sliding_window=4096,
-             hidden_act='silu',
-             torch_dtype='float32')
-LLAMA3 = dict(rope_type='llama3',
-              factor=8.0,
-              low_freq_factor=1.0,
-              high_freq_factor=4.0,
-              original_max_position_embeddings=64)
+QWEN2 = dict(
+  architectures=['Qwen2ForCausalLM'],
+  model_type='qwen2',
+  vocab_size=11,
+  hidden_size=12,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=6,
+  intermediate_size=10,
+  max_position_embeddings=256,
+  rope_theta=1e6,
+  rms_norm_eps=1e-5,
+  tie_word_embeddings=False,
+  use_sliding_window=False,
+  sliding_window=4096,
+  hidden_act='silu',
+  torch_dtype='float32',
+)
+LLAMA3 = dict(
+  rope_type='llama3',
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=64,
+)
 
 LLAMA = dict(architectures=['LlamaForCausalLM'], model_type='llama')
 
@@ -72,7 +76,7 @@ def _config(changes):
 
 
 def _read(changes):
-  return hugging_face.from_config_json(_config(changes), 'config.json')
+  return config_json.from_config_json(_config(changes), 'config.json')
 
 
 def _tensors(model, seed=0, dtype=np.float32):
@@ -83,32 +87,34 @@ def _tensors(model, seed=0, dtype=np.float32):
   for i in range(model.layers):
     prefix = f'model.layers.{i}'
     shapes |= {
-        f'{prefix}.self_attn.q_proj.weight': (model.heads * hd, d),
-        f'{prefix}.self_attn.k_proj.weight': (model.kv_heads * hd, d),
-        f'{prefix}.self_attn.v_proj.weight': (model.kv_heads * hd, d),
-        f'{prefix}.self_attn.o_proj.weight': (d, model.heads * hd),
-        f'{prefix}.mlp.gate_proj.weight': (f, d),
-        f'{prefix}.mlp.up_proj.weight': (f, d),
-        f'{prefix}.mlp.down_proj.weight': (d, f),
-        f'{prefix}.input_layernorm.weight': (d,),
-        f'{prefix}.post_attention_layernorm.weight': (d,),
+      f'{prefix}.self_attn.q_proj.weight': (model.heads * hd, d),
+      f'{prefix}.self_attn.k_proj.weight': (model.kv_heads * hd, d),
+      f'{prefix}.self_attn.v_proj.weight': (model.kv_heads * hd, d),
+      f'{prefix}.self_attn.o_proj.weight': (d, model.heads * hd),
+      f'{prefix}.mlp.gate_proj.weight': (f, d),
+      f'{prefix}.mlp.up_proj.weight': (f, d),
+      f'{prefix}.mlp.down_proj.weight': (d, f),
+      f'{prefix}.input_layernorm.weight': (d,),
+      f'{prefix}.post_attention_layernorm.weight': (d,),
     }
     if model.qkv_bias:
       shapes |= {
-          f'{prefix}.self_attn.{n}_proj.bias': (heads * hd,)
-          for n, heads in (('q', model.heads), ('k', model.kv_heads),
-                           ('v', model.kv_heads))
+        f'{prefix}.self_attn.{n}_proj.bias': (heads * hd,)
+        for n, heads in (
+          ('q', model.heads),
+          ('k', model.kv_heads),
+          ('v', model.kv_heads),
+        )
       }
     if model.qk_norm:
       shapes |= {
-          f'{prefix}.self_attn.{n}_norm.weight': (hd,) for n in ('q', 'k')
+        f'{prefix}.self_attn.{n}_norm.weight': (hd,) for n in ('q', 'k')
       }
   shapes['model.norm.weight'] = (d,)
   if not model.tied_head:
     shapes['lm_head.weight'] = (model.vocabulary, d)
   return {
-      name: rng.normal(size=shape).astype(dtype)
-      for name, shape in shapes.items()
+    name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()
   }
 
 
@@ -131,17 +137,19 @@ def _save(folder, items, tensors, shards=3):
 def _abstract(model, dtype='float32', place=None):
   """The parameters' shapes, on one device unless placed."""
   place = place or (
-      lambda x: sharding.replicated(sharding.make_mesh(MeshConfig(data=1))))
-  init = make_transformer(freeze(model),
-                          freeze(PrecisionConfig(parameters=dtype))).init
+    lambda x: sharding.replicated(sharding.make_mesh(MeshConfig(data=1)))
+  )
+  init = make_transformer(
+    freeze(model), freeze(PrecisionConfig(parameters=dtype))
+  ).init
   return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)),
-      jax.eval_shape(init, jax.random.key(0)))
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)),
+    jax.eval_shape(init, jax.random.key(0)),
+  )
 
 
 def _load(folder, model, dtype='float32', place=None):
-  return pretrained.load_params(str(folder), model,
-                                _abstract(model, dtype, place))
+  return loading.load_params(str(folder), model, _abstract(model, dtype, place))
 
 
 @pytest.fixture(name='folder')
@@ -172,247 +180,226 @@ def test_architectures_are_read():
   width / heads where it is given.
   """
   model = _read({})
-  assert (model.vocabulary, model.layers, model.width, model.heads,
-          model.kv_heads, model.head_dim, model.mlp_width,
-          model.max_positions) == (11, 2, 12, 4, 2, 6, 10, 256)
+  assert (
+    model.vocabulary,
+    model.layers,
+    model.width,
+    model.heads,
+    model.kv_heads,
+    model.head_dim,
+    model.mlp_width,
+    model.max_positions,
+  ) == (11, 2, 12, 4, 2, 6, 10, 256)
   assert (model.rope_theta, model.norm_epsilon) == (1e6, 1e-5)
-  assert (model.qkv_bias, model.qk_norm, model.tied_head) == (True, False,
-                                                              False)
-  llama = _read({
+  assert (model.qkv_bias, model.qk_norm, model.tied_head) == (
+    True,
+    False,
+    False,
+  )
+  llama = _read(
+    {
       'architectures': ['LlamaForCausalLM'],
       'model_type': 'llama',
       'num_key_value_heads': None,
-      'tie_word_embeddings': True
-  })
-  assert (llama.kv_heads, llama.qkv_bias, llama.qk_norm,
-          llama.tied_head) == (4, False, False, True)
-  qwen3 = _read({
-      'architectures': None,
-      'model_type': 'qwen3',
-      'head_dim': None
-  })
+      'tie_word_embeddings': True,
+    }
+  )
+  assert (llama.kv_heads, llama.qkv_bias, llama.qk_norm, llama.tied_head) == (
+    4,
+    False,
+    False,
+    True,
+  )
+  qwen3 = _read(
+    {'architectures': None, 'model_type': 'qwen3', 'head_dim': None}
+  )
   assert (qwen3.head_dim, qwen3.qkv_bias, qwen3.qk_norm) == (128, False, True)
   assert _read({'hidden_size': 16, 'head_dim': None}).head_dim == 4
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'rope_theta': 5e5, 'rope_scaling': LLAMA3},
+    {'rope_theta': None, 'rope_parameters': LLAMA3 | {'rope_theta': 5e5}},
     {
-        'rope_theta': 5e5,
-        'rope_scaling': LLAMA3
+      'rope_theta': 5e5,
+      'rope_scaling': LLAMA3,
+      'rope_parameters': LLAMA3 | {'rope_theta': 5e5},
     },
-    {
-        'rope_theta': None,
-        'rope_parameters': LLAMA3 | {
-            'rope_theta': 5e5
-        }
-    },
-    {
-        'rope_theta': 5e5,
-        'rope_scaling': LLAMA3,
-        'rope_parameters': LLAMA3 | {
-            'rope_theta': 5e5
-        }
-    },
-],
-                         ids=['old', 'new', 'both'])
+  ],
+  ids=['old', 'new', 'both'],
+)
 def test_both_layouts_of_rope_are_read(changes):
   """Law: the old and the new layout say the same.
 
   Mutants: the base of rope_parameters dropped; low and high swapped.
   """
   model = _read(changes)
-  assert (model.rope_theta, model.rope_scaling, model.rope_factor,
-          model.rope_low, model.rope_high,
-          model.rope_original) == (5e5, 'llama3', 8.0, 1.0, 4.0, 64)
+  assert (
+    model.rope_theta,
+    model.rope_scaling,
+    model.rope_factor,
+    model.rope_low,
+    model.rope_high,
+    model.rope_original,
+  ) == (5e5, 'llama3', 8.0, 1.0, 4.0, 64)
   linear = _read({'rope_scaling': {'type': 'linear', 'factor': 2}})
-  assert (linear.rope_theta, linear.rope_scaling,
-          linear.rope_factor) == (1e6, 'linear', 2.0)
+  assert (linear.rope_theta, linear.rope_scaling, linear.rope_factor) == (
+    1e6,
+    'linear',
+    2.0,
+  )
   plain = _read({'rope_parameters': {'rope_type': 'default'}})
   assert (plain.rope_theta, plain.rope_scaling) == (1e6, 'none')
 
 
 BAD_CONFIGS = [
-    ({
-        'architectures': ['Qwen2MoeForCausalLM']
-    }, ["'Qwen2MoeForCausalLM'", "did you mean 'Qwen2ForCausalLM'"]),
-    ({
-        'architectures': ['LlamaForCausalLM', 'Qwen2ForCausalLM']
-    }, ['a list of one']),
-    ({
-        'model_type': 'llama'
-    }, ["'llama'", 'Qwen2ForCausalLM', "'qwen2'"]),
-    ({
-        'architectures': None,
-        'model_type': None
-    }, ["'model_type'"]),
-    ({
-        'hidden_size': None
-    }, ["'hidden_size'"]),
-    ({
-        'hidden_size': '12'
-    }, ["hidden_size='12'", 'whole number']),
-    ({
-        'num_hidden_layers': 0
-    }, ['num_hidden_layers=0', 'above 0']),
-    ({
-        'tie_word_embeddings': 1
-    }, ['tie_word_embeddings=1', 'bool']),
-    ({
-        'use_sliding_window': True
-    }, ['use_sliding_window=True', 'sliding window']),
-    ({
-        'layer_types': ['full_attention', 'sliding_attention']
-    }, ["'sliding_attention'"]),
-    ({
-        'architectures': ['LlamaForCausalLM'],
-        'model_type': 'llama',
-        'attention_bias': True
-    }, ['attention_bias=True', 'output']),
-    ({
-        'architectures': ['LlamaForCausalLM'],
-        'model_type': 'llama',
-        'mlp_bias': True
-    }, ['mlp_bias=True']),
-    ({
-        'hidden_act': 'gelu'
-    }, ["hidden_act='gelu'", 'silu']),
-    ({
-        'quantization_config': {
-            'bits': 4
-        }
-    }, ['quantization_config', 'quantized']),
-    ({
-        'num_key_value_heads': 3
-    }, ['num_attention_heads=4', 'num_key_value_heads=3']),
-    ({
-        'head_dim': 5
-    }, ['head_dim=5', 'even']),
-    ({
-        'hidden_size': 13,
-        'head_dim': None
-    }, ['hidden_size=13', 'no head_dim']),
-    ({
-        'rope_scaling': {
-            'rope_type': 'yarn',
-            'factor': 4.0
-        }
-    }, ["rope_type='yarn'", 'linear and llama3']),
-    ({
-        'rope_scaling': {
-            'type': 'linear'
-        }
-    }, ['rope_scaling', "'factor'"]),
-    ({
-        'rope_scaling': {
-            k: v for k, v in LLAMA3.items() if k != 'low_freq_factor'
-        }
-    }, ["'low_freq_factor'"]),
-    ({
-        'rope_scaling': LLAMA3 | {
-            'low_freq_factor': 4.0
-        }
-    }, ['low_freq_factor=4.0', 'below']),
-    ({
-        'rope_parameters': {
-            'rope_theta': 1e4
-        }
-    }, ['rope_theta', '10000.0', '1000000.0']),
-    ({
-        'rope_scaling': LLAMA3,
-        'rope_parameters': LLAMA3 | {
-            'factor': 4.0
-        }
-    }, ['differ', 'keep one']),
-    ({
-        'rope_parameters': {
-            'full_attention': {
-                'rope_type': 'default'
-            }
-        }
-    }, ['layer to layer']),
-    ({
-        'rope_parameters': {
-            'partial_rotary_factor': 0.5
-        }
-    }, ['partial_rotary_factor=0.5']),
-    ({
-        'partial_rotary_factor': 0.5
-    }, ['partial_rotary_factor=0.5']),
-    ({
-        'is_causal': False
-    }, ['is_causal=False', 'later tokens']),
-    ({
-        'rms_norm_epsilon': 1e-3
-    }, ["'rms_norm_epsilon'", "'rms_norm_eps'", 'delete']),
-    ({
-        'logit_scale': 2.0,
-        'attn_logit_softcapping': 30.0
-    }, ["'attn_logit_softcapping', 'logit_scale'"]),
-    (LLAMA | {
-        'sliding_window': 255
-    }, ['sliding_window=255', 'max_position_embeddings=256']),
-    (LLAMA | {
-        'attention_chunk_size': 128
-    }, ['attention_chunk_size=128', 'within a window']),
-    ({
-        'layer_types': ['full_attention'] * 3
-    }, ['3 layer_types', 'num_hidden_layers=2']),
-    ({
-        'layer_types': 'full_attention'
-    }, ["layer_types='full_attention'", 'list']),
-    ({
-        'per_layer_config': {
-            '0': {
-                'rms_norm_eps': 1.0
-            }
-        }
-    }, ['per_layer_config', 'layer to layer']),
-    ({
-        'transformers_weights': 'other.safetensors'
-    }, ["transformers_weights='other.safetensors'"]),
-    ({
-        'auto_map': {
-            'AutoModelForCausalLM': 'own.Model'
-        }
-    }, ['auto_map', 'own code']),
-    ({
-        'quantization': {
-            'bits': 4
-        }
-    }, ['quantization=', 'quantized']),
-    ({
-        'rope_scaling': {
-            'rope_type': 'linear',
-            'factor': 2.0,
-            'attention_factor': 0.5
-        }
-    }, ["'attention_factor'", "'linear'", 'delete']),
-    ({
-        'rope_scaling': {
-            'rope_type': 'default',
-            'factor': 2.0
-        }
-    }, ["'factor'", "'default'"]),
-    ({
-        'rope_scaling': {
-            'rope_type': 'default',
-            'type': 'linear'
-        }
-    }, ["rope_type='default'", "type='linear'"]),
-    ({
-        'rope_scaling': LLAMA3,
-        'original_max_position_embeddings': 128
-    }, ['original_max_position_embeddings=64', '128', 'keep one']),
-    # transformers takes 32 where the key of a Qwen model is absent.
-    ({
-        'num_key_value_heads': None
-    }, ['num_attention_heads=4', 'num_key_value_heads=32']),
+  (
+    {'architectures': ['Qwen2MoeForCausalLM']},
+    ["'Qwen2MoeForCausalLM'", "did you mean 'Qwen2ForCausalLM'"],
+  ),
+  (
+    {'architectures': ['LlamaForCausalLM', 'Qwen2ForCausalLM']},
+    ['a list of one'],
+  ),
+  ({'model_type': 'llama'}, ["'llama'", 'Qwen2ForCausalLM', "'qwen2'"]),
+  ({'architectures': None, 'model_type': None}, ["'model_type'"]),
+  ({'hidden_size': None}, ["'hidden_size'"]),
+  ({'hidden_size': '12'}, ["hidden_size='12'", 'whole number']),
+  ({'num_hidden_layers': 0}, ['num_hidden_layers=0', 'above 0']),
+  ({'tie_word_embeddings': 1}, ['tie_word_embeddings=1', 'bool']),
+  ({'use_sliding_window': True}, ['use_sliding_window=True', 'sliding window']),
+  (
+    {'layer_types': ['full_attention', 'sliding_attention']},
+    ["'sliding_attention'"],
+  ),
+  (
+    {
+      'architectures': ['LlamaForCausalLM'],
+      'model_type': 'llama',
+      'attention_bias': True,
+    },
+    ['attention_bias=True', 'output'],
+  ),
+  (
+    {
+      'architectures': ['LlamaForCausalLM'],
+      'model_type': 'llama',
+      'mlp_bias': True,
+    },
+    ['mlp_bias=True'],
+  ),
+  ({'hidden_act': 'gelu'}, ["hidden_act='gelu'", 'silu']),
+  ({'quantization_config': {'bits': 4}}, ['quantization_config', 'quantized']),
+  (
+    {'num_key_value_heads': 3},
+    ['num_attention_heads=4', 'num_key_value_heads=3'],
+  ),
+  ({'head_dim': 5}, ['head_dim=5', 'even']),
+  ({'hidden_size': 13, 'head_dim': None}, ['hidden_size=13', 'no head_dim']),
+  (
+    {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
+    ["rope_type='yarn'", 'linear and llama3'],
+  ),
+  ({'rope_scaling': {'type': 'linear'}}, ['rope_scaling', "'factor'"]),
+  (
+    {
+      'rope_scaling': {
+        k: v for k, v in LLAMA3.items() if k != 'low_freq_factor'
+      }
+    },
+    ["'low_freq_factor'"],
+  ),
+  (
+    {'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}},
+    ['low_freq_factor=4.0', 'below'],
+  ),
+  (
+    {'rope_parameters': {'rope_theta': 1e4}},
+    ['rope_theta', '10000.0', '1000000.0'],
+  ),
+  (
+    {'rope_scaling': LLAMA3, 'rope_parameters': LLAMA3 | {'factor': 4.0}},
+    ['differ', 'keep one'],
+  ),
+  (
+    {'rope_parameters': {'full_attention': {'rope_type': 'default'}}},
+    ['layer to layer'],
+  ),
+  (
+    {'rope_parameters': {'partial_rotary_factor': 0.5}},
+    ['partial_rotary_factor=0.5'],
+  ),
+  ({'partial_rotary_factor': 0.5}, ['partial_rotary_factor=0.5']),
+  ({'is_causal': False}, ['is_causal=False', 'later tokens']),
+  (
+    {'rms_norm_epsilon': 1e-3},
+    ["'rms_norm_epsilon'", "'rms_norm_eps'", 'delete'],
+  ),
+  (
+    {'logit_scale': 2.0, 'attn_logit_softcapping': 30.0},
+    ["'attn_logit_softcapping', 'logit_scale'"],
+  ),
+  (
+    LLAMA | {'sliding_window': 255},
+    ['sliding_window=255', 'max_position_embeddings=256'],
+  ),
+  (
+    LLAMA | {'attention_chunk_size': 128},
+    ['attention_chunk_size=128', 'within a window'],
+  ),
+  (
+    {'layer_types': ['full_attention'] * 3},
+    ['3 layer_types', 'num_hidden_layers=2'],
+  ),
+  ({'layer_types': 'full_attention'}, ["layer_types='full_attention'", 'list']),
+  (
+    {'per_layer_config': {'0': {'rms_norm_eps': 1.0}}},
+    ['per_layer_config', 'layer to layer'],
+  ),
+  (
+    {'transformers_weights': 'other.safetensors'},
+    ["transformers_weights='other.safetensors'"],
+  ),
+  (
+    {'auto_map': {'AutoModelForCausalLM': 'own.Model'}},
+    ['auto_map', 'own code'],
+  ),
+  ({'quantization': {'bits': 4}}, ['quantization=', 'quantized']),
+  (
+    {
+      'rope_scaling': {
+        'rope_type': 'linear',
+        'factor': 2.0,
+        'attention_factor': 0.5,
+      }
+    },
+    ["'attention_factor'", "'linear'", 'delete'],
+  ),
+  (
+    {'rope_scaling': {'rope_type': 'default', 'factor': 2.0}},
+    ["'factor'", "'default'"],
+  ),
+  (
+    {'rope_scaling': {'rope_type': 'default', 'type': 'linear'}},
+    ["rope_type='default'", "type='linear'"],
+  ),
+  (
+    {'rope_scaling': LLAMA3, 'original_max_position_embeddings': 128},
+    ['original_max_position_embeddings=64', '128', 'keep one'],
+  ),
+  # transformers takes 32 where the key of a Qwen model is absent.
+  (
+    {'num_key_value_heads': None},
+    ['num_attention_heads=4', 'num_key_value_heads=32'],
+  ),
 ]
 
 
-@pytest.mark.parametrize('changes, words',
-                         BAD_CONFIGS,
-                         ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+  'changes, words', BAD_CONFIGS, ids=lambda x: str(x)[:40]
+)
 def test_bad_configs_are_refused(changes, words):
   """Law: one line that names the file, the key and the value.
 
@@ -434,7 +421,7 @@ def test_keys_of_published_models_are_known(name):
 
   Mutants: use_mrope unknown; rope_interleaved=False refused.
   """
-  model = hugging_face.from_config_json(published.KEYS[name], 'config.json')
+  model = config_json.from_config_json(published.KEYS[name], 'config.json')
   assert model.layers == published.KEYS[name]['num_hidden_layers']
 
 
@@ -446,13 +433,14 @@ def test_harmless_keys_and_neutral_values_change_nothing():
   """
   plain = _read({})
   items = _config({})
-  read = lambda name, value: hugging_face.from_config_json(
-      items | {name: value}, 'config.json')
+  read = lambda name, value: config_json.from_config_json(
+    items | {name: value}, 'config.json'
+  )
   # pylint: disable=protected-access
-  for name in hugging_face._HARMLESS:
+  for name in config_json._HARMLESS:
     for value in (None, 7, 'x', {'a': []}):
       assert read(name, value) == plain
-  for name, key in hugging_face._NEUTRAL.items():
+  for name, key in config_json._NEUTRAL.items():
     for value in key.values:
       assert read(name, value) == plain
     if 'qwen2' in key.families:
@@ -463,8 +451,9 @@ def test_harmless_keys_and_neutral_values_change_nothing():
   assert _read(LLAMA | {'sliding_window': 256}) == _read(LLAMA)
   assert _read({'layer_types': ['attention', 'full_attention']}) == plain
   scaled = {'rope_scaling': LLAMA3}
-  assert _read(scaled |
-               {'original_max_position_embeddings': 64}) == _read(scaled)
+  assert _read(scaled | {'original_max_position_embeddings': 64}) == _read(
+    scaled
+  )
 
 
 def test_config_json_comes_back():
@@ -472,27 +461,24 @@ def test_config_json_comes_back():
 
   Mutants: rope_original dropped; tied_head negated.
   """
-  for changes in ({}, {
-      'rope_scaling': LLAMA3
-  }, {
-      'rope_scaling': {
-          'type': 'linear',
-          'factor': 3.0
-      },
-      'tie_word_embeddings': True
-  }, {
-      'architectures': None,
-      'model_type': 'qwen3'
-  }, {
-      'architectures': None,
-      'model_type': 'llama'
-  }):
+  for changes in (
+    {},
+    {'rope_scaling': LLAMA3},
+    {
+      'rope_scaling': {'type': 'linear', 'factor': 3.0},
+      'tie_word_embeddings': True,
+    },
+    {'architectures': None, 'model_type': 'qwen3'},
+    {'architectures': None, 'model_type': 'llama'},
+  ):
     model = _read(changes)
-    written = hugging_face.to_config_json(model, 'float32')
-    assert hugging_face.from_config_json(json.loads(json.dumps(written)),
-                                         'x') == model
+    written = config_json.to_config_json(model, 'float32')
+    assert (
+      config_json.from_config_json(json.loads(json.dumps(written)), 'x')
+      == model
+    )
   with pytest.raises(ConfigError, match='no published architecture'):
-    hugging_face.to_config_json(ModelConfig(qkv_bias=True, qk_norm=True), '')
+    config_json.to_config_json(ModelConfig(qkv_bias=True, qk_norm=True), '')
 
 
 # ---- Files -------------------------------------------------------------------
@@ -506,12 +492,13 @@ def test_files_are_those_of_the_library(tmp_path, dtype):
   """
   rng = np.random.default_rng(0)
   tensors = {
-      name: rng.normal(size=shape).astype(dtype)
-      for name, shape in (('a', (3, 5)), ('b.weight', (7,)), ('c', (2, 1, 4)))
+    name: rng.normal(size=shape).astype(dtype)
+    for name, shape in (('a', (3, 5)), ('b.weight', (7,)), ('c', (2, 1, 4)))
   }
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  safetensors_files.write_file(tmp_path / 'ours', shapes, np.dtype(dtype),
-                               tensors.__getitem__)
+  safetensors_files.write_file(
+    tmp_path / 'ours', shapes, np.dtype(dtype), tensors.__getitem__
+  )
   theirs = safetensors.numpy.load_file(tmp_path / 'ours')
   safetensors.numpy.save_file(tensors, tmp_path / 'theirs')
   for path in (tmp_path / 'ours', tmp_path / 'theirs'):
@@ -541,39 +528,47 @@ def test_tensors_lie_where_the_model_reads_them(tmp_path, family, tied):
   tensors = _tensors(model)
   _save(tmp_path, _config(changes), tensors)
   params = jax.device_get(_load(tmp_path, model))
-  np.testing.assert_array_equal(params['embedding'],
-                                tensors['model.embed_tokens.weight'])
+  np.testing.assert_array_equal(
+    params['embedding'], tensors['model.embed_tokens.weight']
+  )
   if not tied:
     np.testing.assert_array_equal(params['head'], tensors['lm_head.weight'].T)
   rng = np.random.default_rng(1)
   for i in range(2):
     layer, prefix = params[f'layer_{i}'], f'model.layers.{i}'
     weight = lambda name: tensors[f'{prefix}.{name}.weight']
-    for ours, theirs in (('attention_norm', 'input_layernorm'),
-                         ('mlp_norm', 'post_attention_layernorm')):
+    for ours, theirs in (
+      ('attention_norm', 'input_layernorm'),
+      ('mlp_norm', 'post_attention_layernorm'),
+    ):
       np.testing.assert_array_equal(layer[ours]['scale'], weight(theirs))
     if family == 'qwen3':
       for ours, theirs in (('query_norm', 'q_norm'), ('key_norm', 'k_norm')):
-        np.testing.assert_array_equal(layer[ours]['scale'],
-                                      weight(f'self_attn.{theirs}'))
-    for ours, theirs in (('output', 'self_attn.o_proj'), ('down',
-                                                          'mlp.down_proj')):
+        np.testing.assert_array_equal(
+          layer[ours]['scale'], weight(f'self_attn.{theirs}')
+        )
+    for ours, theirs in (
+      ('output', 'self_attn.o_proj'),
+      ('down', 'mlp.down_proj'),
+    ):
       np.testing.assert_array_equal(layer[ours]['kernel'], weight(theirs).T)
     x = rng.normal(size=12)
     joint = np.einsum('d,dkgh->kgh', x, layer['query_key_value']['kernel'])
     if family == 'qwen2':
       joint += layer['query_key_value']['bias']
-    for name, got in (('q', joint[:, :2].reshape(-1)),
-                      ('k', joint[:,
-                                  2].reshape(-1)), ('v', joint[:,
-                                                               3].reshape(-1))):
+    for name, got in (
+      ('q', joint[:, :2].reshape(-1)),
+      ('k', joint[:, 2].reshape(-1)),
+      ('v', joint[:, 3].reshape(-1)),
+    ):
       want = weight(f'self_attn.{name}_proj') @ x
       if family == 'qwen2':
         want += tensors[f'{prefix}.self_attn.{name}_proj.bias']
       np.testing.assert_allclose(got, want, atol=1e-5)
     for j, name in enumerate(('gate', 'up')):
-      np.testing.assert_array_equal(layer['gate_up']['kernel'][:, j],
-                                    weight(f'mlp.{name}_proj').T)
+      np.testing.assert_array_equal(
+        layer['gate_up']['kernel'][:, j], weight(f'mlp.{name}_proj').T
+      )
 
 
 @pytest.mark.parametrize('stored', [np.float32, BFLOAT16, np.float16])
@@ -588,8 +583,9 @@ def test_weights_are_cast_to_the_configured_dtype(tmp_path, stored, wanted):
   _save(tmp_path, _config({}), tensors)
   exact = {name: t.astype(np.float32) for name, t in tensors.items()}
   _save(tmp_path / 'exact', _config({}), exact)
-  want = jax.tree.map(lambda x: np.asarray(x).astype(wanted),
-                      _load(tmp_path / 'exact', model))
+  want = jax.tree.map(
+    lambda x: np.asarray(x).astype(wanted), _load(tmp_path / 'exact', model)
+  )
   got = _load(tmp_path, model, wanted)
   assert digest_arrays(got) == digest_arrays(want)
 
@@ -637,7 +633,7 @@ def test_a_stored_copy_of_a_tied_head_must_be_equal(tmp_path):
 
 def _frequencies(theta=1e6, divided=1.0):
   """Those of a head of 6, as Llama's first code wrote them."""
-  return (1 / theta**(np.arange(0, 6, 2) / 6) / divided).astype(np.float32)
+  return (1 / theta ** (np.arange(0, 6, 2) / 6) / divided).astype(np.float32)
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float16, BFLOAT16])
@@ -649,35 +645,38 @@ def test_stored_rotary_frequencies_are_skipped(tmp_path, dtype, scaled):
   Mutants: they belong to no parameter; scaled ones are refused; compared
   exactly.
   """
-  changes = LLAMA | ({
-      'rope_scaling': {
-          'type': 'linear',
-          'factor': 4.0
-      }
-  } if scaled else {})
+  changes = LLAMA | (
+    {'rope_scaling': {'type': 'linear', 'factor': 4.0}} if scaled else {}
+  )
   model = _read(changes)
   tensors = _tensors(model, dtype=dtype)
   _save(tmp_path / 'plain', _config(changes), tensors)
   want = digest_arrays(_load(tmp_path / 'plain', model))
-  for divided in (1.0, 4.0)[:1 + scaled]:
+  for divided in (1.0, 4.0)[: 1 + scaled]:
     stored = _frequencies(divided=divided).astype(dtype)
     names = [f'model.layers.{i}.self_attn' for i in range(2)] + ['model']
-    _save(tmp_path, _config(changes),
-          tensors | {f'{name}.rotary_emb.inv_freq': stored for name in names})
+    _save(
+      tmp_path,
+      _config(changes),
+      tensors | {f'{name}.rotary_emb.inv_freq': stored for name in names},
+    )
     assert digest_arrays(_load(tmp_path, model)) == want
 
 
 INV_FREQ = 'model.layers.1.self_attn.rotary_emb.inv_freq'
 
 
-@pytest.mark.parametrize('name, stored, words', [
+@pytest.mark.parametrize(
+  'name, stored, words',
+  [
     (INV_FREQ, _frequencies(theta=1e4), ['rope_theta=1e+06', 'correct rope']),
     (INV_FREQ, np.full(3, np.nan, np.float32), ['other rotary frequencies']),
     (INV_FREQ, _frequencies()[:2], ['has shape [2], not [3]']),
     (INV_FREQ, np.zeros(3, np.int32), ['dtype I32']),
     (INV_FREQ.replace('1', '2'), _frequencies(), ['belongs to no parameter']),
     ('rotary_emb.inv_freq', _frequencies(), ['belongs to no parameter']),
-])
+  ],
+)
 def test_other_buffers_are_refused(tmp_path, name, stored, words):
   """Law: what is no rotary frequency of this model is no stray to skip.
 
@@ -687,7 +686,7 @@ def test_other_buffers_are_refused(tmp_path, name, stored, words):
   model = _read(LLAMA)
   _save(tmp_path, _config(LLAMA), _tensors(model) | {name: stored})
   with pytest.raises(ConfigError) as caught:
-    pretrained.find_tensors(str(tmp_path), model)
+    loading.find_tensors(str(tmp_path), model)
   for word in [name, *words]:
     assert word in str(caught.value), caught.value
 
@@ -724,29 +723,46 @@ def _rename(folder):
 
 NORM = 'model.norm.weight'
 BAD_FOLDERS = [
-    (lambda f: _shard(f, 2).unlink(), ['model-00002-of-00003', 'missing']),
-    (_truncate, ['model-00002-of-00003', 'truncated', 'bytes']),
-    (_lengthen, ['model-00002-of-00003', 'too long']),
-    (lambda f: _shard(f, 2).write_bytes(b'abc'), ['00002', 'incomplete']),
-    (lambda f: _shard(f, 2).write_bytes(b'\2' + bytes(7) + b'[]'),
-     ['00002', 'no safetensors header']),
-    (_double_in_header, ['00001', 'names a twice']),
-    (_rename, ['odd', 'belongs to no parameter', 'is not in model-00001']),
-    (lambda f: _rewrite(_shard(f, 1), lambda t: t.update(
-        {NORM: np.zeros(12, np.float32)})),
-     [NORM, 'is in model-00001', 'and in model-000', 'says model-000']),
-    (lambda f: _changed_index(f, lambda m: m.pop(NORM)),
-     [NORM, 'says nothing of it']),
-    (lambda f: _changed_index(f, lambda m: m.update(ghost=_shard(f, 1).name)),
-     ['ghost is not in model-00001']),
-    (lambda f: _changed_index(f, lambda m: m.update(ghost='../x')),
-     ['is no index', 'elsewhere']),
-    (lambda f:
-     (f / 'model.safetensors.index.json').write_text('[]'), ['is no index']),
-    (lambda f: (f / 'model.safetensors.index.json').unlink(),
-     ['neither', 'model-00001-of-00003']),
-    (lambda f: shutil.copy(_shard(f, 1), f / 'stray.safetensors'),
-     ['stray.safetensors is not listed']),
+  (lambda f: _shard(f, 2).unlink(), ['model-00002-of-00003', 'missing']),
+  (_truncate, ['model-00002-of-00003', 'truncated', 'bytes']),
+  (_lengthen, ['model-00002-of-00003', 'too long']),
+  (lambda f: _shard(f, 2).write_bytes(b'abc'), ['00002', 'incomplete']),
+  (
+    lambda f: _shard(f, 2).write_bytes(b'\2' + bytes(7) + b'[]'),
+    ['00002', 'no safetensors header'],
+  ),
+  (_double_in_header, ['00001', 'names a twice']),
+  (_rename, ['odd', 'belongs to no parameter', 'is not in model-00001']),
+  (
+    lambda f: _rewrite(
+      _shard(f, 1), lambda t: t.update({NORM: np.zeros(12, np.float32)})
+    ),
+    [NORM, 'is in model-00001', 'and in model-000', 'says model-000'],
+  ),
+  (
+    lambda f: _changed_index(f, lambda m: m.pop(NORM)),
+    [NORM, 'says nothing of it'],
+  ),
+  (
+    lambda f: _changed_index(f, lambda m: m.update(ghost=_shard(f, 1).name)),
+    ['ghost is not in model-00001'],
+  ),
+  (
+    lambda f: _changed_index(f, lambda m: m.update(ghost='../x')),
+    ['is no index', 'elsewhere'],
+  ),
+  (
+    lambda f: (f / 'model.safetensors.index.json').write_text('[]'),
+    ['is no index'],
+  ),
+  (
+    lambda f: (f / 'model.safetensors.index.json').unlink(),
+    ['neither', 'model-00001-of-00003'],
+  ),
+  (
+    lambda f: shutil.copy(_shard(f, 1), f / 'stray.safetensors'),
+    ['stray.safetensors is not listed'],
+  ),
 ]
 
 
@@ -758,10 +774,10 @@ def test_damaged_folders_are_refused(folder, damage, words):
   the index does not list accepted.
   """
   model = _read({})
-  pretrained.find_tensors(str(folder), model)
+  loading.find_tensors(str(folder), model)
   damage(folder)
   with pytest.raises(ConfigError) as caught:
-    pretrained.find_tensors(str(folder), model)
+    loading.find_tensors(str(folder), model)
   message = str(caught.value)
   assert '\n' not in message and repr(str(folder)) in message
   for word in words:
@@ -781,16 +797,19 @@ def test_all_problems_are_in_one_message(tmp_path):
   tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(np.float64)
   _save(tmp_path, _config({}), tensors)
   with pytest.raises(ConfigError) as caught:
-    pretrained.find_tensors(str(tmp_path), model)
-  for word in ('model.layers.1.mlp.up_proj.weight is missing',
-               'model.layers.2.mlp.up_proj.weight in model-0',
-               'model.norm.weight has shape [12, 1], not [12]',
-               'lm_head.weight is of dtype F64', 'convert the weights to F32'):
+    loading.find_tensors(str(tmp_path), model)
+  for word in (
+    'model.layers.1.mlp.up_proj.weight is missing',
+    'model.layers.2.mlp.up_proj.weight in model-0',
+    'model.norm.weight has shape [12, 1], not [12]',
+    'lm_head.weight is of dtype F64',
+    'convert the weights to F32',
+  ):
     assert word in str(caught.value), caught.value
   assert 'more' not in str(caught.value)
   _save(tmp_path, _config({}), {'odd': np.zeros(1, np.float32)}, shards=1)
   with pytest.raises(ConfigError, match=r'and \d+ more'):
-    pretrained.find_tensors(str(tmp_path), model)
+    loading.find_tensors(str(tmp_path), model)
 
 
 def _unlist(folder):
@@ -803,21 +822,29 @@ def _empty(folder):
 
 
 REMEDIES = [
-    (lambda f: _shard(f, 2).unlink(), 'fetch the missing files'),
-    (_truncate, 'fetch the damaged files again'),
-    (lambda f: (f / 'model.safetensors.index.json').write_text('[]'),
-     'fetch the damaged files again'),
-    (lambda f: _shard(f, 2).write_bytes(b'abc'),
-     'fetch the damaged files again'),
-    (lambda f: shutil.copy(_shard(f, 1), f / 'stray.safetensors'),
-     'move the files that model.safetensors.index.json does not list out'),
-    (_unlist, 'fetch model.safetensors.index.json, or leave'),
-    (_empty, 'give a folder with safetensors files'),
-    (lambda f: _changed_index(f, lambda m: m.pop(NORM)),
-     'fetch model.safetensors.index.json and the files that it lists'),
-    (lambda f:
-     _rewrite(_shard(f, 1), lambda t: t.update(
-         {sorted(t)[0]: np.zeros(1, np.float32)})), 'give the config.json of'),
+  (lambda f: _shard(f, 2).unlink(), 'fetch the missing files'),
+  (_truncate, 'fetch the damaged files again'),
+  (
+    lambda f: (f / 'model.safetensors.index.json').write_text('[]'),
+    'fetch the damaged files again',
+  ),
+  (lambda f: _shard(f, 2).write_bytes(b'abc'), 'fetch the damaged files again'),
+  (
+    lambda f: shutil.copy(_shard(f, 1), f / 'stray.safetensors'),
+    'move the files that model.safetensors.index.json does not list out',
+  ),
+  (_unlist, 'fetch model.safetensors.index.json, or leave'),
+  (_empty, 'give a folder with safetensors files'),
+  (
+    lambda f: _changed_index(f, lambda m: m.pop(NORM)),
+    'fetch model.safetensors.index.json and the files that it lists',
+  ),
+  (
+    lambda f: _rewrite(
+      _shard(f, 1), lambda t: t.update({sorted(t)[0]: np.zeros(1, np.float32)})
+    ),
+    'give the config.json of',
+  ),
 ]
 
 
@@ -829,7 +856,7 @@ def test_the_remedy_fits_the_cause(folder, damage, remedy):
   """
   damage(folder)
   with pytest.raises(ConfigError) as caught:
-    pretrained.find_tensors(str(folder), _read({}))
+    loading.find_tensors(str(folder), _read({}))
   _, found = str(caught.value).split('. To mend it: ')
   assert found.startswith(remedy) and ';' not in found, found
 
@@ -841,14 +868,15 @@ def test_the_remedy_of_a_tensor_that_is_left_over(tmp_path):
   Mutants: as of missing tensors; read_config asks for the whole folder.
   """
   model = _read({})
-  _save(tmp_path, _config({}),
-        _tensors(model) | {'odd': np.zeros(1, np.float32)})
+  _save(
+    tmp_path, _config({}), _tensors(model) | {'odd': np.zeros(1, np.float32)}
+  )
   with pytest.raises(ConfigError, match='delete the tensors') as caught:
-    pretrained.find_tensors(str(tmp_path), model)
+    loading.find_tensors(str(tmp_path), model)
   assert 'fetch' not in str(caught.value)
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(ConfigError, match='is no JSON.*fetch this file again'):
-    pretrained.read_config(str(tmp_path))
+    loading.read_config(str(tmp_path))
 
 
 # ---- Export ------------------------------------------------------------------
@@ -867,18 +895,20 @@ def test_export_then_import_is_bit_equal(tmp_path, folder, dtype, shards):
   total = sum(x.nbytes for x in jax.tree.leaves(params))
   out = tmp_path / 'deep' / 'out'
   limit = total if shards == 1 else total // 3
-  export.export_folder(str(out),
-                       model,
-                       params,
-                       token_ids={'eos_token_id': [7]},
-                       files=[folder / 'config.json'][:0],
-                       shard_bytes=limit)
+  export.export_folder(
+    str(out),
+    model,
+    params,
+    token_ids={'eos_token_id': [7]},
+    files=[folder / 'config.json'][:0],
+    shard_bytes=limit,
+  )
   files = sorted(out.glob('*.safetensors'))
   assert (len(files) == 1) == (shards == 1)
   assert all(path.stat().st_size < limit + 2**13 for path in files)
-  items = pretrained.read_config(str(out))
+  items = loading.read_config(str(out))
   assert items['eos_token_id'] == [7] and items['torch_dtype'] == dtype
-  assert hugging_face.from_config_json(items, 'x') == model
+  assert config_json.from_config_json(items, 'x') == model
   again = _load(out, model, dtype)
   assert digest_arrays(again) == digest_arrays(params)
   read = {}
@@ -896,8 +926,9 @@ def test_export_gathers_divided_parameters(tmp_path, folder):
   """
   model = _read({})
   mesh = sharding.make_mesh(MeshConfig(data=2))
-  spec = lambda x: PartitionSpec('data') if x.shape[0] % 2 == 0 else (
-      PartitionSpec())
+  spec = lambda x: (
+    PartitionSpec('data') if x.shape[0] % 2 == 0 else (PartitionSpec())
+  )
   params = _load(folder, model, place=lambda x: NamedSharding(mesh, spec(x)))
   out = tmp_path / 'out'
   export.export_folder(str(out), model, params, token_ids={}, files=[])
@@ -914,7 +945,8 @@ def test_export_appears_whole_or_not_at_all(tmp_path, folder, monkeypatch):
   params = _load(folder, model)
   out = tmp_path / 'out'
   write = lambda: export.export_folder(
-      str(out), model, params, token_ids={}, files=[])
+    str(out), model, params, token_ids={}, files=[]
+  )
   with monkeypatch.context() as patch:
     patch.setattr(export, '_write_json', lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -966,9 +998,9 @@ def test_the_default_tokenizer_depends_on_the_folder(folder):
   """
   config = testing.tiny_config()
   config.model.tokenizer = ''
-  assert pretrained.resolve(config).model.tokenizer == 'bytes'
+  assert loading.resolve(config).model.tokenizer == 'bytes'
   config = _tiny(folder, tokenizer='')
-  assert pretrained.resolve(config).model.tokenizer == 'pretrained'
+  assert loading.resolve(config).model.tokenizer == 'pretrained'
   with pytest.raises(ConfigError, match='258 ids.*pretrained model.s own'):
     make_run(_tiny(folder, tokenizer='bytes'))
 
@@ -986,7 +1018,7 @@ def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   config.checkpoint.keep = 9
   train_quietly(config, workdir)
   facts = manifest.read_manifest(workdir)['runs'][0]['pretrained']
-  assert facts == pretrained.fingerprint(str(folder))
+  assert facts == loading.fingerprint(str(folder))
   run = make_run(config)
   model = _read({})
   want = _load(folder, model)
@@ -995,7 +1027,7 @@ def test_a_run_begins_with_the_weights_and_continues_without(tmp_path, folder):
   out = tmp_path / 'out'
   assert export.export(workdir, str(out), step=0) == 0
   assert digest_arrays(_load(out, model)) == digest_arrays(want)
-  assert pretrained.read_config(str(out))['eos_token_id'] == [0]
+  assert loading.read_config(str(out))['eos_token_id'] == [0]
   assert export.export(workdir, str(tmp_path / 'last')) == 2
   assert digest_arrays(_load(tmp_path / 'last', model)) != digest_arrays(want)
   with pytest.raises(ConfigError, match='no checkpoint of step 7; it has 0, 1'):
@@ -1031,9 +1063,9 @@ def test_weights_may_move(tmp_path, folder):
   config.num_steps = 2
   assert train_quietly(config, workdir)['steps'] == 2
   tensors = _tensors(_read({}))
-  _save(tmp_path / 'another', _config({}), {
-      k: v + 1 for k, v in tensors.items()
-  })
+  _save(
+    tmp_path / 'another', _config({}), {k: v + 1 for k, v in tensors.items()}
+  )
   config.model.pretrained = str(tmp_path / 'another')
   with pytest.raises(ConfigError, match='model.pretrained .*another'):
     train_quietly(config, workdir)
@@ -1052,25 +1084,25 @@ def test_a_published_tokenizer_is_exported_too(tmp_path, folder):
   (folder / 'chat_template.jinja').write_text('x')
   (folder / 'config.json').write_text(json.dumps(QWEN2 | {'eos_token_id': 9}))
   run = make_run(_tiny(folder))
-  assert export.tokenizer_facts(run) == ({
-      'eos_token_id': [0],
-      'bos_token_id': 1
-  }, [])
-  own = pretrained.resolve(_tiny(folder, tokenizer=''))
+  assert export.tokenizer_facts(run) == (
+    {'eos_token_id': [0], 'bos_token_id': 1},
+    [],
+  )
+  own = loading.resolve(_tiny(folder, tokenizer=''))
   ids, files = export.tokenizer_facts(types.SimpleNamespace(config=own))
   assert ids == {'eos_token_id': 9}
   out, model = tmp_path / 'out', _read({})
-  export.export_folder(str(out),
-                       model,
-                       _load(folder, model),
-                       token_ids=ids,
-                       files=files)
+  export.export_folder(
+    str(out), model, _load(folder, model), token_ids=ids, files=files
+  )
   assert sorted(p.name for p in out.iterdir()) == [
-      'chat_template.jinja', 'config.json', 'model.safetensors',
-      'tokenizer.json'
+    'chat_template.jinja',
+    'config.json',
+    'model.safetensors',
+    'tokenizer.json',
   ]
   assert (out / 'tokenizer.json').read_text() == '{"a": 1}'
-  assert pretrained.read_config(str(out))['eos_token_id'] == 9
+  assert loading.read_config(str(out))['eos_token_id'] == 9
 
 
 def test_a_run_prints_the_warnings_of_its_tokenizer(tmp_path):
@@ -1082,10 +1114,11 @@ def test_a_run_prints_the_warnings_of_its_tokenizer(tmp_path):
   changes = {'vocab_size': 320, 'num_hidden_layers': 1}
   _save(folder, _config(changes), _tensors(_read(changes)))
   tokenizer_helpers.write(
-      folder,
-      'qwen',
-      chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
-      '\n{% endfor %}')
+    folder,
+    'qwen',
+    chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+    '\n{% endfor %}',
+  )
   config = _tiny(folder, tokenizer='')
   config.num_steps = config.evaluate.every = 0
   config.evaluate.problems = 1
@@ -1103,13 +1136,13 @@ def test_the_fingerprint_sees_changes(folder):
 
   Mutant: only names and sizes are hashed.
   """
-  first = pretrained.fingerprint(str(folder))
-  assert first == pretrained.fingerprint(str(folder))
+  first = loading.fingerprint(str(folder))
+  assert first == loading.fingerprint(str(folder))
   path = _shard(folder, 2)
   text = bytearray(path.read_bytes())
   text[-1] ^= 1
   path.write_bytes(bytes(text))
-  second = pretrained.fingerprint(str(folder))
+  second = loading.fingerprint(str(folder))
   assert second['weights_sha256'] != first['weights_sha256']
   assert second['config_sha256'] == first['config_sha256']
 
@@ -1123,17 +1156,21 @@ def test_the_export_command(tmp_path, folder, monkeypatch, capsys):
   config = _tiny(folder)
   config.num_steps = 0
   train_quietly(config, workdir)
-  values = dict(workdir=workdir,
-                out=None,
-                base=None,
-                step=None,
-                adapter=False,
-                drafter=False)
+  values = dict(
+    workdir=workdir,
+    out=None,
+    base=None,
+    step=None,
+    adapter=False,
+    drafter=False,
+  )
   for name, value in values.items():
-    monkeypatch.setattr(export,
-                        f'_{name.upper()}',
-                        types.SimpleNamespace(value=value),
-                        raising=False)
+    monkeypatch.setattr(
+      export,
+      f'_{name.upper()}',
+      types.SimpleNamespace(value=value),
+      raising=False,
+    )
   with pytest.raises(ConfigError, match='--out is missing'):
     export.main([])
   out = tmp_path / 'out'

@@ -24,11 +24,12 @@ import numpy as np
 import optax
 import pytest
 
-from rlax_llm import credit
 from rlax_llm import learning
 from rlax_llm import testing
+from rlax_llm.components import make_run
 from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import ConfigError
+from rlax_llm.experience import advantages
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import batch as batches
 from rlax_llm.learning import estimators
@@ -51,7 +52,6 @@ from rlax_llm.ops import metrics as metric_ops
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
-from rlax_llm.run import make_run
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 
@@ -68,15 +68,24 @@ def _floats(values):
 
 
 # ---- Oracles and literals ---------------------------------------------------
-@pytest.mark.parametrize('reduction, constant, name', [
+@pytest.mark.parametrize(
+  'reduction, constant, name',
+  [
     ('token_mean', 0, 'token-mean'),
     ('sequence_mean', 0, 'seq-mean-token-mean'),
     ('sequence_mean_token_sum', 0, 'seq-mean-token-sum'),
-    ('sequence_sum_token_mean_constant', 5,
-     'seq-mean-token-sum-norm (const=T=5)'),
-    ('sequence_sum_token_mean_constant', 8,
-     'seq-mean-token-sum-norm (const=8)'),
-])
+    (
+      'sequence_sum_token_mean_constant',
+      5,
+      'seq-mean-token-sum-norm (const=T=5)',
+    ),
+    (
+      'sequence_sum_token_mean_constant',
+      8,
+      'seq-mean-token-sum-norm (const=8)',
+    ),
+  ],
+)
 def test_reductions_match_the_oracle(reduction, constant, name):
   """Law: a reduction is a weighted sum with denominators of the whole batch.
 
@@ -85,16 +94,18 @@ def test_reductions_match_the_oracle(reduction, constant, name):
   """
   oracle = _oracle('agg_modes')
   mask = np.array(oracle['inputs']['mask'])
-  weights = masking.token_weights(mask.sum(axis=1).astype(int),
-                                  reduction=reduction,
-                                  constant=constant)
+  weights = masking.token_weights(
+    mask.sum(axis=1).astype(int), reduction=reduction, constant=constant
+  )
   rows = (weights[:, None] * mask * np.array(oracle['inputs']['loss'])).sum(1)
   np.testing.assert_allclose(rows.sum(), oracle['expected'][name], **TOLERANCE)
   split = oracle['micro_batch_split_rows_01_23'].get(name)
   if split:
     np.testing.assert_allclose(
-        rows[:2].sum() + rows[2:].sum(),
-        split['sum_of_micro_losses_with_global_denominators'], **TOLERANCE)
+      rows[:2].sum() + rows[2:].sum(),
+      split['sum_of_micro_losses_with_global_denominators'],
+      **TOLERANCE,
+    )
 
 
 def test_reductions_by_hand():
@@ -103,12 +114,14 @@ def test_reductions_by_hand():
   N = 4 tokens, S = 2 sequences. Mutant: 1 / L_i without the 1 / S.
   """
   weigh = lambda name: masking.token_weights(
-      np.array([3, 1, 0]), reduction=name, constant=4)[:2]
+    np.array([3, 1, 0]), reduction=name, constant=4
+  )[:2]
   np.testing.assert_allclose(weigh('token_mean'), [1 / 4, 1 / 4])
   np.testing.assert_allclose(weigh('sequence_mean'), [1 / 6, 1 / 2])
   np.testing.assert_allclose(weigh('sequence_mean_token_sum'), [1 / 2, 1 / 2])
-  np.testing.assert_allclose(weigh('sequence_sum_token_mean_constant'),
-                             [1 / 8, 1 / 8])
+  np.testing.assert_allclose(
+    weigh('sequence_sum_token_mean_constant'), [1 / 8, 1 / 8]
+  )
 
 
 @pytest.mark.parametrize('name', ['k1', 'k2', 'k3'])
@@ -122,8 +135,9 @@ def test_divergences_match_the_oracle(name):
   logprobs = _floats(oracle['inputs']['lp'])
   reference = _floats(oracle['inputs']['ref'])
   expected = oracle['per_token'][name]
-  np.testing.assert_allclose(estimate(logprobs, reference), expected['value'],
-                             **TOLERANCE)
+  np.testing.assert_allclose(
+    estimate(logprobs, reference), expected['value'], **TOLERANCE
+  )
   gradient = jax.grad(lambda x: jnp.sum(estimate(x, reference)))(logprobs)
   np.testing.assert_allclose(gradient, expected['grad_wrt_lp'], **TOLERANCE)
 
@@ -140,22 +154,24 @@ def test_divergences_in_expectation(name):
   estimate = divergences.DIVERGENCES[name]
 
   def expectation(logits):
-    return jnp.sum(probabilities *
-                   estimate(jax.nn.log_softmax(logits), reference))
+    return jnp.sum(
+      probabilities * estimate(jax.nn.log_softmax(logits), reference)
+    )
 
   value, gradient = jax.value_and_grad(expectation)(jnp.log(probabilities))
-  np.testing.assert_allclose(value, oracle['expected'][f'E_{name}'],
-                             **TOLERANCE)
-  np.testing.assert_allclose(gradient,
-                             oracle['expected'][f'in_loss_grad_{name}'],
-                             **TOLERANCE)
+  np.testing.assert_allclose(
+    value, oracle['expected'][f'E_{name}'], **TOLERANCE
+  )
+  np.testing.assert_allclose(
+    gradient, oracle['expected'][f'in_loss_grad_{name}'], **TOLERANCE
+  )
 
 
 PPO_CASES = ['symmetric_0.2_no_dual', 'dapo_clip_higher_0.2_0.28_dual_10']
 PPO_REDUCTIONS = {
-    'token_mean': 'token-mean',
-    'sequence_mean': 'seq-mean-token-mean',
-    'sequence_sum_token_mean_constant': 'seq-mean-token-sum-norm',
+  'token_mean': 'token-mean',
+  'sequence_mean': 'seq-mean-token-mean',
+  'sequence_sum_token_mean_constant': 'seq-mean-token-sum-norm',
 }
 
 
@@ -163,9 +179,14 @@ def _ppo_inputs():
   inputs = _oracle('ppo_loss')['inputs']
   mask = np.array(inputs['mask'], bool)
   advantages = np.broadcast_to(
-      np.array(inputs['advantages'])[:, None], mask.shape)
-  return (mask, _floats(inputs['lp']), _floats(inputs['old']),
-          _floats(advantages))
+    np.array(inputs['advantages'])[:, None], mask.shape
+  )
+  return (
+    mask,
+    _floats(inputs['lp']),
+    _floats(inputs['old']),
+    _floats(advantages),
+  )
 
 
 @pytest.mark.parametrize('case', PPO_CASES)
@@ -177,19 +198,24 @@ def test_clipped_surrogate_matches_the_oracle(case):
   """
   oracle = _oracle('ppo_loss')['cases'][case]
   mask, logprobs, old, advantages = _ppo_inputs()
-  token = losses.clipped_surrogate(logprobs,
-                                   old,
-                                   advantages,
-                                   clip_low=oracle['params']['el'],
-                                   clip_high=oracle['params']['eh'])
+  token = losses.clipped_surrogate(
+    logprobs,
+    old,
+    advantages,
+    clip_low=oracle['params']['el'],
+    clip_high=oracle['params']['eh'],
+  )
   np.testing.assert_allclose(
-      np.asarray(token.loss)[mask],
-      np.array(oracle['per_token_loss'])[mask], **TOLERANCE)
+    np.asarray(token.loss)[mask],
+    np.array(oracle['per_token_loss'])[mask],
+    **TOLERANCE,
+  )
   np.testing.assert_allclose(
-      np.asarray(token.ratio)[mask],
-      np.array(oracle['ratio'])[mask], **TOLERANCE)
+    np.asarray(token.ratio)[mask], np.array(oracle['ratio'])[mask], **TOLERANCE
+  )
   np.testing.assert_allclose(
-      np.asarray(token.clipped)[mask].mean(), oracle['clipfrac'], **TOLERANCE)
+    np.asarray(token.clipped)[mask].mean(), oracle['clipfrac'], **TOLERANCE
+  )
 
 
 @pytest.mark.parametrize('case', PPO_CASES)
@@ -203,16 +229,21 @@ def test_clipped_surrogate_gradient_matches_the_oracle(case, reduction):
   oracle = _oracle('ppo_loss')['cases'][case]
   expected = oracle[PPO_REDUCTIONS[reduction]]
   mask, logprobs, old, advantages = _ppo_inputs()
-  weights = masking.token_weights(mask.sum(axis=1),
-                                  reduction=reduction,
-                                  constant=mask.shape[1])[:, None] * mask
+  weights = (
+    masking.token_weights(
+      mask.sum(axis=1), reduction=reduction, constant=mask.shape[1]
+    )[:, None]
+    * mask
+  )
 
   def loss(logprobs):
-    token = losses.clipped_surrogate(masking.select_masked(mask, logprobs),
-                                     masking.select_masked(mask, old),
-                                     advantages,
-                                     clip_low=oracle['params']['el'],
-                                     clip_high=oracle['params']['eh'])
+    token = losses.clipped_surrogate(
+      masking.select_masked(mask, logprobs),
+      masking.select_masked(mask, old),
+      advantages,
+      clip_low=oracle['params']['el'],
+      clip_high=oracle['params']['eh'],
+    )
     return jnp.sum(weights * token.loss)
 
   garbage = jnp.where(mask, logprobs, jnp.nan)
@@ -233,16 +264,25 @@ def test_on_policy_gradient_matches_the_oracle(name):
   weights = mask / mask.sum()
 
   def loss(x):
-    tokens = objectives.Tokens(x, logprobs, logprobs, advantages, mask > 0,
-                               jnp.ones(mask.shape, jnp.int32), {})
+    tokens = objectives.Tokens(
+      x,
+      logprobs,
+      logprobs,
+      advantages,
+      mask > 0,
+      jnp.ones(mask.shape, jnp.int32),
+      {},
+    )
     token = objectives.LOSSES[name](algorithms.Algorithm(), tokens)
     return jnp.sum(weights * token.loss)
 
   np.testing.assert_allclose(
-      jax.grad(loss)(logprobs), oracle['grad_wrt_lp'], **TOLERANCE)
+    jax.grad(loss)(logprobs), oracle['grad_wrt_lp'], **TOLERANCE
+  )
   if name == 'clipped':
-    np.testing.assert_allclose(loss(logprobs), oracle['token_mean_loss'],
-                               **TOLERANCE)
+    np.testing.assert_allclose(
+      loss(logprobs), oracle['token_mean_loss'], **TOLERANCE
+    )
 
 
 def test_losses_by_hand():
@@ -256,17 +296,20 @@ def test_losses_by_hand():
   logprobs = jnp.full(2, jnp.log(2.0))
   advantages = jnp.array([1.0, -1.0])
   clipped = lambda x: losses.clipped_surrogate(
-      x, old, advantages, clip_low=0.2, clip_high=0.5)
+    x, old, advantages, clip_low=0.2, clip_high=0.5
+  )
   np.testing.assert_allclose(clipped(logprobs).loss, [-1.5, 2.0], rtol=1e-6)
   assert clipped(logprobs).clipped.tolist() == [True, False]
   np.testing.assert_allclose(
-      jax.grad(lambda x: clipped(x).loss.sum())(logprobs), [0.0, 2.0],
-      rtol=1e-6)
+    jax.grad(lambda x: clipped(x).loss.sum())(logprobs), [0.0, 2.0], rtol=1e-6
+  )
   reinforce = lambda x: losses.reinforce(x, old, advantages).loss.sum()
-  np.testing.assert_allclose(jax.grad(reinforce)(logprobs), [-2.0, 2.0],
-                             rtol=1e-6)
   np.testing.assert_allclose(
-      losses.negative_log_likelihood(logprobs).loss, -logprobs)
+    jax.grad(reinforce)(logprobs), [-2.0, 2.0], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    losses.negative_log_likelihood(logprobs).loss, -logprobs
+  )
 
 
 def test_ratio_does_not_overflow():
@@ -274,11 +317,16 @@ def test_ratio_does_not_overflow():
 
   Mutant: exp without the clip is inf, and inf - inf NaN.
   """
-  value, gradient = jax.value_and_grad(lambda x: losses.clipped_surrogate(
-      x, -x, jnp.ones(()), clip_low=0.2, clip_high=0.2).loss)(_floats(500.))
+  value, gradient = jax.value_and_grad(
+    lambda x: (
+      losses.clipped_surrogate(
+        x, -x, jnp.ones(()), clip_low=0.2, clip_high=0.2
+      ).loss
+    )
+  )(_floats(500.0))
   assert np.isfinite(value) and np.isfinite(gradient)
-  assert float(losses.importance_ratio(_floats(500.), _floats(-500.))) < 5e8
-  assert np.isfinite(divergences.k3(_floats(-500.), _floats(500.)))
+  assert float(losses.importance_ratio(_floats(500.0), _floats(-500.0))) < 5e8
+  assert np.isfinite(divergences.k3(_floats(-500.0), _floats(500.0)))
 
 
 def test_check_grads():
@@ -290,9 +338,15 @@ def test_check_grads():
   x, old, advantages = (_floats(rng.uniform(-1, 1, 6)) for _ in range(3))
   old = x + jnp.clip(old, -0.15, 0.15)
   check = lambda f: jax.test_util.check_grads(
-      f, (x,), order=1, modes=['rev'], atol=2e-2, rtol=2e-2)
-  check(lambda x: losses.clipped_surrogate(
-      x, old, advantages, clip_low=0.2, clip_high=0.3).loss)
+    f, (x,), order=1, modes=['rev'], atol=2e-2, rtol=2e-2
+  )
+  check(
+    lambda x: (
+      losses.clipped_surrogate(
+        x, old, advantages, clip_low=0.2, clip_high=0.3
+      ).loss
+    )
+  )
   check(lambda x: losses.negative_log_likelihood(x).loss)
   # Not the two that put k2's gradient under k3's value.
   for name in ('k1', 'k2', 'k3', 'absolute'):
@@ -300,11 +354,14 @@ def test_check_grads():
     check(lambda x, estimate=estimate: estimate(x, old))
 
 
-@pytest.mark.parametrize('name, expected', [
+@pytest.mark.parametrize(
+  'name, expected',
+  [
     ('group', 'grpo_verl_ddof1_eps1e6'),
     ('group_centred', 'dr_grpo_center_only_verl'),
     ('leave_one_out', 'rloo'),
-])
+  ],
+)
 def test_advantages_match_the_oracle(name, expected):
   """Law: advantages by group; equal rewards 0; a group of one keeps its own.
 
@@ -316,8 +373,10 @@ def test_advantages_match_the_oracle(name, expected):
   estimate = advantage_ops.ADVANTAGES[name]
   for group in np.unique(index):
     np.testing.assert_allclose(
-        estimate(jnp.asarray(rewards[index == group])),
-        np.array(oracle['expected'][expected])[index == group], **TOLERANCE)
+      estimate(jnp.asarray(rewards[index == group])),
+      np.array(oracle['expected'][expected])[index == group],
+      **TOLERANCE,
+    )
 
 
 def test_advantages_by_hand():
@@ -327,12 +386,12 @@ def test_advantages_by_hand():
   is not 0.1, and the division by their tiny deviation would give +-0.6.
   """
   rewards = _floats([1, 0, 0])
-  np.testing.assert_allclose(advantage_ops.group(rewards),
-                             np.array([2, -1, -1]) / 3**0.5,
-                             rtol=1e-5)
-  np.testing.assert_allclose(advantage_ops.leave_one_out(rewards),
-                             [1, -0.5, -0.5],
-                             rtol=1e-6)
+  np.testing.assert_allclose(
+    advantage_ops.group(rewards), np.array([2, -1, -1]) / 3**0.5, rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    advantage_ops.leave_one_out(rewards), [1, -0.5, -0.5], rtol=1e-6
+  )
   for estimate in advantage_ops.ADVANTAGES.values():
     for size in (3, 5, 6, 7):
       assert np.all(np.asarray(estimate(jnp.full(size, 0.1))) == 0)
@@ -343,15 +402,18 @@ def test_pass_at_k_matches_the_oracle():
   oracle = _oracle('passk')
   for row in oracle['table']:
     np.testing.assert_allclose(
-        metric_ops.pass_at_k(row['n'], row['c'], row['k']), row['pass_at_k'],
-        **TOLERANCE)
+      metric_ops.pass_at_k(row['n'], row['c'], row['k']),
+      row['pass_at_k'],
+      **TOLERANCE,
+    )
   data = oracle['dataset']
   for k in (1, 2, 4):
     values = [
-        metric_ops.pass_at_k(4, int(sum(row)), k) for row in data['correct']
+      metric_ops.pass_at_k(4, int(sum(row)), k) for row in data['correct']
     ]
-    np.testing.assert_allclose(np.mean(values), data[f'pass_at_{k}'],
-                               **TOLERANCE)
+    np.testing.assert_allclose(
+      np.mean(values), data[f'pass_at_{k}'], **TOLERANCE
+    )
   with pytest.raises(ValueError, match=r'pass@5 needs 1 <= k <= 4'):
     metric_ops.pass_at_k(4, 1, 5)
 
@@ -362,18 +424,20 @@ def _scripted_model():
   base = testing.tiny_model(vocabulary=10)
 
   def extend(params, tokens, positions, node_mask, cache):
-    hidden, nodes = base.extend(params['base'], tokens, positions, node_mask,
-                                cache)
+    hidden, nodes = base.extend(
+      params['base'], tokens, positions, node_mask, cache
+    )
     said = jax.nn.one_hot(params['script'][positions], 10) * 1e4
     return hidden[..., :1] * 0 + said, nodes
 
-  return base._replace(init=base.init,
-                       extend=extend,
-                       logits=lambda params, hidden: hidden)
+  return base._replace(
+    init=base.init, extend=extend, logits=lambda params, hidden: hidden
+  )
 
 
-@pytest.mark.parametrize('eos_ids, key', [((2, 3), 'mask'),
-                                          ((2,), 'mask_if_only_eos_2')])
+@pytest.mark.parametrize(
+  'eos_ids, key', [((2, 3), 'mask'), ((2,), 'mask_if_only_eos_2')]
+)
 def test_lengths_match_the_eos_oracle(eos_ids, key):
   """Law: a completion ends with its first EOS, which is part of it.
 
@@ -386,24 +450,25 @@ def test_lengths_match_the_eos_oracle(eos_ids, key):
   config.rollout.max_new_tokens = 5
   run = make_run(config)
   model = _scripted_model()
-  engine = RolloutEngine(model,
-                         rollout=run.config.rollout,
-                         control=run.config.control,
-                         sampling=Sampling(),
-                         eos_ids=eos_ids,
-                         seed=0,
-                         mesh=run.mesh)
+  engine = RolloutEngine(
+    model,
+    rollout=run.config.rollout,
+    control=run.config.control,
+    sampling=Sampling(),
+    eos_ids=eos_ids,
+    seed=0,
+    mesh=run.mesh,
+  )
   base = testing.tiny_model(vocabulary=10).init(jax.random.key(0))
   request = Request(np.array([5], np.int32), 1, TRAIN, 0, 0)
   for i, script in enumerate(oracle['inputs']['tokens']):
     padded = jnp.asarray(script + [9] * 40, jnp.int32)
-    (rollout,), _ = engine.generate({
-        'base': base,
-        'script': padded
-    }, [request], RolloutState())
+    (rollout,), _ = engine.generate(
+      {'base': base, 'script': padded}, [request], RolloutState()
+    )
     mask = masking.length_mask(rollout.length, 5)
     assert mask.astype(int).tolist() == oracle['expected'][key][i]
-    assert rollout.tokens.tolist() == script[:rollout.length]
+    assert rollout.tokens.tolist() == script[: rollout.length]
     assert len(rollout.behaviour_logprobs) == rollout.length
     if key == 'mask':
       assert rollout.finished != oracle['expected']['truncated'][i]
@@ -418,14 +483,17 @@ def _base():
   return run, samples, *gradient_of(run, samples)
 
 
-@pytest.mark.parametrize('learning', [
+@pytest.mark.parametrize(
+  'learning',
+  [
     dict(microbatch_rows=2),
     dict(microbatch_rows=4),
     dict(row_length=12),
     dict(data=8),
     dict(remat=True, score_chunk=7),
-],
-                         ids=str)
+  ],
+  ids=str,
+)
 def test_update_does_not_depend_on_the_layout(base, learning):
   """Law: microbatches, packing and devices change the update by rounding.
 
@@ -455,7 +523,7 @@ def test_update_ignores_padding_order_and_samples_without_signal(base):
   permuted, _ = gradient_of(run, [samples[i] for i in order])
   assert distance(permuted, expected) < 1e-5
   reversed_signal = [
-      dataclasses.replace(s, advantage=-s.advantage) for s in samples
+    dataclasses.replace(s, advantage=-s.advantage) for s in samples
   ]
   negated, _ = gradient_of(run, reversed_signal)
   assert distance(negated, expected) > 0.1
@@ -473,7 +541,8 @@ def test_samples_without_signal_are_kept_when_they_matter():
   assert packed.targets.sum() == sum(len(s.completion) for s in samples)
   packed = make_learner(run).pack(samples, skip_without_signal=True)
   assert packed.targets.sum() == sum(
-      len(s.completion) for s in samples if s.advantage)
+    len(s.completion) for s in samples if s.advantage
+  )
 
 
 FULL = algorithms.Algorithm(kl_coefficient=0.1, entropy_coefficient=0.01)
@@ -487,14 +556,14 @@ def test_nan_outside_the_mask_reaches_nothing():
   run = tiny_run(minibatches=2)
   assert not make_learner(run).old_is_current
   clean, values = gradient_of(run, random_samples(), algorithm=FULL)
-  poisoned, after = gradient_of(run,
-                                random_samples(),
-                                algorithm=FULL,
-                                change=poison)
+  poisoned, after = gradient_of(
+    run, random_samples(), algorithm=FULL, change=poison
+  )
   np.testing.assert_array_equal(poisoned, clean)
   assert all(
-      np.array_equal(values[name], after[name]) and np.isfinite(after[name])
-      for name in values)
+    np.array_equal(values[name], after[name]) and np.isfinite(after[name])
+    for name in values
+  )
 
 
 def test_gradient_is_zero_without_targets():
@@ -503,10 +572,12 @@ def test_gradient_is_zero_without_targets():
   Mutant: the mask taken from `segments` instead of `targets`.
   """
   untarget = lambda batch: batch.replace(targets=np.zeros_like(batch.targets))
-  gradient, _ = gradient_of(tiny_run(minibatches=2),
-                            random_samples(),
-                            algorithm=FULL,
-                            change=lambda b: poison(untarget(b)))
+  gradient, _ = gradient_of(
+    tiny_run(minibatches=2),
+    random_samples(),
+    algorithm=FULL,
+    change=lambda b: poison(untarget(b)),
+  )
   assert np.all(gradient == 0)
 
 
@@ -533,14 +604,15 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood():
   """
   run = tiny_run()
   samples = [
-      sft.make_sample(s.prompt, s.completion[:4], 0, 12)
-      for s in random_samples(5)
+    sft.make_sample(s.prompt, s.completion[:4], 0, 12)
+    for s in random_samples(5)
   ]
   assert all(s.completion[-1] == 0 and len(s.completion) == 5 for s in samples)
   _, values = gradient_of(run, samples, algorithm=presets.SUPERVISED)
   params = sharp_params(run)
   expected = -np.mean(
-      np.concatenate([plain_logprobs(run, params, s) for s in samples]))
+    np.concatenate([plain_logprobs(run, params, s) for s in samples])
+  )
   np.testing.assert_allclose(values['learning/loss'], expected, rtol=1e-5)
 
 
@@ -561,19 +633,20 @@ def test_later_minibatches_read_old_from_before_the_first_step():
   """
   run, samples = tiny_run(minibatches=2), random_samples()
   samples = [
-      dataclasses.replace(s, group=i // 4) for i, s in enumerate(samples)
+    dataclasses.replace(s, group=i // 4) for i, s in enumerate(samples)
   ]
   state, values = _learn(run, samples)
   assert values['policy/ratio_max'] > 1.01
   learner = make_learner(run, optimizer=SGD)
   by_hand = make_state(run, SGD)
   halves = [
-      learner.put(learner.pack(half, skip_without_signal=True))
-      for half in (samples[:12], samples[12:])
+    learner.put(learner.pack(half, skip_without_signal=True))
+    for half in (samples[:12], samples[12:])
   ]
   olds = [learner.score(by_hand.params, half) for half in halves]
   first, second = (
-      half.replace(old_logprobs=old) for half, old in zip(halves, olds))
+    half.replace(old_logprobs=old) for half, old in zip(halves, olds)
+  )
   by_hand, before = learner.update(by_hand, first)
   by_hand, after = learner.update(by_hand, second)
   assert int(state.step) == 2
@@ -590,19 +663,18 @@ def test_kl_to_itself_is_zero(divergence):
   Mutant: reference log-probabilities never scored (left at 0).
   """
   run, samples = tiny_run(), random_samples()
-  algorithm = dataclasses.replace(run.algorithm,
-                                  kl_coefficient=0.3,
-                                  divergence=divergence)
+  algorithm = dataclasses.replace(
+    run.algorithm, kl_coefficient=0.3, divergence=divergence
+  )
   params = sharp_params(run)
-  state, values = _learn(run,
-                         samples,
-                         optimizer=CAPTURE,
-                         reference=params,
-                         algorithm=algorithm)
+  state, values = _learn(
+    run, samples, optimizer=CAPTURE, reference=params, algorithm=algorithm
+  )
   assert abs(values['policy/kl_reference']) < 1e-6
   plain, _ = _learn(tiny_run(), samples, optimizer=CAPTURE)
   flat = lambda state: np.concatenate(
-      [np.ravel(x) for x in jax.tree.leaves(state.opt_state)])
+    [np.ravel(x) for x in jax.tree.leaves(state.opt_state)]
+  )
   apart = distance(flat(state), flat(plain))
   assert apart > 1e-2 if divergence == 'k1' else apart < 1e-4
 
@@ -613,34 +685,35 @@ def test_kl_to_another_policy_by_hand():
   Mutant: the mean taken over all positions of the batch.
   """
   run, samples = tiny_run(), random_samples(6)
-  algorithm = dataclasses.replace(run.algorithm,
-                                  kl_coefficient=0.3,
-                                  divergence='k1')
+  algorithm = dataclasses.replace(
+    run.algorithm, kl_coefficient=0.3, divergence='k1'
+  )
   params = sharp_params(run)
   reference = jax.tree.map(lambda x: x * 0.5, params)
-  _, values = _learn(run,
-                     samples,
-                     optimizer=CAPTURE,
-                     reference=reference,
-                     algorithm=algorithm)
+  _, values = _learn(
+    run, samples, optimizer=CAPTURE, reference=reference, algorithm=algorithm
+  )
   gaps = [
-      plain_logprobs(run, params, s) - plain_logprobs(run, reference, s)
-      for s in samples
+    plain_logprobs(run, params, s) - plain_logprobs(run, reference, s)
+    for s in samples
   ]
-  np.testing.assert_allclose(values['policy/kl_reference'],
-                             np.mean(np.concatenate(gaps)),
-                             rtol=1e-4)
+  np.testing.assert_allclose(
+    values['policy/kl_reference'], np.mean(np.concatenate(gaps)), rtol=1e-4
+  )
 
 
 def _half_below(run):
   """Samples whose behaviour log-probabilities are 0.5 below the policy's."""
   params = sharp_params(run)
   return [
-      dataclasses.replace(s,
-                          advantage=1.0,
-                          behaviour_logprobs=(plain_logprobs(run, params, s) -
-                                              0.5).astype(np.float32))
-      for s in random_samples()
+    dataclasses.replace(
+      s,
+      advantage=1.0,
+      behaviour_logprobs=(plain_logprobs(run, params, s) - 0.5).astype(
+        np.float32
+      ),
+    )
+    for s in random_samples()
   ]
 
 
@@ -678,7 +751,8 @@ def test_permuted_rewards_are_a_permutation():
   rewards = np.arange(32, dtype=np.float32).reshape(8, 4)
   groups = [make_group(r) for r in rewards]
   get = lambda step: np.array(
-      [g.rewards for g in credit.permuted(groups, 0, step)])
+    [g.rewards for g in advantages.permuted(groups, 0, step)]
+  )
   one, two = get(0), get(1)
   assert sorted(one.ravel()) == sorted(rewards.ravel())
   assert not np.array_equal(one, two)
@@ -694,16 +768,18 @@ def test_schedules_by_hand():
   """
   config = tiny_run(learning_rate=1.0, warmup_steps=2).config.learning
   rate = lambda name: [
-      float(
-          updates.make_schedule(dataclasses.replace(config, schedule=name), 6)
-          (i)) for i in range(7)
+    float(
+      updates.make_schedule(dataclasses.replace(config, schedule=name), 6)(i)
+    )
+    for i in range(7)
   ]
-  np.testing.assert_allclose(rate('constant'), [.5, 1, 1, 1, 1, 1, 1])
-  np.testing.assert_allclose(rate('linear'), [.5, 1, 1, .75, .5, .25, 0],
-                             atol=1e-6)
-  np.testing.assert_allclose(rate('cosine')[2:],
-                             0.5 * (1 + np.cos(np.pi * np.arange(5) / 4)),
-                             atol=1e-6)
+  np.testing.assert_allclose(rate('constant'), [0.5, 1, 1, 1, 1, 1, 1])
+  np.testing.assert_allclose(
+    rate('linear'), [0.5, 1, 1, 0.75, 0.5, 0.25, 0], atol=1e-6
+  )
+  np.testing.assert_allclose(
+    rate('cosine')[2:], 0.5 * (1 + np.cos(np.pi * np.arange(5) / 4)), atol=1e-6
+  )
 
 
 def test_gradient_norm_is_clipped():
@@ -722,24 +798,32 @@ def test_gradient_norm_is_clipped():
 def _decay_of(states, optimizer, model=None):
   """Returns (shares of every parameter that a step without a gradient takes,
   gaps left out, by path)."""
-  state = jax.tree.map(lambda x: np.ones(x.shape, x.dtype),
-                       states.abstract_state(optimizer, model))
-  trained, _ = lora.split(state.params, (model or
-                                         states.model).trainable(state.params))
-  update = jax.jit(lambda params: optimizer.update(
-      jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0])
+  state = jax.tree.map(
+    lambda x: np.ones(x.shape, x.dtype), states.abstract_state(optimizer, model)
+  )
+  trained, _ = lora.split(
+    state.params, (model or states.model).trainable(state.params)
+  )
+  update = jax.jit(
+    lambda params: optimizer.update(
+      jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )[0]
+  )
   changes = update(trained)
   return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): np.unique(leaf)
-      for path, leaf in jax.tree_util.tree_flatten_with_path(changes)[0]
+    jax.tree_util.keystr(path, simple=True, separator='/'): np.unique(leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(changes)[0]
   }
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     dict(tied_head=False, qkv_bias=True, qk_norm=True),
-    dict(lora__rank=2, lora__targets=('q_proj', 'v_proj', 'down_proj'))
-],
-                         ids=['whole', 'adapters'])
+    dict(lora__rank=2, lora__targets=('q_proj', 'v_proj', 'down_proj')),
+  ],
+  ids=['whole', 'adapters'],
+)
 def test_weight_decay_is_of_matrices(changes):
   """Law: without a gradient a step takes rate * decay of every matrix, of the
   policy, the critic and adapters, and nothing of norms, biases and embeddings.
@@ -764,8 +848,11 @@ def test_weight_decay_is_of_matrices(changes):
     np.testing.assert_array_equal(found, [want], err_msg=path)
   assert 'value/kernel' in critic
   if config.model.lora.rank:
-    assert {path.split('/')[1] for path in policy
-           } == {'lora_q_proj', 'lora_v_proj', 'lora_down_proj'}
+    assert {path.split('/')[1] for path in policy} == {
+      'lora_q_proj',
+      'lora_v_proj',
+      'lora_down_proj',
+    }
   else:
     names = {path.rpartition('/')[2] for path in policy}
     assert names == {'kernel', 'head', *spared}
@@ -778,27 +865,29 @@ def test_the_optimizer_is_adamw_of_optax(decay):
 
   Mutants: a decay whose state nests; the decay before Adam.
   """
-  config = dataclasses.replace(testing.tiny_config().learning,
-                               weight_decay=decay)
+  config = dataclasses.replace(
+    testing.tiny_config().learning, weight_decay=decay
+  )
   ours = updates.make_optimizer(config, 3)
   theirs = optax.chain(
-      optax.clip_by_global_norm(config.max_grad_norm),
-      optax.adamw(updates.make_schedule(config, 3),
-                  b1=config.b1,
-                  b2=config.b2,
-                  eps=config.epsilon,
-                  weight_decay=decay))
+    optax.clip_by_global_norm(config.max_grad_norm),
+    optax.adamw(
+      updates.make_schedule(config, 3),
+      b1=config.b1,
+      b2=config.b2,
+      eps=config.epsilon,
+      weight_decay=decay,
+    ),
+  )
   noise = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
   found = []
   for optimizer in (ours, theirs):
     params = {'x': {'kernel': jnp.asarray(noise[0])}}
     state = optimizer.init(params)
     for gradient in noise:
-      changes, state = jax.jit(optimizer.update)({
-          'x': {
-              'kernel': gradient
-          }
-      }, state, params)
+      changes, state = jax.jit(optimizer.update)(
+        {'x': {'kernel': gradient}}, state, params
+      )
       params = optax.apply_updates(params, changes)
     found.append((params, state))
   assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
@@ -812,8 +901,9 @@ def test_choices_of_the_algorithms_are_implemented():
   """
   for preset in (*algorithms.PRESETS.values(), presets.SUPERVISED):
     assert preset.loss in algorithms.LOSSES
-    assert preset.advantage in (estimators.ESTIMATORS |
-                                estimators.PART_ESTIMATORS)
+    assert preset.advantage in (
+      estimators.ESTIMATORS | estimators.PART_ESTIMATORS
+    )
     assert preset.credit in token_credit.CREDITS
     assert preset.correction in objectives.CORRECTIONS
     assert preset.rejection in objectives.REJECTIONS
@@ -824,8 +914,10 @@ def test_choices_of_the_algorithms_are_implemented():
     assert preset.rehearsal in ('none', *f_divergences.F_DIVERGENCES)
   assert algorithms.PRESETS['grpo'].reduction == 'sequence_mean'
   assert algorithms.PRESETS['rloo'].advantage == 'leave_one_out'
-  assert (algorithms.PRESETS['dr_grpo'].reduction ==
-          'sequence_sum_token_mean_constant')
+  assert (
+    algorithms.PRESETS['dr_grpo'].reduction
+    == 'sequence_sum_token_mean_constant'
+  )
 
 
 def test_estimators_of_a_batch():
@@ -836,14 +928,18 @@ def test_estimators_of_a_batch():
   """
   rewards, lengths = _floats([[1, 0], [1, 1]]), jnp.asarray([[1, 3], [2, 2]])
   lengths3 = jnp.asarray([[3, 5, 7], [1, 4, 2]])
-  estimate = lambda name, rewards, lengths: np.asarray(estimators.ESTIMATORS[
-      name](rewards, lengths, rewards, None))
+  estimate = lambda name, rewards, lengths: np.asarray(
+    estimators.ESTIMATORS[name](rewards, lengths, rewards, None)
+  )
   get = lambda name: estimate(name, rewards, lengths)
   np.testing.assert_allclose(get('batch_scaled')[0], [1, -1], rtol=1e-3)
   assert np.all(get('batch_scaled')[1] == 0)
-  np.testing.assert_allclose(get('signal_scaled')[0], [2 / 3, -2 / 3],
-                             rtol=1e-6)
-  np.testing.assert_allclose(get('length_weighted')[0], [.75, -.25], rtol=1e-6)
+  np.testing.assert_allclose(
+    get('signal_scaled')[0], [2 / 3, -2 / 3], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    get('length_weighted')[0], [0.75, -0.25], rtol=1e-6
+  )
   for name in estimators.ESTIMATORS:
     if name == 'outcome':  # the reward itself
       continue
@@ -856,19 +952,22 @@ def test_estimators_of_a_batch():
   place, ends = jnp.arange(3)[None], lengths.reshape(4, 1)
   outcome = jnp.where(place == ends - 1, rewards.reshape(4, 1), 0.0)
   by_token = batch_advantages.reinforce_plus_plus(outcome, place < ends)
-  np.testing.assert_allclose(get('whitened').reshape(4),
-                             by_token[:, 0],
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+    get('whitened').reshape(4), by_token[:, 0], rtol=1e-5
+  )
 
 
-@pytest.mark.parametrize('changes, words', [
+@pytest.mark.parametrize(
+  'changes, words',
+  [
     (dict(name='cispo', clip_low=0.1), ['clip_low', "'truncated'"]),
     (dict(name='gpg', clip_high=0.1), ['clip_high', "'reinforce'"]),
     (dict(name='gspo', dual_clip=3.0), ['dual_clip', "'sequence_clipped'"]),
     (dict(dual_clip=0.5), ['dual_clip=0.5', 'above 1']),
     (dict(advantage='grup'), ["'grup'", 'whitened']),
-],
-                         ids=str)
+  ],
+  ids=str,
+)
 def test_a_field_that_is_not_read_is_refused(changes, words):
   """One line that names the field and who reads it."""
   with pytest.raises(ConfigError) as error:
@@ -885,8 +984,10 @@ def test_the_loss_of_the_readme(monkeypatch):
   code = path.read_text().split('# learning/objectives.py\n')[1]
   code = code.split('```')[0]
   assert len(code.splitlines()) < 25
-  for table, places in (('LOSSES', (objectives, algorithms)),
-                        ('PRESETS', (presets, algorithms))):
+  for table, places in (
+    ('LOSSES', (objectives, algorithms)),
+    ('PRESETS', (presets, algorithms)),
+  ):
     copy = dict(getattr(algorithms, table))
     for place in places:
       monkeypatch.setattr(place, table, copy)
@@ -904,9 +1005,11 @@ def test_padding_fraction_counts_computed_positions():
   Mutant: microbatches beyond `count` counted as padding.
   """
   sample = Sample(np.array([2], np.int32), np.array([3, 0], np.int32))
-  batch = batches.make_batch([sample] * 2,
-                             reduction='token_mean',
-                             constant=8,
-                             row_length=8,
-                             microbatch_rows=2)
+  batch = batches.make_batch(
+    [sample] * 2,
+    reduction='token_mean',
+    constant=8,
+    row_length=8,
+    microbatch_rows=2,
+  )
   assert batches.padding_fraction(batch) == pytest.approx(10 / 16)

@@ -8,25 +8,25 @@ from config_helpers import tiny_config
 from config_helpers import train_quietly
 import pytest
 
-from rlax_llm import run
-from rlax_llm import sampler
-from rlax_llm.checkpoint import Checkpoints
+from rlax_llm import components
 from rlax_llm.config import ConfigError
-from rlax_llm.progress import Progress
+from rlax_llm.experience import sampler
+from rlax_llm.workdir.checkpoint import Checkpoints
+from rlax_llm.workdir.progress import Progress
 
 
 def _train(folder, **changes):
   shown = io.StringIO()
-  summary = train_quietly(tiny_config(**changes),
-                          folder,
-                          display=Progress(shown))
+  summary = train_quietly(
+    tiny_config(**changes), folder, display=Progress(shown)
+  )
   return summary, shown.getvalue()
 
 
 def _left_out(folder):
   return [
-      json.loads(line)['rollout/left_out_prompts']
-      for line in (folder / 'metrics.jsonl').read_text().splitlines()
+    json.loads(line)['rollout/left_out_prompts']
+    for line in (folder / 'metrics.jsonl').read_text().splitlines()
   ]
 
 
@@ -55,9 +55,9 @@ def test_a_prompt_of_the_first_step_is_left_out_too(tmp_path):
 
   Mutant: the first step's prompts refused.
   """
-  _, shown = _train(tmp_path,
-                    task__name='long_prompts:LongFromTheStart',
-                    num_steps=1)
+  _, shown = _train(
+    tmp_path, task__name='long_prompts:LongFromTheStart', num_steps=1
+  )
   assert _left_out(tmp_path) == [1]
   assert 'warning: 1 prompts are left out' in shown
 
@@ -70,11 +70,12 @@ def test_only_what_a_prompt_is_leaves_it_out():
   """
 
   class Broken:
-
     def encode_prompt(self, text):
       raise (ConfigError if text == 'a' else ValueError)(f'no {text}')
 
-  made = dataclasses.replace(run.make_run(tiny_config()), tokenizer=Broken())
+  made = dataclasses.replace(
+    components.make_run(tiny_config()), tokenizer=Broken()
+  )
   problem = lambda text: made.task.problem('train', 'ab'.index(text))
   assert made.prompt_tokens(problem('b'))[1] == 'no b'
   with pytest.raises(ConfigError, match='no a'):
@@ -100,15 +101,14 @@ def test_demonstrations_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
 
   Mutants: the warm start ended by the first one; left out without a word.
   """
-  changes = dict(sft__steps=2,
-                 sft__warmup_steps=1,
-                 sft__sequences_per_step=4,
-                 num_steps=0)
-  _, shown = _train(tmp_path / 'some',
-                    task__name='long_prompts:SomeLongTraces',
-                    **changes)
+  changes = dict(
+    sft__steps=2, sft__warmup_steps=1, sft__sequences_per_step=4, num_steps=0
+  )
+  _, shown = _train(
+    tmp_path / 'some', task__name='long_prompts:SomeLongTraces', **changes
+  )
   assert 'demonstrations are left out; for example, a prompt of 2' in shown
-  monkeypatch.setattr(run, 'MAX_LEFT_OUT', 20)
+  monkeypatch.setattr(components, 'MAX_LEFT_OUT', 20)
   with pytest.raises(ConfigError, match='20 demonstrations in a row do not'):
     _train(tmp_path / 'all', task__name='long_prompts:AllLongTraces', **changes)
   assert not (tmp_path / 'all').exists()

@@ -12,15 +12,15 @@ import pytest
 import safetensors.numpy
 
 from rlax_llm import export
-from rlax_llm import learner as learners
 from rlax_llm import testing
+from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import LORA_TARGETS
 from rlax_llm.config import LoRAConfig
+from rlax_llm.config.validation import validate
+from rlax_llm.learning import learner as learners
 from rlax_llm.models import lora
-from rlax_llm.run import make_run
-from rlax_llm.validation import validate
 
 PARTIAL = ('q_proj', 'v_proj', 'up_proj')
 
@@ -50,9 +50,9 @@ def _without_gaps(tree):
   if not isinstance(tree, dict):
     return tree
   return {
-      k: _without_gaps(v)
-      for k, v in tree.items()
-      if not k.startswith(lora.PREFIX)
+    k: _without_gaps(v)
+    for k, v in tree.items()
+    if not k.startswith(lora.PREFIX)
   }
 
 
@@ -61,9 +61,10 @@ def _moved(params, seed=7):
   leaves, tree = jax.tree_util.tree_flatten_with_path(params)
   rng = np.random.default_rng(seed)
   values = [
-      jnp.asarray(rng.normal(size=x.shape) *
-                  0.3, x.dtype) if lora.PREFIX in str(path) else x
-      for path, x in leaves
+    jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype)
+    if lora.PREFIX in str(path)
+    else x
+    for path, x in leaves
   ]
   return jax.tree.unflatten(tree, values)
 
@@ -81,8 +82,9 @@ def _logits(model, params):
   return jax.jit(run)(params)
 
 
-@pytest.mark.parametrize('targets', [LORA_TARGETS, PARTIAL, ('o_proj',)],
-                         ids=['all', 'some', 'one'])
+@pytest.mark.parametrize(
+  'targets', [LORA_TARGETS, PARTIAL, ('o_proj',)], ids=['all', 'some', 'one']
+)
 def test_merged_weights_are_the_adapted_model(targets):
   """Law: logits with adapters are those of W + (alpha / r) A B.
 
@@ -101,10 +103,12 @@ def test_merged_weights_are_the_adapted_model(targets):
   np.testing.assert_allclose(adapted, _logits(plain, merged), atol=2e-5)
   for name in targets:
     only = jax.tree_util.tree_map_with_path(
-        lambda path, old, new, name=name: new
-        if lora.PREFIX + name in str(path) else old,
-        fresh,
-        params)
+      lambda path, old, new, name=name: (
+        new if lora.PREFIX + name in str(path) else old
+      ),
+      fresh,
+      params,
+    )
     assert np.max(np.abs(_logits(model, only) - _logits(model, fresh))) > 1e-4
 
 
@@ -121,18 +125,22 @@ def test_only_adapters_are_trained(tmp_path):
   state = run.states.init_state(params)
   moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
   adapters = jax.tree.leaves(
-      lora.split(state.params, lora.trainable(state.params))[0])
+    lora.split(state.params, lora.trainable(state.params))[0]
+  )
   assert sorted(x.shape for x in moments) == sorted(
-      x.shape for x in adapters * 2)
+    x.shape for x in adapters * 2
+  )
   reference = run.states.reference(str(tmp_path), state.params, 0)
   assert len(jax.tree.leaves(reference)) == len(adapters)
   learner = learners.make_learner(run)
   samples = [
-      learners.Sample(prompt=np.array([2, 3], np.int32),
-                      completion=np.arange(5, dtype=np.int32) + i % 2,
-                      advantage=(-1.0)**i,
-                      behaviour_logprobs=np.zeros(5, np.float32))
-      for i in range(16)
+    learners.Sample(
+      prompt=np.array([2, 3], np.int32),
+      completion=np.arange(5, dtype=np.int32) + i % 2,
+      advantage=(-1.0) ** i,
+      behaviour_logprobs=np.zeros(5, np.float32),
+    )
+    for i in range(16)
   ]
   for step in range(3):
     prepared, _ = learner.prepare(state.params, samples, reference)
@@ -157,8 +165,9 @@ def test_a_stopped_run_continues(tmp_path):
   assert parts['parameters_sha256'] == whole['parameters_sha256']
 
 
-@pytest.mark.parametrize('targets', [LORA_TARGETS, PARTIAL],
-                         ids=['all', 'some'])
+@pytest.mark.parametrize(
+  'targets', [LORA_TARGETS, PARTIAL], ids=['all', 'some']
+)
 def test_exported_adapters_add_up(tmp_path, targets):
   """Law: base + (alpha / r) B A, tensor by published tensor, is the merged
   export; a run that begins from the base folder has the base's weights and
@@ -198,13 +207,16 @@ def test_exported_adapters_add_up(tmp_path, targets):
   config.model.pretrained = str(tmp_path / 'base')
   begun = make_run(config).states.init_params()
   trained = lora.trainable(begun)
-  jax.tree.map(np.testing.assert_array_equal,
-               lora.split(begun, trained)[1],
-               lora.split(params, trained)[1])
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    lora.split(begun, trained)[1],
+    lora.split(params, trained)[1],
+  )
   added = lora.split(begun, trained)[0]
   assert all(
-      np.any(x) == ("'a'" in str(path))
-      for path, x in jax.tree_util.tree_leaves_with_path(added))
+    np.any(x) == ("'a'" in str(path))
+    for path, x in jax.tree_util.tree_leaves_with_path(added)
+  )
 
 
 def test_a_run_without_adapters_exports_none(tmp_path):
@@ -214,12 +226,15 @@ def test_a_run_without_adapters_exports_none(tmp_path):
     export.export_adapter(str(tmp_path / 'a'), run.states.model_config, {})
 
 
-@pytest.mark.parametrize('changes, words', [
+@pytest.mark.parametrize(
+  'changes, words',
+  [
     (dict(targets=('q_pro',)), ["'q_pro'", "did you mean 'q_proj'"]),
     (dict(rank=4, targets=()), ['model.lora.targets=()', 'q_proj']),
     (dict(rank=-1), ['model.lora.rank=-1', 'at least 0']),
     (dict(rank=4, alpha=0.0), ['model.lora.alpha=0.0', 'above 0']),
-])
+  ],
+)
 def test_bad_adapters_are_refused(changes, words):
   """One line that names the field and the way out."""
   config = testing.tiny_config()
@@ -243,13 +258,16 @@ def test_rollouts_copy_no_base():
   params = run.states.init_params()
   engine = run.engine(run.sampling)
   # pylint: disable=protected-access
-  gathered = engine._executor.gather_params(params,
-                                            run.states.rollout_placement())
+  gathered = engine._executor.gather_params(
+    params, run.states.rollout_placement()
+  )
   trained = lora.trainable(params)
   same = jax.tree.map(lambda a, b: a is b, params, gathered)
   assert same == jax.tree.map(lambda x: not x, trained)
-  assert all(x.dtype == jnp.bfloat16
-             for x in jax.tree.leaves(lora.split(gathered, trained)[0]))
+  assert all(
+    x.dtype == jnp.bfloat16
+    for x in jax.tree.leaves(lora.split(gathered, trained)[0])
+  )
 
 
 def test_a_target_that_cannot_be_made_is_refused(tmp_path):
@@ -257,5 +275,6 @@ def test_a_target_that_cannot_be_made_is_refused(tmp_path):
   (tmp_path / 'file').write_text('')
   run = make_run(_exportable(LORA_TARGETS))
   with pytest.raises(ConfigError, match='--out=.*cannot be written'):
-    export.export_adapter(str(tmp_path / 'file' / 'out'),
-                          run.states.model_config, {})
+    export.export_adapter(
+      str(tmp_path / 'file' / 'out'), run.states.model_config, {}
+    )

@@ -9,35 +9,36 @@ import numpy as np
 import pytest
 from tensorboardX import proto
 
-from rlax_llm import field_classes
-from rlax_llm import manifest
-from rlax_llm import metric_names
-from rlax_llm import metrics
-from rlax_llm import progress
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import field_classes
 from rlax_llm.config import Section
 from rlax_llm.config import to_dict
+from rlax_llm.workdir import manifest
+from rlax_llm.workdir import metric_names
+from rlax_llm.workdir import metrics
+from rlax_llm.workdir import progress
 
 
 def _writer(folder, resume_step=None, run_id='a'):
-  return metrics.MetricsWriter(folder,
-                               resume_step=resume_step,
-                               evaluated_step=resume_step,
-                               run_id=run_id)
+  return metrics.MetricsWriter(
+    folder, resume_step=resume_step, evaluated_step=resume_step, run_id=run_id
+  )
 
 
 def _run(folder, steps, resume_step=None, run_id='a'):
   with _writer(folder, resume_step, run_id) as writer:
     for step in steps:
       writer.write(
-          step, {
-              'reward/mean': jnp.float32(0.1) * step,
-              'policy/entropy': np.float64(1 / step),
-              'rollout/tokens': 10**12 + step,
-              'time/step': 0.25,
-              'evaluate/pass_at_4': 0.5,
-          })
+        step,
+        {
+          'reward/mean': jnp.float32(0.1) * step,
+          'policy/entropy': np.float64(1 / step),
+          'rollout/tokens': 10**12 + step,
+          'time/step': 0.25,
+          'evaluate/pass_at_4': 0.5,
+        },
+      )
       writer.write_samples(step, [{'prompt': 'é', 'completion': f'{step}'}])
 
 
@@ -57,7 +58,10 @@ def test_split_exactness_and_order(tmp_path):
   _run(tmp_path, [3])
   (row,) = metrics.read_jsonl(tmp_path / 'metrics.jsonl')
   assert list(row) == [
-      'step', 'policy/entropy', 'reward/mean', 'rollout/tokens'
+    'step',
+    'policy/entropy',
+    'reward/mean',
+    'rollout/tokens',
   ]
   assert row['reward/mean'] == float(jnp.float32(0.1) * 3)
   assert row['policy/entropy'] == 1 / 3
@@ -87,21 +91,23 @@ def test_non_finite_is_valid_json(tmp_path):
   """Mutant: json.dumps as it is writes NaN, which is not JSON."""
   with _writer(tmp_path) as writer:
     writer.write(
-        1, {
-            'reward/mean': math.nan,
-            'reward/std': jnp.inf,
-            'learning/loss': jnp.bfloat16(0.5)
-        })
+      1,
+      {
+        'reward/mean': math.nan,
+        'reward/std': jnp.inf,
+        'learning/loss': jnp.bfloat16(0.5),
+      },
+    )
   text = (tmp_path / 'metrics.jsonl').read_text()
 
   def refuse(name):
     raise AssertionError(name)
 
   assert json.loads(text, parse_constant=refuse) == {
-      'step': 1,
-      'reward/mean': None,
-      'reward/std': None,
-      'learning/loss': 0.5
+    'step': 1,
+    'reward/mean': None,
+    'reward/std': None,
+    'learning/loss': 0.5,
   }
 
 
@@ -110,18 +116,24 @@ def test_resume_equals_the_uninterrupted_run(tmp_path, torn):
   """Mutants: `step < last`; no truncation; a torn line kept."""
   _run(tmp_path / 'whole', range(1, 9))
   _run(tmp_path / 'killed', range(1, 7))
-  for file in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl',
-               'timing.jsonl'):
+  for file in (
+    'metrics.jsonl',
+    'evaluations.jsonl',
+    'samples.jsonl',
+    'timing.jsonl',
+  ):
     with open(tmp_path / 'killed' / file, 'a', encoding='utf-8') as stream:
       stream.write(torn)
   _run(tmp_path / 'killed', range(5, 9), resume_step=4, run_id='b')
   for file in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl'):
-    assert (tmp_path / 'killed' / file).read_bytes() == (tmp_path / 'whole' /
-                                                         file).read_bytes()
+    assert (tmp_path / 'killed' / file).read_bytes() == (
+      tmp_path / 'whole' / file
+    ).read_bytes()
   rows = metrics.read_jsonl(tmp_path / 'killed' / 'timing.jsonl')
   timed = [(r['step'], r['run']) for r in rows if 'run' in r]
-  assert timed == ([(s, 'a') for s in range(1, 7)] +
-                   [(s, 'b') for s in range(5, 9)])
+  assert timed == (
+    [(s, 'a') for s in range(1, 7)] + [(s, 'b') for s in range(5, 9)]
+  )
 
 
 def test_start_from_nothing_drops_an_unsaved_run(tmp_path):
@@ -146,8 +158,8 @@ def test_tensorboard_events_hold_the_values(tmp_path):
   data, found = file.read_bytes(), {}
   while data:
     length = int.from_bytes(data[:8], 'little')
-    event = proto.event_pb2.Event.FromString(data[12:12 + length])
-    data = data[16 + length:]
+    event = proto.event_pb2.Event.FromString(data[12 : 12 + length])
+    data = data[16 + length :]
     for value in event.summary.value:
       found[event.step, value.tag] = value.simple_value
   assert found[2, 'time/step'] == 0.25
@@ -155,15 +167,14 @@ def test_tensorboard_events_hold_the_values(tmp_path):
 
 
 def test_summary(tmp_path):
-  metrics.write_summary(tmp_path, {'steps': np.int32(3), 'x': jnp.float32(.5)})
+  metrics.write_summary(tmp_path, {'steps': np.int32(3), 'x': jnp.float32(0.5)})
   assert json.loads((tmp_path / 'summary.json').read_text()) == {
-      'steps': 3,
-      'x': 0.5
+    'steps': 3,
+    'x': 0.5,
   }
 
 
 class _Terminal(io.StringIO):
-
   def isatty(self):
     return True
 
@@ -211,8 +222,9 @@ def test_workdir_of_another_config_is_refused(tmp_path):
   manifest.write_manifest(tmp_path, _config(), run_id='a')
   with pytest.raises(ConfigError) as e:
     manifest.check_workdir(
-        tmp_path,
-        _config(seed=3, task__options={'x': 1}, algorithm__loss='clipped'))
+      tmp_path,
+      _config(seed=3, task__options={'x': 1}, algorithm__loss='clipped'),
+    )
   message = str(e.value)
   assert 'seed (0 there, 3 now)' in message
   assert 'algorithm.loss (None there, ' in message
@@ -222,11 +234,13 @@ def test_workdir_of_another_config_is_refused(tmp_path):
 
 def test_what_may_differ(tmp_path):
   manifest.write_manifest(tmp_path, _config(), run_id='a')
-  allowed = _config(num_steps=7,
-                    checkpoint__every=1,
-                    evaluate__every=3,
-                    rollout__width=1,
-                    control__compact=False)
+  allowed = _config(
+    num_steps=7,
+    checkpoint__every=1,
+    evaluate__every=3,
+    rollout__width=1,
+    control__compact=False,
+  )
   assert not manifest.check_workdir(tmp_path, allowed)
   with pytest.raises(ConfigError, match='rollout.width'):
     manifest.check_workdir(tmp_path, allowed, allow={field_classes.EXTENT})
@@ -240,20 +254,24 @@ def test_every_field_has_a_class():
   `control`, or the slots of logical time, counted as speed.
   """
   names = [
-      f'{path}.{name}'.lstrip('.')
-      for path, section in field_classes.sections(Config())
-      for name, value in vars(section).items()
-      if not isinstance(value, Section)
+    f'{path}.{name}'.lstrip('.')
+    for path, section in field_classes.sections(Config())
+    for name, value in vars(section).items()
+    if not isinstance(value, Section)
   ]
   assert len(names) > 150
   classes = {name: field_classes.class_of(name) for name in names}
-  assert set(
-      classes.values()) == {field_classes.TRAINING, *field_classes.MAY_DIFFER}
+  assert set(classes.values()) == {
+    field_classes.TRAINING,
+    *field_classes.MAY_DIFFER,
+  }
   assert field_classes.class_of('task.options.x') == field_classes.TRAINING
   assert field_classes.class_of('no.such.field') == field_classes.TRAINING
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     dict(control__over_provision=1.5),
     dict(control__max_staleness=1),
     dict(control__dynamic_sampling=2),
@@ -267,15 +285,16 @@ def test_every_field_has_a_class():
     dict(control__prune_weights=False),
     dict(control__extra_samples=4),
     dict(control__extra_by_hardness=True),
-],
-                         ids=lambda changes: next(iter(changes)))
+  ],
+  ids=lambda changes: next(iter(changes)),
+)
 def test_a_resume_keeps_what_decides_on_training(tmp_path, changes):
   """Law: a resume refuses another policy of which samples a step learns from.
 
   Mutant: all of `control` counted as speed.
   """
   manifest.write_manifest(tmp_path, _config(), run_id='a')
-  name, = (name.replace('__', '.') for name in changes)
+  (name,) = (name.replace('__', '.') for name in changes)
   with pytest.raises(ConfigError, match=name):
     manifest.check_workdir(tmp_path, _config(**changes))
 
@@ -293,11 +312,13 @@ def test_slots_are_speed_unless_logical_time_counts_them(tmp_path):
 
   assert not check({}, dict(rollout__slots=8))
   late = dict(control__over_provision=1.5)
-  with pytest.raises(ConfigError,
-                     match=r'by default rollout.slots \(64 there, 8'):
+  with pytest.raises(
+    ConfigError, match=r'by default rollout.slots \(64 there, 8'
+  ):
     check(late, dict(late, rollout__slots=8))
-  assert not check(late, dict(late, rollout__slots=8,
-                              control__logical_slots=64))
+  assert not check(
+    late, dict(late, rollout__slots=8, control__logical_slots=64)
+  )
   late['control__logical_slots'] = 16
   assert not check(late, dict(late, rollout__slots=8))
 
@@ -311,11 +332,12 @@ def test_a_longer_run_of_a_stale_policy_warns(tmp_path):
 
 
 def test_longer_run_of_a_schedule_warns(tmp_path):
-  manifest.write_manifest(tmp_path,
-                          _config(learning__schedule='cosine'),
-                          run_id='a')
+  manifest.write_manifest(
+    tmp_path, _config(learning__schedule='cosine'), run_id='a'
+  )
   (line,) = manifest.check_workdir(
-      tmp_path, _config(learning__schedule='cosine', num_steps=7))
+    tmp_path, _config(learning__schedule='cosine', num_steps=7)
+  )
   assert 'num_steps was 100 and is 7' in line
 
 
@@ -328,21 +350,14 @@ def test_field_unknown_to_the_older_run_has_its_default(tmp_path):
     manifest.check_workdir(tmp_path, _config(learning__b1=0.5))
 
 
-@pytest.mark.parametrize('old, new', [
-    ({
-        'correct': 1.0,
-        'format': 0.1
-    }, {
-        'format': 0.1
-    }),
-    ({
-        'format': 0.1
-    }, {
-        'correct': 1.0,
-        'format': 0.1
-    }),
-],
-                         ids=str)
+@pytest.mark.parametrize(
+  'old, new',
+  [
+    ({'correct': 1.0, 'format': 0.1}, {'format': 0.1}),
+    ({'format': 0.1}, {'correct': 1.0, 'format': 0.1}),
+  ],
+  ids=str,
+)
 def test_a_dict_of_the_users_is_one_value(tmp_path, old, new):
   """Law: another mix of rewards is another run, also where it leaves out what
   the default has.
@@ -361,22 +376,23 @@ def test_another_layout_is_allowed_with_a_warning(tmp_path):
   """
   manifest.write_manifest(tmp_path, _config(), run_id='a')
   (line,) = manifest.check_workdir(
-      tmp_path, _config(mesh__fsdp=2, learning__microbatch_rows=2))
+    tmp_path, _config(mesh__fsdp=2, learning__microbatch_rows=2)
+  )
   assert 'mesh.fsdp, ' in line or ', mesh.fsdp' in line
   assert 'learning.microbatch_rows' in line and 'may part' in line
 
 
 def test_manifest_lists_runs_and_warns_of_another_machine(
-    tmp_path, monkeypatch):
+  tmp_path, monkeypatch
+):
   assert not manifest.write_manifest(tmp_path, _config(), run_id='a')
   assert not manifest.write_manifest(
-      tmp_path, _config(), run_id='b', resume_step=3)
+    tmp_path, _config(), run_id='b', resume_step=3
+  )
   monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=x')
-  (line,) = manifest.write_manifest(tmp_path,
-                                    _config(),
-                                    run_id='c',
-                                    resume_step=5,
-                                    extra={'reference': 'r'})
+  (line,) = manifest.write_manifest(
+    tmp_path, _config(), run_id='c', resume_step=5, extra={'reference': 'r'}
+  )
   assert line.startswith("xla_flags was '") and 'xla_dump_to' in line
   runs = json.loads((tmp_path / 'manifest.json').read_text())['runs']
   assert [r['run'] for r in runs] == ['a', 'b', 'c']

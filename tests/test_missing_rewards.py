@@ -21,21 +21,21 @@ from learning_helpers import tiny_run
 import numpy as np
 import pytest
 
-from rlax_llm import credit
-from rlax_llm import forced_answers
-from rlax_llm import leaps
 from rlax_llm import step as steps
+from rlax_llm.components import make_run
+from rlax_llm.experience import advantages
+from rlax_llm.experience import progress_rewards
+from rlax_llm.experience.pruning import Pruner
 from rlax_llm.learning import estimators
+from rlax_llm.learning import extrapolation
 from rlax_llm.learning import token_credit
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.learning.quality_head import QualityHead
-from rlax_llm.metrics import read_jsonl
 from rlax_llm.ops import batch_advantages
-from rlax_llm.progression import Progression
-from rlax_llm.pruning import Pruner
-from rlax_llm.run import make_run
-from rlax_llm.tasks.verifier import Judged
+from rlax_llm.tasks.verifier.verifier import Judged
 from rlax_llm.types import TrainState
+from rlax_llm.workdir.metrics import read_jsonl
+from rlax_llm.workdir.run_statistics import Progression
 
 
 # ---- Estimators --------------------------------------------------------------
@@ -43,8 +43,9 @@ def _estimate(name, rewards, lengths, correctness, known, parts=None):
   if name in estimators.PART_ESTIMATORS:
     weights = jnp.asarray([1.0, 0.5])
     return np.asarray(estimators.PART_ESTIMATORS[name](parts, weights, known))
-  return np.asarray(estimators.ESTIMATORS[name](rewards, lengths, correctness,
-                                                known))
+  return np.asarray(
+    estimators.ESTIMATORS[name](rewards, lengths, correctness, known)
+  )
 
 
 def _random_groups(seed, shape=(5, 6)):
@@ -74,12 +75,19 @@ def test_statistics_are_those_of_the_known(name):
   """
   rewards, lengths, correctness, known, parts = _random_groups(0)
   keep = lambda x: x[..., known].reshape(*x.shape[:-1], -1)
-  want = _estimate(name, keep(rewards), keep(lengths), keep(correctness), None,
-                   keep(parts))
+  want = _estimate(
+    name, keep(rewards), keep(lengths), keep(correctness), None, keep(parts)
+  )
   for garbage in (0, 1e9, math.nan):
     hide = lambda x: jnp.asarray(np.where(known, x, np.float32(garbage)))
-    got = _estimate(name, hide(rewards), np.where(known, lengths, 99),
-                    hide(correctness), jnp.asarray(known), hide(parts))
+    got = _estimate(
+      name,
+      hide(rewards),
+      np.where(known, lengths, 99),
+      hide(correctness),
+      jnp.asarray(known),
+      hide(parts),
+    )
     np.testing.assert_allclose(keep(got), want, rtol=2e-5, atol=1e-6)
     assert not got[~known].any()
   # A mask that hides nothing is none.
@@ -120,19 +128,21 @@ def test_without_missing_rewards_the_program_is_the_plain_one():
   run = make_run(tiny_config())
   keys = lambda: [k[-1] for k in run.pool.keys() if k[0] == 'advantages']
   plain = [make_group([1, 0, 1, 0]), make_group([1, 1, 0, 1])]
-  credit.advantages(run, plain)
+  advantages.advantages(run, plain)
   assert keys() == [True]
   lost = [make_group([1, 0, 1, 0], known=[1, 1, 1, 0]), plain[1]]
-  found = credit.advantages(run, lost)
+  found = advantages.advantages(run, lost)
   assert keys() == [True, False]
   np.testing.assert_allclose(
-      found[0], [*credit.advantages(run, [make_group([1, 0, 1])])[0], 0],
-      rtol=1e-5)
-  np.testing.assert_array_equal(found[1], credit.advantages(run, plain)[1])
+    found[0],
+    [*advantages.advantages(run, [make_group([1, 0, 1])])[0], 0],
+    rtol=1e-5,
+  )
+  np.testing.assert_array_equal(found[1], advantages.advantages(run, plain)[1])
   # Groups of different sizes, one of them with a missing reward.
   mixed = [make_group([1, 0, 1], known=[1, 1, 0]), make_group([1, 1, 0, 0])]
-  found = credit.advantages(run, mixed)
-  np.testing.assert_allclose(found[0], [0.5**0.5, -0.5**0.5, 0], rtol=1e-5)
+  found = advantages.advantages(run, mixed)
+  np.testing.assert_allclose(found[0], [0.5**0.5, -(0.5**0.5), 0], rtol=1e-5)
   assert found[0].dtype == found[1].dtype == np.float32
 
 
@@ -156,15 +166,16 @@ def test_a_sample_without_a_reward_is_not_trained_on(name):
   run = dataclasses.replace(tiny_run(), algorithm=PRESETS[name])
   parts = {'correct': np.float32([1, 0, 0, 0])}
   lost = np.array([False, False, False, True])
-  labels = credit.judge(run, ['a', 'b', 'b', 'b'], parts['correct'], lost,
-                        parts)
+  labels = advantages.judge(
+    run, ['a', 'b', 'b', 'b'], parts['correct'], lost, parts
+  )
   group = make_group(**labels._asdict(), unscorable=lost)
-  (trained,) = credit.trained_samples(run, [group], np.zeros(1, bool))
+  (trained,) = advantages.trained_samples(run, [group], np.zeros(1, bool))
   free = name in ('ttrl', 'echo', 'on_policy_distillation', 'effopd')
   assert trained.tolist() == [True, True, True, free]
   if name in ('ttrl', 'echo'):
     assert labels.rewards.tolist() == [0, 1, 1, 1] and labels.known.all()
-    assert credit.advantages(run, [group])[0][3] > 0
+    assert advantages.advantages(run, [group])[0][3] > 0
 
 
 @pytest.mark.parametrize('name', ['grpo', 'ppo', 'vcpo', 'confucius3'])
@@ -175,14 +186,14 @@ def test_a_step_without_any_reward_has_a_zero_gradient(name):
   Mutant: 0 / 0 of an empty batch.
   """
   run = tiny_run()
-  algorithm = dataclasses.replace(PRESETS[name],
-                                  kl_coefficient=0.1,
-                                  divergence='k3')
+  algorithm = dataclasses.replace(
+    PRESETS[name], kl_coefficient=0.1, divergence='k3'
+  )
   learner = make_learner(run, algorithm)
   params = sharp_params(run)
   samples = [
-      dataclasses.replace(s, advantage=0.0, trained=False, group=i // 4)
-      for i, s in enumerate(random_samples(8))
+    dataclasses.replace(s, advantage=0.0, trained=False, group=i // 4)
+    for i, s in enumerate(random_samples(8))
   ]
   batch = learner.put(learner.pack(samples))
   batch = batch.replace(old_logprobs=jnp.zeros_like(batch.old_logprobs))
@@ -190,7 +201,8 @@ def test_a_step_without_any_reward_has_a_zero_gradient(name):
     batch = batch.replace(extra={'values': jnp.zeros_like(batch.old_logprobs)})
   if name == 'vcpo':
     batch = batch.replace(
-        extra={'squared_norms': jnp.zeros_like(batch.old_logprobs)})
+      extra={'squared_norms': jnp.zeros_like(batch.old_logprobs)}
+    )
   if name == 'confucius3':
     batch = batch.replace(extra={'entropy': jnp.zeros_like(batch.old_logprobs)})
   shaped = token_credit.shape(batch, algorithm=algorithm)
@@ -211,18 +223,22 @@ def test_a_missing_reward_moves_with_the_permutation():
   """
   rng = np.random.default_rng(0)
   groups = [
-      make_group(rng.normal(size=4),
-                 correctness=rng.normal(size=4),
-                 known=rng.integers(0, 2, 4)) for _ in range(6)
+    make_group(
+      rng.normal(size=4),
+      correctness=rng.normal(size=4),
+      known=rng.integers(0, 2, 4),
+    )
+    for _ in range(6)
   ]
-  got = credit.permuted(groups, 3, 5)
+  got = advantages.permuted(groups, 3, 5)
   triples = lambda groups: [
-      x for g in groups for x in zip(g.rewards, g.correctness, g.known)
+    x for g in groups for x in zip(g.rewards, g.correctness, g.known)
   ]
   assert triples(got) != triples(groups)
   assert sorted(triples(got)) == sorted(triples(groups))
   want = np.random.default_rng([3, 5]).permutation(
-      np.concatenate([g.rewards for g in groups]))
+    np.concatenate([g.rewards for g in groups])
+  )
   np.testing.assert_array_equal(np.concatenate([g.rewards for g in got]), want)
   for old, new in zip(groups, got):
     np.testing.assert_array_equal(old.unscorable, new.unscorable)
@@ -235,8 +251,8 @@ def test_metrics_are_of_what_is_known():
   Mutants: 0 for each; parts averaged over all samples.
   """
   groups = [
-      make_group([1, 0, 0], known=[1, 0, 1], parts={'format': [1, 0, 1]}),
-      make_group([3, 0, 0], known=[1, 0, 0], parts={'format': [0, 0, 0]})
+    make_group([1, 0, 0], known=[1, 0, 1], parts={'format': [1, 0, 1]}),
+    make_group([3, 0, 0], known=[1, 0, 0], parts={'format': [0, 0, 0]}),
   ]
   values = steps.group_metrics(groups, 0)
   assert values['reward/mean'] == pytest.approx(4 / 3)
@@ -265,14 +281,14 @@ def test_votes_are_compared_with_what_was_judged():
   group = functools.partial(make_group, known=[1] * 4)
   truth = lambda *values: {'correct': values}
   groups = [
-      group([1, 1, 0, 0], unscorable=[1, 0, 0, 0], parts=truth(0, 1, 0, 0)),
-      group([1, 1, 0, 0], unscorable=[1, 1, 0, 0], parts=truth(0, 0, 0, 1)),
-      group([0, 0, 0, 0], unscorable=[1, 1, 1, 1], parts=truth(0, 0, 0, 0))
+    group([1, 1, 0, 0], unscorable=[1, 0, 0, 0], parts=truth(0, 1, 0, 0)),
+    group([1, 1, 0, 0], unscorable=[1, 1, 0, 0], parts=truth(0, 0, 0, 1)),
+    group([0, 0, 0, 0], unscorable=[1, 1, 1, 1], parts=truth(0, 0, 0, 0)),
   ]
-  values = credit.label_metrics(run, groups)
+  values = advantages.label_metrics(run, groups)
   assert values['reward/label_accuracy'] == 0.5
   assert values['reward/label_agreement'] == 4 / 5
-  values = credit.label_metrics(run, groups[2:])
+  values = advantages.label_metrics(run, groups[2:])
   assert math.isnan(values['reward/label_agreement'])
 
 
@@ -281,9 +297,9 @@ def test_accuracy_is_of_what_is_known():
 
   Mutant: over all samples.
   """
-  group = make_group([1, 0, 1, 0],
-                     known=[1, 0, 1, 1],
-                     survival=[0.5, 0.1, 1.0, 0.25])
+  group = make_group(
+    [1, 0, 1, 0], known=[1, 0, 1, 1], survival=[0.5, 0.1, 1.0, 0.25]
+  )
   assert group.accuracy == pytest.approx((2 + 1) / (2 + 1 + 4))
   assert make_group([0, 0], known=[0, 0]).accuracy is None
   assert not make_group([1, 1, 0], known=[1, 1, 0]).has_signal
@@ -292,10 +308,12 @@ def test_accuracy_is_of_what_is_known():
 
 
 def _collector_config(**changes):
-  return tiny_config(rollout__drafter='none',
-                     rollout__width=1,
-                     rollout__max_new_tokens=2,
-                     **changes)
+  return tiny_config(
+    rollout__drafter='none',
+    rollout__width=1,
+    rollout__max_new_tokens=2,
+    **changes,
+  )
 
 
 def test_dynamic_sampling_and_histories_pass_by_what_is_missing():
@@ -305,8 +323,9 @@ def test_dynamic_sampling_and_histories_pass_by_what_is_missing():
 
   Mutants: missing taken as 0; an accuracy of 0 noted of nothing.
   """
-  config = _collector_config(control__dynamic_sampling=3,
-                             control__extra_samples=4)
+  config = _collector_config(
+    control__dynamic_sampling=3, control__extra_samples=4
+  )
   first = ScriptedVerifier(lambda i, n: (1.0, i % 4 > 0))
   run, collector, groups = collect(config, first)
   assert collector.metrics()['rollout/refills'] == 3
@@ -346,12 +365,15 @@ def test_what_is_rehearsed_was_judged():
 
   Mutants: the mean over all samples (1/4); `correct` read where it is missing.
   """
-  config = _collector_config(algorithm__name='dph_forward_kl',
-                             algorithm__rehearsal_least=0.5,
-                             algorithm__rehearsal_prompts=2)
+  config = _collector_config(
+    algorithm__name='dph_forward_kl',
+    algorithm__rehearsal_least=0.5,
+    algorithm__rehearsal_prompts=2,
+  )
   # The first problem's samples come first.
-  verifier = ScriptedVerifier(lambda i, n: (float(i == 0), i in
-                                            (1, 2) or i > 3))
+  verifier = ScriptedVerifier(
+    lambda i, n: (float(i == 0), i in (1, 2) or i > 3)
+  )
   _, collector, _ = collect(config, verifier)
   (kept,) = collector._state.rehearsal
   assert kept.correctness.tolist() == [1] and kept.known.all()
@@ -363,11 +385,14 @@ def test_the_head_learns_from_what_is_known():
 
   Mutants: labels of 0 for the missing; features of other samples.
   """
-  run = make_run(tiny_config(control__prune_at=2,
-                             rollout__samples_per_prompt=4))
+  run = make_run(
+    tiny_config(control__prune_at=2, rollout__samples_per_prompt=4)
+  )
   params = run.states.init_params()
   pruner, head = Pruner(run), QualityHead()
-  lost = make_group([1, 0, 0, 1], known=[1, 0, 1, 1], survival=[.5, .1, 1, .9])
+  lost = make_group(
+    [1, 0, 0, 1], known=[1, 0, 1, 1], survival=[0.5, 0.1, 1, 0.9]
+  )
   alone = lost.only(lost.known)
   got, values = pruner.learn(params, head, [lost])
   want, told = pruner.learn(params, head, [alone])
@@ -390,30 +415,39 @@ def test_a_forced_answer_that_was_not_judged_measures_nothing():
   Mutants: a missing answer scored 0; the gain given to the first episode.
   """
   run = make_run(
-      tiny_config(algorithm__name='mrt',
-                  algorithm__progress_tokens=2,
-                  algorithm__progress_samples=2,
-                  task__answer_format='after_equals',
-                  rollout__max_new_tokens=12,
-                  model__tokenizer='abcd=.'))
+    tiny_config(
+      algorithm__name='mrt',
+      algorithm__progress_tokens=2,
+      algorithm__progress_samples=2,
+      task__answer_format='after_equals',
+      rollout__max_new_tokens=12,
+      model__tokenizer='abcd=.',
+    )
+  )
   rollout = make_group([0], lengths=[8]).rollouts[0]
-  group = dataclasses.replace(make_group([0.75], lengths=[8]),
-                              rollouts=(dataclasses.replace(
-                                  rollout, tokens=np.arange(8) % 4 + 2),))
-  generate = lambda params, requests, state, **options: ([
-      dataclasses.replace(rollout) for r in requests for _ in range(r.samples)
-  ], state)
+  group = dataclasses.replace(
+    make_group([0.75], lengths=[8]),
+    rollouts=(dataclasses.replace(rollout, tokens=np.arange(8) % 4 + 2),),
+  )
+  generate = lambda params, requests, state, **options: (
+    [dataclasses.replace(rollout) for r in requests for _ in range(r.samples)],
+    state,
+  )
 
   def found(rewards, unscorable):
     score = lambda problems, texts: types.SimpleNamespace(
-        rewards=np.float32(rewards), unscorable=np.array(unscorable))
-    forced = forced_answers.ForcedAnswers(
-        run, types.SimpleNamespace(generate=generate),
-        types.SimpleNamespace(score=score))
+      rewards=np.float32(rewards), unscorable=np.array(unscorable)
+    )
+    forced = progress_rewards.ForcedAnswers(
+      run,
+      types.SimpleNamespace(generate=generate),
+      types.SimpleNamespace(score=score),
+    )
     return forced.progress((), [group], 3)
 
-  (gains,), values = found([0.5, 0, 0, 0, 0.25, 0.25],
-                           [False, True, True, True, False, False])
+  (gains,), values = found(
+    [0.5, 0, 0, 0, 0.25, 0.25], [False, True, True, True, False, False]
+  )
   np.testing.assert_allclose(gains, [0, 0, *[0.25 - 0.5] * 4, 0.5, 0.5])
   assert values['reward/forced'] == pytest.approx((0.5 + 0.25) / 2)
   (gains,), values = found([0.0] * 6, [True] * 6)
@@ -428,17 +462,17 @@ def test_a_leap_is_judged_by_what_both_were_judged_on():
   W solves 2 of 2 judged, the leaps 2 of 3. Mutants: missing taken as wrong, by
   which the leap solves as many; NaN taken as equal.
   """
-  run = dataclasses.replace(tiny_run(),
-                            algorithm=dataclasses.replace(PRESETS['effopd'],
-                                                          leaps=2))
+  run = dataclasses.replace(
+    tiny_run(), algorithm=dataclasses.replace(PRESETS['effopd'], leaps=2)
+  )
   params = {'a': jnp.ones(2)}
   state = TrainState(step=jnp.zeros(()), params=params, opt_state=())
   verdicts = []
   judge = lambda states, problems: verdicts.pop(0)
   judged = lambda correct, known: Judged(
-      np.array([correct], bool) & np.array([known], bool),
-      np.array([known], bool))
-  found = leaps.Leaps(run, judge)
+    np.array([correct], bool) & np.array([known], bool), np.array([known], bool)
+  )
+  found = extrapolation.Leaps(run, judge)
   states = {'policy': state, **found.init({'policy': state})}
   leap = judged([1, 0, 1], [1, 1, 1])
   verdicts[:] = [judged([1, 1, 0], [1, 1, 0]), leap, leap]
@@ -462,21 +496,24 @@ def test_a_run_without_any_reward(tmp_path, monkeypatch):
   Mutant: 0 instead of null.
   """
   (tmp_path / 'no_reward.py').write_text(
-      'from rlax_llm.testing import ToyTask\n'
-      'class Task(ToyTask):\n'
-      '  def score(self, entry, completion):\n'
-      "    raise ValueError('no verdict')\n")
+    'from rlax_llm.testing import ToyTask\n'
+    'class Task(ToyTask):\n'
+    '  def score(self, entry, completion):\n'
+    "    raise ValueError('no verdict')\n"
+  )
   monkeypatch.syspath_prepend(str(tmp_path))
-  config = tiny_config(num_steps=1,
-                       task__name='no_reward:Task',
-                       rollout__drafter='none',
-                       rollout__width=1)
+  config = tiny_config(
+    num_steps=1,
+    task__name='no_reward:Task',
+    rollout__drafter='none',
+    rollout__width=1,
+  )
   summary = train_quietly(config, tmp_path / 'run')
   assert summary['reward_first'] is None is summary['reward_last']
   assert summary['accuracy_after'] == 0
   evaluations = read_jsonl(tmp_path / 'run' / 'evaluations.jsonl')
   assert [e['evaluate/unscorable'] for e in evaluations] == [2, 2]
-  row, = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
+  (row,) = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
   assert row['reward/mean'] is None is row['reward/correct']
   assert row['reward/unscorable'] == 16
   assert row['learning/grad_norm'] == row['learning/skipped'] == 0

@@ -51,19 +51,19 @@ def test_notebooks_run(path, monkeypatch):
   monkeypatch.delenv('XLA_FLAGS', raising=False)
   # The kernel is the interpreter of the tests, whatever is registered.
   monkeypatch.setenv(
-      'PATH',
-      os.pathsep.join(
-          [str(pathlib.Path(sys.executable).parent), os.environ['PATH']]))
+    'PATH',
+    os.pathsep.join(
+      [str(pathlib.Path(sys.executable).parent), os.environ['PATH']]
+    ),
+  )
   notebook = _read(path)
   started = time.monotonic()
-  nbclient.NotebookClient(notebook,
-                          timeout=600,
-                          kernel_name='python3',
-                          resources={
-                              'metadata': {
-                                  'path': str(path.parent)
-                              }
-                          }).execute()
+  nbclient.NotebookClient(
+    notebook,
+    timeout=600,
+    kernel_name='python3',
+    resources={'metadata': {'path': str(path.parent)}},
+  ).execute()
   assert time.monotonic() - started < 600
   if os.environ.get('SHOW_NOTEBOOK_OUTPUTS'):
     for cell in notebook.cells:

@@ -43,23 +43,31 @@ def test_group_advantages():
   rewards, index = inputs['reward'], inputs['group_index']
   by_group = lambda estimate, *more: _by_group(estimate, index, rewards, *more)
   check(by_group(advantage_ops.group), expected['grpo_verl_ddof1_eps1e6'])
-  check(by_group(advantage_ops.group_centred),
-        expected['dr_grpo_center_only_verl'])
-  check(by_group(advantage_ops.leave_one_out), expected['rloo'])
-  check(by_group(lambda r: advantage_ops.group(r, ddof=0)),
-        expected['grpo_population_std_eps1e6'])
-  check(by_group(advantage_ops.length_weighted, inputs['lengths']),
-        expected['opo'])
   check(
-      by_group(lambda r: advantage_ops.group(r, epsilon=1e-4))[:11],
-      expected['grpo_trl_ddof1_eps1e4'][:11])
+    by_group(advantage_ops.group_centred), expected['dr_grpo_center_only_verl']
+  )
+  check(by_group(advantage_ops.leave_one_out), expected['rloo'])
+  check(
+    by_group(lambda r: advantage_ops.group(r, ddof=0)),
+    expected['grpo_population_std_eps1e6'],
+  )
+  check(
+    by_group(advantage_ops.length_weighted, inputs['lengths']), expected['opo']
+  )
+  check(
+    by_group(lambda r: advantage_ops.group(r, epsilon=1e-4))[:11],
+    expected['grpo_trl_ddof1_eps1e4'][:11],
+  )
   centred = array(by_group(advantage_ops.group_centred))
   check(centred[:11], expected['center_only_trl'][:11])
-  check(batch_advantages.signal_scaled(centred, array(rewards)),
-        expected['gpg_fnorm1'])
   check(
-      batch_advantages.batch_scaled(centred, array(rewards))[:11],
-      expected['trl_scale_rewards_batch_value'][:11])
+    batch_advantages.signal_scaled(centred, array(rewards)),
+    expected['gpg_fnorm1'],
+  )
+  check(
+    batch_advantages.batch_scaled(centred, array(rewards))[:11],
+    expected['trl_scale_rewards_batch_value'][:11],
+  )
   best = _by_group(advantage_ops.best_minus_second, index[:11], rewards[:11])
   check(best, expected['passk_top_minus_second'])
   with pytest.raises(ValueError, match='groups of 2, got 1'):
@@ -78,25 +86,35 @@ def test_reinforce_plus_plus():
   rewards = np.full(mask.shape, np.nan)
   rewards[np.asarray(mask)] = 0
   rewards[np.arange(len(lengths)), lengths - 1] = inputs['reward']
-  check(values.returns_to_go(array(rewards), mask),
-        expected['reinforce_pp_returns_gamma1'])
-  for discount, name in ((1.0, 'reinforce_pp_gamma1'),
-                         (0.9, 'reinforce_pp_gamma0_9')):
+  check(
+    values.returns_to_go(array(rewards), mask),
+    expected['reinforce_pp_returns_gamma1'],
+  )
+  for discount, name in (
+    (1.0, 'reinforce_pp_gamma1'),
+    (0.9, 'reinforce_pp_gamma0_9'),
+  ):
     check(
-        batch_advantages.reinforce_plus_plus(array(rewards),
-                                             mask,
-                                             discount=discount), expected[name])
+      batch_advantages.reinforce_plus_plus(
+        array(rewards), mask, discount=discount
+      ),
+      expected[name],
+    )
     packing = Packing(mask)
-    packed = batch_advantages.reinforce_plus_plus(packing.pack(rewards),
-                                                  packing.mask,
-                                                  discount=discount,
-                                                  segments=packing.segments)
+    packed = batch_advantages.reinforce_plus_plus(
+      packing.pack(rewards),
+      packing.mask,
+      discount=discount,
+      segments=packing.segments,
+    )
     check(packing.unpack(packed), expected[name])
-  centred = _by_group(advantage_ops.group_centred, inputs['group_index'],
-                      inputs['reward'])
+  centred = _by_group(
+    advantage_ops.group_centred, inputs['group_index'], inputs['reward']
+  )
   by_token = jnp.where(mask, array(centred)[:, None], jnp.nan)
-  check(batch_advantages.whiten(by_token, mask),
-        expected['reinforce_pp_baseline'])
+  check(
+    batch_advantages.whiten(by_token, mask), expected['reinforce_pp_baseline']
+  )
 
 
 def test_whitening_of_one_token():
@@ -105,8 +123,9 @@ def test_whitening_of_one_token():
   Mutant: division by count - 1 without the guard.
   """
   check(
-      batch_advantages.whiten(array([3.0, jnp.nan]), jnp.array([True, False])),
-      [0, 0])
+    batch_advantages.whiten(array([3.0, jnp.nan]), jnp.array([True, False])),
+    [0, 0],
+  )
 
 
 def test_reward_decoupled_advantages():
@@ -117,7 +136,8 @@ def test_reward_decoupled_advantages():
   oracle = load('multi_reward_advantages')
   inputs, expected = oracle['inputs'], oracle['expected']
   accuracy, form, speed = (
-      array(inputs[k]).reshape(2, 4) for k in ('accuracy', 'format', 'tpf'))
+    array(inputs[k]).reshape(2, 4) for k in ('accuracy', 'format', 'tpf')
+  )
   weights = array(inputs['weights'])
   mask = jnp.asarray(np.array(inputs['mask']) > 0)
   pair = jnp.stack([accuracy, form], axis=1)
@@ -127,18 +147,25 @@ def test_reward_decoupled_advantages():
     return jax.vmap(estimate)(rewards).reshape(-1)
 
   check(
-      jax.vmap(advantage_ops.group)(accuracy + form).reshape(-1),
-      expected['summed_then_grpo'])
+    jax.vmap(advantage_ops.group)(accuracy + form).reshape(-1),
+    expected['summed_then_grpo'],
+  )
   check(decoupled(pair), expected['decoupled_sum'])
   by_token = jnp.broadcast_to(decoupled(pair)[:, None], mask.shape)
-  check(batch_advantages.whiten(by_token, mask),
-        expected['gdpo_verl_token_whitened'])
-  check(batch_advantages.batch_normalised(decoupled(pair, epsilon=1e-4)),
-        expected['gdpo_trl_batch'])
+  check(
+    batch_advantages.whiten(by_token, mask),
+    expected['gdpo_verl_token_whitened'],
+  )
+  check(
+    batch_advantages.batch_normalised(decoupled(pair, epsilon=1e-4)),
+    expected['gdpo_trl_batch'],
+  )
   scores = decoupled(jnp.stack([accuracy, speed], axis=1), epsilon=0.0, ddof=0)
   check(scores, expected['lightningrl_group_z_sum'])
-  check(batch_advantages.batch_normalised(scores, epsilon=0.0),
-        expected['lightningrl_after_batch_norm'])
+  check(
+    batch_advantages.batch_normalised(scores, epsilon=0.0),
+    expected['lightningrl_after_batch_norm'],
+  )
   # A sample left out changes the others' statistics, and is 0 itself.
   some = jnp.arange(8) < 7
   kept = batch_advantages.batch_normalised(scores.at[7].set(jnp.nan), some)
@@ -158,32 +185,36 @@ def test_generalised_advantages(case):
   inputs, expected = oracle['inputs'], oracle['gae_cases'][case]
   params = expected['params']
   mask = jnp.asarray(np.array(inputs['mask']) > 0)
-  rewards = values.penalised_rewards(jnp.where(mask, array(inputs['scores']),
-                                               jnp.nan),
-                                     array(inputs['kl_k1']),
-                                     mask,
-                                     coefficient=params['kl_coef'])
+  rewards = values.penalised_rewards(
+    jnp.where(mask, array(inputs['scores']), jnp.nan),
+    array(inputs['kl_k1']),
+    mask,
+    coefficient=params['kl_coef'],
+  )
   check(rewards, expected['rewards'])
   critic = jnp.where(mask, array(inputs['values_old']), jnp.nan)
-  found = values.generalised_advantages(rewards,
-                                        critic,
-                                        mask,
-                                        discount=params['gamma'],
-                                        trace=params['lam'])
+  found = values.generalised_advantages(
+    rewards, critic, mask, discount=params['gamma'], trace=params['lam']
+  )
   check(found.advantages, expected['advantages_raw_masked'])
   check(found.returns, expected['returns_masked'])
-  check(batch_advantages.whiten(found.advantages, mask),
-        expected['advantages_whitened_masked'])
+  check(
+    batch_advantages.whiten(found.advantages, mask),
+    expected['advantages_whitened_masked'],
+  )
   twice = lambda x: jnp.concatenate([x, x])
   packing = Packing(twice(mask))
-  packed = values.generalised_advantages(packing.pack(twice(rewards)),
-                                         packing.pack(twice(critic)),
-                                         packing.mask,
-                                         discount=params['gamma'],
-                                         trace=params['lam'],
-                                         segments=packing.segments)
-  check(packing.unpack(packed.returns),
-        twice(array(expected['returns_masked'])))
+  packed = values.generalised_advantages(
+    packing.pack(twice(rewards)),
+    packing.pack(twice(critic)),
+    packing.mask,
+    discount=params['gamma'],
+    trace=params['lam'],
+    segments=packing.segments,
+  )
+  check(
+    packing.unpack(packed.returns), twice(array(expected['returns_masked']))
+  )
 
 
 def test_generalised_advantages_are_constants():
@@ -216,8 +247,9 @@ def test_value_loss():
     value, gradient = reduce_loss(lambda x: loss(x).loss, new, mask)
     check(value, expected[name]['loss'])
     check(gradient, expected[name]['grad_wrt_values'])
-    check(masking.masked_mean(mask,
-                              loss(new).clipped), expected[name]['clipfrac'])
+    check(
+      masking.masked_mean(mask, loss(new).clipped), expected[name]['clipfrac']
+    )
   check(values.value_loss(array([1.0]), array([0.0]), array([3.0])).loss, [2.0])
 
 
@@ -229,15 +261,21 @@ def test_agent_advantages():
   oracle = load('marft_gae')
   inputs = oracle['inputs']
   rewards, critic = (array(inputs[k]) for k in ('rewards', 'values'))
-  for alive, expected in ((inputs['masks_T_plus_1'], oracle['expected']),
-                          (oracle['done_after_step_0']['masks_T_plus_1'],
-                           oracle['done_after_step_0'])):
-    found = values.agent_advantages(rewards,
-                                    critic,
-                                    array(inputs['bootstrap_value']),
-                                    jnp.asarray(np.array(alive) > 0),
-                                    discount=inputs['gamma'],
-                                    trace=inputs['lam'])
+  for alive, expected in (
+    (inputs['masks_T_plus_1'], oracle['expected']),
+    (
+      oracle['done_after_step_0']['masks_T_plus_1'],
+      oracle['done_after_step_0'],
+    ),
+  ):
+    found = values.agent_advantages(
+      rewards,
+      critic,
+      array(inputs['bootstrap_value']),
+      jnp.asarray(np.array(alive) > 0),
+      discount=inputs['gamma'],
+      trace=inputs['lam'],
+    )
     check(found.advantages, expected['advantages'])
     check(found.returns, expected['returns'])
 
@@ -248,11 +286,9 @@ def test_agent_advantages_bootstrap():
   Mutant: the bootstrap taken as 0.
   """
   one = jnp.ones((1, 1))
-  found = values.agent_advantages(one,
-                                  2 * one,
-                                  array(4.0),
-                                  jnp.ones((2, 1), bool),
-                                  discount=0.5)
+  found = values.agent_advantages(
+    one, 2 * one, array(4.0), jnp.ones((2, 1), bool), discount=0.5
+  )
   check(found.advantages, [[1.0]])
 
 
@@ -269,20 +305,24 @@ def test_turns_in_reverse():
   for step in oracle['steps']:
     active = jnp.asarray(np.array(step['active'])[None] > 0)
     check(
-        batch_advantages.turn_advantages(rewards, active,
-                                         jnp.ones_like(rewards))[0],
-        step['advantage_before_M'])
+      batch_advantages.turn_advantages(rewards, active, jnp.ones_like(rewards))[
+        0
+      ],
+      step['advantage_before_M'],
+    )
     check(
-        batch_advantages.turn_advantages(rewards, active, multiplier)[0],
-        step['advantage_used'])
+      batch_advantages.turn_advantages(rewards, active, multiplier)[0],
+      step['advantage_used'],
+    )
     moved = array(inputs['mean_logratio_after_update'][str(step['turn'])])
     log_ratios = jnp.where(active, jnp.mean(moved, axis=1)[None], jnp.nan)
     one = jnp.ones_like(multiplier)
     check(
-        batch_advantages.turn_multiplier(one, log_ratios, active)[0],
-        step['rho'])
-    multiplier = batch_advantages.turn_multiplier(multiplier, log_ratios,
-                                                  active)
+      batch_advantages.turn_multiplier(one, log_ratios, active)[0], step['rho']
+    )
+    multiplier = batch_advantages.turn_multiplier(
+      multiplier, log_ratios, active
+    )
     check(multiplier[0], step['M_out'])
 
 
@@ -295,28 +335,31 @@ def test_hybrid_shaping():
   oracle = load('ttrl_echo')['echo']
   inputs, params = oracle['inputs'], oracle['params']
   mask, advantages = tokens(inputs)
-  entropy, confidence = (jnp.where(mask, array(inputs[k]), jnp.nan)
-                         for k in ('entropy', 'confidence'))
-  shaped = entropy_terms.shaped_advantages(advantages, entropy, confidence,
-                                           mask)
+  entropy, confidence = (
+    jnp.where(mask, array(inputs[k]), jnp.nan)
+    for k in ('entropy', 'confidence')
+  )
+  shaped = entropy_terms.shaped_advantages(
+    advantages, entropy, confidence, mask
+  )
   check(shaped, oracle['shaped_advantages'])
-  unit = entropy_terms.shaped_advantages(jnp.ones_like(advantages),
-                                         entropy,
-                                         confidence,
-                                         mask,
-                                         strength=1.0)
+  unit = entropy_terms.shaped_advantages(
+    jnp.ones_like(advantages), entropy, confidence, mask, strength=1.0
+  )
   check(jnp.where(mask, unit - 1, 0), oracle['S'])
   packing = Packing(mask)
   for window, suffix in ((params['tail_window'], ''), (3, '_window3')):
     tail = entropy_terms.tail_confidence(confidence, mask, window=window)
     check(tail[:, 0], oracle[f'tail_confidence{suffix}'])
     check(
-        entropy_terms.confidence_clip(tail)[:, 0],
-        oracle[f'clip_epsilon{suffix}'])
-    packed = entropy_terms.tail_confidence(packing.pack(confidence),
-                                           packing.mask,
-                                           window=window,
-                                           segments=packing.segments)
+      entropy_terms.confidence_clip(tail)[:, 0], oracle[f'clip_epsilon{suffix}']
+    )
+    packed = entropy_terms.tail_confidence(
+      packing.pack(confidence),
+      packing.mask,
+      window=window,
+      segments=packing.segments,
+    )
     check(packing.unpack(packed), jnp.where(mask, tail, 0))
 
 
@@ -329,16 +372,19 @@ def test_hardness_weighting_and_targeted_entropy():
   oracle = load('confucius3')
   for row in oracle['pshw']:
     rewards = np.full(row['n'], -1.0)
-    rewards[:row['correct']] = 1.0
+    rewards[: row['correct']] = 1.0
     found = advantage_ops.hardness_weighted(array(rewards), array(rewards))
-    check(found[:row['correct']], row['A_correct'])
-    check(found[row['correct']:], row['A_wrong'])
+    check(found[: row['correct']], row['A_correct'])
+    check(found[row['correct'] :], row['A_wrong'])
   ter = oracle['ter']
-  for entropy, penalty, slope in zip(ter['entropy'], ter['penalty'],
-                                     ter['grad_wrt_entropy']):
+  for entropy, penalty, slope in zip(
+    ter['entropy'], ter['penalty'], ter['grad_wrt_entropy']
+  ):
     value, gradient = jax.value_and_grad(
-        lambda x: entropy_terms.targeted_entropy_penalty(
-            x, target=ter['target'], coefficient=ter['coef']))(array(entropy))
+      lambda x: entropy_terms.targeted_entropy_penalty(
+        x, target=ter['target'], coefficient=ter['coef']
+      )
+    )(array(entropy))
     check(value, penalty)
     np.testing.assert_allclose(gradient, slope, atol=1e-12)
 

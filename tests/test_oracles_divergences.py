@@ -36,8 +36,8 @@ def test_coverage_loss():
     check(jax.grad(loss)(logprob), -row['f'])
   example = oracle['sequence_example']
   value, gradient = jax.value_and_grad(
-      lambda x: coverage.coverage_loss(jnp.sum(x), samples=example['N']))(array(
-          example['token_logp']))
+    lambda x: coverage.coverage_loss(jnp.sum(x), samples=example['N'])
+  )(array(example['token_logp']))
   check(value, example['loss'])
   check(gradient, np.full(3, example['grad_wrt_each_token_logp']))
 
@@ -49,12 +49,12 @@ def test_coverage_at_the_ends():
   """
   logprobs = jnp.array([-92.0, -20.0, -1e-7, 0.0], jnp.float32)
   value, gradient = jax.vmap(
-      jax.value_and_grad(lambda x: coverage.coverage_loss(x, samples=16)))(
-          logprobs)
+    jax.value_and_grad(lambda x: coverage.coverage_loss(x, samples=16))
+  )(logprobs)
   assert value.dtype == jnp.float32 and np.all(np.isfinite(value))
-  np.testing.assert_allclose(value[:2],
-                             -np.log(16) - np.array([-92, -20]),
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+    value[:2], -np.log(16) - np.array([-92, -20]), rtol=1e-5
+  )
   np.testing.assert_allclose(gradient, [-1, -1, 0, 0], atol=1e-5)
   with pytest.raises(ValueError, match='samples=0'):
     coverage.coverage_loss(logprobs, samples=0)
@@ -62,11 +62,11 @@ def test_coverage_at_the_ends():
 
 # ---- Divergences ------------------------------------------------------------
 KL_NAMES = {
-    'k1': 'k1',
-    'abs': 'absolute',
-    'k2': 'k2',
-    'k3': 'k3',
-    'k3+': 'k3_straight_through',
+  'k1': 'k1',
+  'abs': 'absolute',
+  'k2': 'k2',
+  'k3': 'k3',
+  'k3+': 'k3_straight_through',
 }
 
 
@@ -82,13 +82,14 @@ def test_divergences():
   for name, expected in oracle['per_token'].items():
     estimate = divergences.DIVERGENCES[KL_NAMES[name]]
     check(estimate(logprobs, reference), expected['value'])
-    _, gradient = reduce_loss(lambda x, e=estimate: e(x, reference),
-                              logprobs,
-                              mask,
-                              'token_sum')
+    _, gradient = reduce_loss(
+      lambda x, e=estimate: e(x, reference), logprobs, mask, 'token_sum'
+    )
     check(gradient, expected['grad_wrt_lp'])
-  check(divergences.k3_ratio_weighted(logprobs, reference),
-        oracle['per_token']['k3']['value'])
+  check(
+    divergences.k3_ratio_weighted(logprobs, reference),
+    oracle['per_token']['k3']['value'],
+  )
 
 
 def test_divergences_in_expectation():
@@ -103,32 +104,36 @@ def test_divergences_in_expectation():
 
   def gradient(estimate):
     return jax.grad(
-        lambda x: jnp.sum(law * estimate(jax.nn.log_softmax(x), reference)))(
-            jnp.log(law))
+      lambda x: jnp.sum(law * estimate(jax.nn.log_softmax(x), reference))
+    )(jnp.log(law))
 
   for name in ('k1', 'k2', 'k3'):
     estimate = divergences.DIVERGENCES[name]
-    check(jnp.sum(law * estimate(jnp.log(law), reference)),
-          expected[f'E_{name}'])
+    check(
+      jnp.sum(law * estimate(jnp.log(law), reference)), expected[f'E_{name}']
+    )
     check(gradient(estimate), expected[f'in_loss_grad_{name}'])
-  check(gradient(divergences.k3_ratio_weighted),
-        expected['in_loss_grad_ratio_times_k3'])
-  check(gradient(divergences.k3_straight_through),
-        expected['true_grad_KL_pi_ref'])
+  check(
+    gradient(divergences.k3_ratio_weighted),
+    expected['in_loss_grad_ratio_times_k3'],
+  )
+  check(
+    gradient(divergences.k3_straight_through), expected['true_grad_KL_pi_ref']
+  )
   # k1 in the reward: its policy gradient is that of KL(pi || ref).
-  reward = values.penalised_rewards(jnp.zeros(3),
-                                    divergences.k1(jnp.log(law), reference),
-                                    jnp.ones(3, bool),
-                                    coefficient=1.0)
-  check(gradient(lambda x, _: losses.surrogate(x, jnp.log(law), reward).loss),
-        expected['k1_in_reward_policy_gradient'])
+  reward = values.penalised_rewards(
+    jnp.zeros(3),
+    divergences.k1(jnp.log(law), reference),
+    jnp.ones(3, bool),
+    coefficient=1.0,
+  )
+  check(
+    gradient(lambda x, _: losses.surrogate(x, jnp.log(law), reward).loss),
+    expected['k1_in_reward_policy_gradient'],
+  )
 
 
-F_NAMES = {
-    'forward_kl': 'forward_kl',
-    'js': 'jensen_shannon',
-    'alpha': 'alpha',
-}
+F_NAMES = {'forward_kl': 'forward_kl', 'js': 'jensen_shannon', 'alpha': 'alpha'}
 
 
 def test_f_divergences():
@@ -144,10 +149,9 @@ def test_f_divergences():
   for name, expected in oracle['expected'].items():
     estimate = f_divergences.F_DIVERGENCES[F_NAMES[name]]
     check(estimate(logprobs, reference), expected['value'])
-    _, gradient = reduce_loss(lambda x, e=estimate: e(x, reference),
-                              logprobs,
-                              mask,
-                              'token_sum')
+    _, gradient = reduce_loss(
+      lambda x, e=estimate: e(x, reference), logprobs, mask, 'token_sum'
+    )
     check(gradient, expected['grad'])
   categorical = oracle['categorical_check']
   law, other = (jnp.log(array(categorical[k])) for k in ('pi', 'ref'))
@@ -155,8 +159,10 @@ def test_f_divergences():
   check(mean(f_divergences.forward_kl), categorical['KL_ref_pi'])
   check(mean(f_divergences.jensen_shannon), categorical['two_times_JS'])
   # Half of twice: the same number from the divergence of whole laws.
-  check(distillation.generalised_jensen_shannon(law, other, beta=0.5),
-        categorical['two_times_JS'] / 2)
+  check(
+    distillation.generalised_jensen_shannon(law, other, beta=0.5),
+    categorical['two_times_JS'] / 2,
+  )
 
 
 # ---- Distillation -----------------------------------------------------------
@@ -171,22 +177,30 @@ def test_distillation():
   sampled = jnp.where(mask, array(inputs['student_sampled_logp']), jnp.nan)
   teacher = array(inputs['teacher_logp'])
   advantages = distillation.distillation_advantages(
-      sampled, teacher, mask, coefficient=inputs['kl_penalty_coef'])
+    sampled, teacher, mask, coefficient=inputs['kl_penalty_coef']
+  )
   check(advantages, oracle['opd']['advantages'])
-  check(masking.masked_mean(mask, sampled - teacher),
-        oracle['opd']['reverse_kl_metric'])
+  check(
+    masking.masked_mean(mask, sampled - teacher),
+    oracle['opd']['reverse_kl_metric'],
+  )
   value, gradient = reduce_loss(
-      lambda x: losses.surrogate(x, masking.select_masked(mask, sampled),
-                                 advantages).loss,
-      array(inputs['student_current_logp']), mask, 'token_sum')
+    lambda x: (
+      losses.surrogate(x, masking.select_masked(mask, sampled), advantages).loss
+    ),
+    array(inputs['student_current_logp']),
+    mask,
+    'token_sum',
+  )
   check(value, oracle['opd']['is_loss_token_SUM'])
   check(gradient, oracle['opd']['is_grad'])
   penalty = oracle['rl_kl_penalty_cookbook']
-  added = distillation.centred_kl_advantages(jnp.where(
-      mask, array(penalty['sampled']), jnp.nan),
-                                             array(penalty['ref']),
-                                             mask,
-                                             coefficient=penalty['coef'])
+  added = distillation.centred_kl_advantages(
+    jnp.where(mask, array(penalty['sampled']), jnp.nan),
+    array(penalty['ref']),
+    mask,
+    coefficient=penalty['coef'],
+  )
   check(added, penalty['added_to_advantages'])
 
 
@@ -195,11 +209,13 @@ def test_discounted_distillation_advantages():
 
   Mutant: the discount ignored.
   """
-  found = distillation.distillation_advantages(jnp.zeros(3),
-                                               array([1, 2, 4]),
-                                               jnp.ones(3, bool),
-                                               coefficient=2.0,
-                                               discount=0.5)
+  found = distillation.distillation_advantages(
+    jnp.zeros(3),
+    array([1, 2, 4]),
+    jnp.ones(3, bool),
+    coefficient=2.0,
+    discount=0.5,
+  )
   check(found, [6, 8, 8])
 
 
@@ -211,16 +227,24 @@ def test_generalised_jensen_shannon_and_extrapolation():
   oracle = load('distillation')
   gjsd = oracle['gjsd']
   student, teacher = (
-      array(gjsd[k]) for k in ('student_logits', 'teacher_logits'))
-  for beta, name in ((0, 'beta_0_forward_kl'), (0.5, 'beta_0_5'),
-                     (1, 'beta_1_reverse_kl')):
-    check(distillation.generalised_jensen_shannon(student, teacher, beta=beta),
-          gjsd[name])
+    array(gjsd[k]) for k in ('student_logits', 'teacher_logits')
+  )
+  for beta, name in (
+    (0, 'beta_0_forward_kl'),
+    (0.5, 'beta_0_5'),
+    (1, 'beta_1_reverse_kl'),
+  ):
+    check(
+      distillation.generalised_jensen_shannon(student, teacher, beta=beta),
+      gjsd[name],
+    )
   with pytest.raises(ValueError, match='beta=2'):
     distillation.generalised_jensen_shannon(student, teacher, beta=2)
   leap = oracle['effopd']
   for candidate in leap['candidates']:
     check(
-        distillation.extrapolated(array(leap['w_now']),
-                                  array(leap['w_prev_power']),
-                                  power=candidate['k']), candidate['w'])
+      distillation.extrapolated(
+        array(leap['w_now']), array(leap['w_prev_power']), power=candidate['k']
+      ),
+      candidate['w'],
+    )

@@ -21,28 +21,35 @@ from rlax_llm.ops import variance_control
 def _inputs(oracle, *names):
   """Returns the mask and arrays that are NaN outside of it."""
   mask = jnp.asarray(np.array(oracle['inputs']['mask']) > 0)
-  return (mask, *(jnp.where(mask, array(oracle['inputs'][name]), jnp.nan)
-                  for name in names))
+  return (
+    mask,
+    *(
+      jnp.where(mask, array(oracle['inputs'][name]), jnp.nan) for name in names
+    ),
+  )
 
 
 CASES = [
-    'token_tis_2', 'sequence_tis_2', 'token_icepop_0_5_5', 'token_icepop_0_5_2',
-    'token_tis_2_norm', 'sequence_tis_2_norm'
+  'token_tis_2',
+  'sequence_tis_2',
+  'token_icepop_0_5_5',
+  'token_icepop_0_5_2',
+  'token_tis_2_norm',
+  'sequence_tis_2_norm',
 ]
 
 
 def _bounded(raw, mask, params, segments=None):
   if 'lo' in params:
-    weights = importance.zero_outside(raw,
-                                      lower=params['lo'],
-                                      upper=params['hi'])
+    weights = importance.zero_outside(
+      raw, lower=params['lo'], upper=params['hi']
+    )
   else:
     weights = importance.truncate(raw, upper=params['hi'])
   if params.get('normalize'):
-    weights = importance.normalise(weights,
-                                   mask,
-                                   level=params['level'],
-                                   segments=segments)
+    weights = importance.normalise(
+      weights, mask, level=params['level'], segments=segments
+    )
   return weights
 
 
@@ -58,26 +65,34 @@ def test_rollout_weights(case):
   expected = oracle['weights'][case]
   params = expected['params']
   mask, old, behaviour = _inputs(oracle, 'old', 'rollout')
-  raw = importance.importance_weights(old,
-                                      behaviour,
-                                      mask,
-                                      level=params['level'])
+  raw = importance.importance_weights(
+    old, behaviour, mask, level=params['level']
+  )
   check(raw, expected['raw'])
   check(_bounded(raw, mask, params), expected['weights'])
   packing = Packing(mask)
-  packed = importance.importance_weights(packing.pack(old),
-                                         packing.pack(behaviour),
-                                         packing.mask,
-                                         level=params['level'],
-                                         segments=packing.segments)
+  packed = importance.importance_weights(
+    packing.pack(old),
+    packing.pack(behaviour),
+    packing.mask,
+    level=params['level'],
+    segments=packing.segments,
+  )
   packed = _bounded(packed, packing.mask, params, packing.segments)
   check(packing.unpack(packed), expected['weights'])
 
 
-@pytest.mark.parametrize('case', [
-    'token_k1_0_5_2', 'seq_mean_k1_geo_0_9_1_1', 'seq_sum_k1_0_5_2',
-    'token_k2_0_1', 'seq_mean_k3_0_01', 'seq_max_k3_0_2'
-])
+@pytest.mark.parametrize(
+  'case',
+  [
+    'token_k1_0_5_2',
+    'seq_mean_k1_geo_0_9_1_1',
+    'seq_sum_k1_0_5_2',
+    'token_k2_0_1',
+    'seq_mean_k3_0_01',
+    'seq_max_k3_0_2',
+  ],
+)
 def test_rejection(case):
   """Law: each statistic and the mask it leaves; packed rows agree.
 
@@ -87,20 +102,24 @@ def test_rejection(case):
   oracle = load('rollout_correction')
   expected = oracle['rejection'][case]
   over, statistic = expected['mode'].removeprefix('seq_').rsplit('_', 1)
-  kwargs = dict(statistic=statistic,
-                over=over,
-                upper=expected['upper'],
-                lower=expected['lower'])
+  kwargs = dict(
+    statistic=statistic,
+    over=over,
+    upper=expected['upper'],
+    lower=expected['lower'],
+  )
   mask, old, behaviour = _inputs(oracle, 'old', 'rollout')
   found = importance.reject(old, behaviour, mask, **kwargs)
   check(found.statistic, expected['stat_masked'])
   check(found.keep, expected['mask'])
   packing = Packing(mask)
-  packed = importance.reject(packing.pack(old),
-                             packing.pack(behaviour),
-                             packing.mask,
-                             segments=packing.segments,
-                             **kwargs)
+  packed = importance.reject(
+    packing.pack(old),
+    packing.pack(behaviour),
+    packing.mask,
+    segments=packing.segments,
+    **kwargs,
+  )
   check(packing.unpack(packed.keep), expected['mask'])
   check(packing.unpack(packed.statistic), expected['stat_masked'])
 
@@ -117,13 +136,9 @@ def test_importance_errors():
   with pytest.raises(ValueError, match="statistic 'k4'"):
     importance.reject(one, one, mask, statistic='k4', over='sum', upper=1.0)
   with pytest.raises(ValueError, match=r'lower=0.1 bounds k1 only'):
-    importance.reject(one,
-                      one,
-                      mask,
-                      statistic='k2',
-                      over='sum',
-                      upper=1.0,
-                      lower=0.1)
+    importance.reject(
+      one, one, mask, statistic='k2', over='sum', upper=1.0, lower=0.1
+    )
 
 
 def test_weights_as_in_trl():
@@ -134,20 +149,23 @@ def test_weights_as_in_trl():
   oracle = load('rollout_correction')
   expected = oracle['trl']
   mask, old, behaviour = _inputs(oracle, 'old', 'rollout')
-  token, sequence = (importance.importance_weights(old,
-                                                   behaviour,
-                                                   mask,
-                                                   level=level)
-                     for level in ('token', 'sequence'))
+  token, sequence = (
+    importance.importance_weights(old, behaviour, mask, level=level)
+    for level in ('token', 'sequence')
+  )
   check(importance.truncate(token, upper=3.0), expected['token_truncate_3'])
-  check(importance.zero_outside(token, lower=0.0, upper=2.0),
-        expected['token_mask_2'])
   check(
-      importance.truncate(sequence, upper=3.0)[:, 0],
-      expected['sequence_truncate_3'])
+    importance.zero_outside(token, lower=0.0, upper=2.0),
+    expected['token_mask_2'],
+  )
   check(
-      importance.zero_outside(sequence, lower=0.0, upper=3.0)[:, 0],
-      expected['sequence_mask_3'])
+    importance.truncate(sequence, upper=3.0)[:, 0],
+    expected['sequence_truncate_3'],
+  )
+  check(
+    importance.zero_outside(sequence, lower=0.0, upper=3.0)[:, 0],
+    expected['sequence_mask_3'],
+  )
 
 
 def test_stale_failures_are_rejected():
@@ -160,19 +178,19 @@ def test_stale_failures_are_rejected():
   _, advantages = tokens(oracle['inputs'])
   packing = Packing(mask)
   for delta, name in ((0.02, 'delta_0_02'), (0.2, 'delta_0_2')):
-    keep = importance.reject_stale_failures(logprobs,
-                                            behaviour,
-                                            advantages,
-                                            mask,
-                                            largest_gap=delta)
+    keep = importance.reject_stale_failures(
+      logprobs, behaviour, advantages, mask, largest_gap=delta
+    )
     expected = array(oracle['opsm_deepseek_v3_2'][name])
     check(keep, expected[:, None] * mask)
-    packed = importance.reject_stale_failures(packing.pack(logprobs),
-                                              packing.pack(behaviour),
-                                              packing.pack(advantages),
-                                              packing.mask,
-                                              largest_gap=delta,
-                                              segments=packing.segments)
+    packed = importance.reject_stale_failures(
+      packing.pack(logprobs),
+      packing.pack(behaviour),
+      packing.pack(advantages),
+      packing.mask,
+      largest_gap=delta,
+      segments=packing.segments,
+    )
     check(packing.unpack(packed), expected[:, None] * mask)
 
 
@@ -185,11 +203,15 @@ def test_mismatch():
   expected = oracle['diagnostics']
   mask, old, behaviour = _inputs(oracle, 'old', 'rollout')
   packing = Packing(mask)
-  for found in (importance.mismatch(old, behaviour, mask),
-                importance.mismatch(packing.pack(old),
-                                    packing.pack(behaviour),
-                                    packing.mask,
-                                    segments=packing.segments)):
+  for found in (
+    importance.mismatch(old, behaviour, mask),
+    importance.mismatch(
+      packing.pack(old),
+      packing.pack(behaviour),
+      packing.mask,
+      segments=packing.segments,
+    ),
+  ):
     check(found.k1_mean, expected['k1_mean'])
     check(found.k3_mean, expected['k3_mean'])
     check(found.token_effective_ratio, expected['token_ess_ratio'])
@@ -197,11 +219,15 @@ def test_mismatch():
     check(found.probability_gap_max, expected['max_abs_prob_diff'])
 
 
-@pytest.mark.parametrize('case, level',
-                         [('token_ratio_mask_upper2', 'token'),
-                          ('token_ratio_clamp_upper2', 'token'),
-                          ('token_ratio_mask_upper5', 'token'),
-                          ('seq_geomean_ratio_mask_0_95_1_05', 'geometric')])
+@pytest.mark.parametrize(
+  'case, level',
+  [
+    ('token_ratio_mask_upper2', 'token'),
+    ('token_ratio_clamp_upper2', 'token'),
+    ('token_ratio_mask_upper5', 'token'),
+    ('seq_geomean_ratio_mask_0_95_1_05', 'geometric'),
+  ],
+)
 def test_decoupled_surrogate(case, level):
   """Law: AReaL's loss and gradient; rejected tokens stay in the denominator.
 
@@ -210,24 +236,33 @@ def test_decoupled_surrogate(case, level):
   oracle = load('decoupled_ppo')
   expected = oracle['expected'][case]
   _, advantages = tokens(oracle['inputs'])
-  mask, logprobs, proximal, behaviour = _inputs(oracle, 'theta', 'prox',
-                                                'behav')
+  mask, logprobs, proximal, behaviour = _inputs(
+    oracle, 'theta', 'prox', 'behav'
+  )
   raw = importance.importance_weights(proximal, behaviour, mask, level=level)
   if 'clamp' in case:
     weights = importance.truncate(raw, upper=2.0)
     check(weights, expected['weights'])
   else:
     check(raw, expected['weights'])
-    lower, upper = (0.95, 1.05) if level == 'geometric' else (0.0,
-                                                              float(case[-1]))
+    lower, upper = (
+      (0.95, 1.05) if level == 'geometric' else (0.0, float(case[-1]))
+    )
     weights = importance.zero_outside(raw, lower=lower, upper=upper)
     check(weights, raw * array(expected['keep']))
   proximal = masking.select_masked(mask, proximal)
   value, gradient = reduce_loss(
-      lambda x: losses.weighted(
-          losses.clipped_surrogate(
-              x, proximal, advantages, clip_low=0.2, clip_high=0.2), weights).
-      loss, logprobs, mask)
+    lambda x: (
+      losses.weighted(
+        losses.clipped_surrogate(
+          x, proximal, advantages, clip_low=0.2, clip_high=0.2
+        ),
+        weights,
+      ).loss
+    ),
+    logprobs,
+    mask,
+  )
   check(value, expected['loss'])
   check(gradient, expected['grad_wrt_lp'])
 
@@ -244,15 +279,25 @@ def test_decoupled_surrogate_by_name():
   proximal, behaviour = (masking.select_masked(mask, x) for x in others)
   expected = oracle['expected']['token_ratio_mask_upper5']
   value, gradient = reduce_loss(
-      lambda x: losses.decoupled_surrogate(
-          x, proximal, behaviour, advantages, clip_low=0.2, clip_high=0.2).loss,
-      logprobs, mask)
+    lambda x: (
+      losses.decoupled_surrogate(
+        x, proximal, behaviour, advantages, clip_low=0.2, clip_high=0.2
+      ).loss
+    ),
+    logprobs,
+    mask,
+  )
   check(value, expected['loss'])
   check(gradient, expected['grad_wrt_lp'])
   value, _ = reduce_loss(
-      lambda x: losses.clipped_surrogate(
-          x, proximal, advantages, clip_low=0.2, clip_high=0.2).loss, logprobs,
-      mask)
+    lambda x: (
+      losses.clipped_surrogate(
+        x, proximal, advantages, clip_low=0.2, clip_high=0.2
+      ).loss
+    ),
+    logprobs,
+    mask,
+  )
   check(value, oracle['expected']['no_rejection_sampling_config']['loss'])
 
 
@@ -268,9 +313,12 @@ def test_interpolated_logprobs():
   logprobs, behaviour = (array(inputs[k]) for k in ('theta', 'behav'))
   versions = jnp.full(mask.shape, expected['v_behav'])
   estimate = lambda x, v: importance.interpolated_logprobs(
-      x, behaviour, jnp.asarray(expected['v_theta']), v)
-  check(np.where(mask, estimate(logprobs, versions), 0),
-        np.where(mask, np.array(expected['log_prox']), 0))
+    x, behaviour, jnp.asarray(expected['v_theta']), v
+  )
+  check(
+    np.where(mask, estimate(logprobs, versions), 0),
+    np.where(mask, np.array(expected['log_prox']), 0),
+  )
   check(estimate(logprobs, versions * 0 + 6), behaviour)
   gradient = jax.grad(lambda x: jnp.sum(estimate(x, versions)))(logprobs)
   assert np.all(gradient == 0)
@@ -291,17 +339,18 @@ def test_effective_sample_ratio_and_step_scale():
   held = jnp.minimum(log_weights, np.log(inputs['is_clip']))
   check(importance.effective_sample_ratio(held), expected['ess_ratio_clipped'])
   for power, name in ((0.5, 'lr_sqrt'), (1.0, 'lr_linear')):
-    scale = variance_control.step_scale(ratio,
-                                        base_ratio=inputs['base_ess_ratio'],
-                                        power=power)
-    np.testing.assert_allclose(inputs['base_lr'] * scale,
-                               expected[name],
-                               rtol=1e-6)
+    scale = variance_control.step_scale(
+      ratio, base_ratio=inputs['base_ess_ratio'], power=power
+    )
+    np.testing.assert_allclose(
+      inputs['base_lr'] * scale, expected[name], rtol=1e-6
+    )
   assert variance_control.step_scale(array(0.9), base_ratio=0.5) == 1
   some = jnp.array([True, True, False, False])
   poisoned = jnp.where(some, log_weights, jnp.nan)
-  check(importance.effective_sample_ratio(poisoned, some),
-        1.6**2 / (2 * (1 + 0.36)))
+  check(
+    importance.effective_sample_ratio(poisoned, some), 1.6**2 / (2 * (1 + 0.36))
+  )
   check(importance.effective_sample_ratio(poisoned, some & False), 0)
 
 
@@ -315,29 +364,36 @@ def test_minimum_variance_baseline():
   oracle = load('vcpo')
   inputs, expected = oracle['inputs'], oracle['expected']
   weights, rewards, scores = (
-      array(inputs[k]) for k in ('seq_is_weight', 'reward', 'score_gradients'))
+    array(inputs[k]) for k in ('seq_is_weight', 'reward', 'score_gradients')
+  )
   norms = jnp.sum(jnp.square(scores), axis=1)
   held = jnp.minimum(weights, inputs['is_clip'])
   baseline = variance_control.minimum_variance_baseline
   check(baseline(rewards, weights, norms), expected['baseline_paper_w2_g2'])
-  check(baseline(rewards, held, norms),
-        expected['baseline_paper_with_clipped_w'])
+  check(
+    baseline(rewards, held, norms), expected['baseline_paper_with_clipped_w']
+  )
   released = norms * held**2
-  check(baseline(rewards, weights, released),
-        expected['baseline_released_code'])
+  check(
+    baseline(rewards, weights, released), expected['baseline_released_code']
+  )
 
   def direction(squared_norms):
-    advantages = variance_control.off_policy_baselined(rewards, weights,
-                                                       squared_norms)
+    advantages = variance_control.off_policy_baselined(
+      rewards, weights, squared_norms
+    )
     return (advantages * held) @ scores / 4
 
   check(direction(norms), expected['ascent_direction_paper_baseline'])
   check(direction(released), expected['ascent_direction_code_baseline'])
-  check(baseline(rewards, jnp.ones(4), jnp.ones(4)),
-        expected['group_mean_baseline'])
+  check(
+    baseline(rewards, jnp.ones(4), jnp.ones(4)), expected['group_mean_baseline']
+  )
   # Nothing to weigh by: still a number.
-  check(baseline(rewards, weights, jnp.zeros(4)),
-        jnp.sum(weights**2 * rewards) / jnp.sum(weights**2))
+  check(
+    baseline(rewards, weights, jnp.zeros(4)),
+    jnp.sum(weights**2 * rewards) / jnp.sum(weights**2),
+  )
   check(baseline(rewards, jnp.zeros(4), norms), 0.5)
 
 
@@ -349,7 +405,7 @@ def test_minimum_variance_baseline_is_the_minimum():
   rng = np.random.default_rng(0)
   rewards, weights, norms = (array(rng.uniform(0.1, 2, 7)) for _ in range(3))
   best = variance_control.minimum_variance_baseline(rewards, weights, norms)
-  spread = lambda b: jnp.sum(weights**2 * norms * (rewards - b)**2)
+  spread = lambda b: jnp.sum(weights**2 * norms * (rewards - b) ** 2)
   assert abs(jax.grad(spread)(best)) < 1e-9
   assert spread(best) < min(spread(best + 0.05), spread(best - 0.05))
 
@@ -364,5 +420,6 @@ def test_norm_proxy():
   squares = jnp.sum(jnp.exp(2 * law))
   for token in range(3):
     gradient = jax.grad(lambda x, t=token: jax.nn.log_softmax(x)[t])(logits)
-    check(variance_control.norm_proxy(law[token], squares),
-          jnp.sum(gradient**2))
+    check(
+      variance_control.norm_proxy(law[token], squares), jnp.sum(gradient**2)
+    )

@@ -25,21 +25,28 @@ def test_overlong_penalty():
   oracle = load('dapo_extras')
   case = oracle['overlong']
   check(
-      rewards.overlong_penalty(jnp.asarray(case['lengths']),
-                               most=case['max_response_length'],
-                               buffer=case['buffer'],
-                               factor=case['factor']), case['penalty'])
+    rewards.overlong_penalty(
+      jnp.asarray(case['lengths']),
+      most=case['max_response_length'],
+      buffer=case['buffer'],
+      factor=case['factor'],
+    ),
+    case['penalty'],
+  )
   small = case['small']
   check(
-      rewards.overlong_penalty(jnp.asarray(small['lengths']),
-                               most=small['max'],
-                               buffer=small['buffer']), small['penalty'])
+    rewards.overlong_penalty(
+      jnp.asarray(small['lengths']), most=small['max'], buffer=small['buffer']
+    ),
+    small['penalty'],
+  )
   with pytest.raises(ValueError, match='buffer=0 must be between 1 and most=8'):
     rewards.overlong_penalty(jnp.asarray([1]), most=8, buffer=0)
   groups = oracle['dynamic_sampling']['groups']
   kept = rewards.has_signal(jnp.asarray(list(groups.values())))
-  assert [name for name, keep in zip(groups, kept) if keep
-         ] == oracle['dynamic_sampling']['kept']
+  assert [name for name, keep in zip(groups, kept) if keep] == oracle[
+    'dynamic_sampling'
+  ]['kept']
 
 
 def test_extra_rollouts():
@@ -49,13 +56,16 @@ def test_extra_rollouts():
   """
   for row in load('dars_schedule')['rows']:
     extra = lambda most, **kwargs: rewards.extra_rollouts(
-        row['acc'], samples=row['N'], most=most, **kwargs)
+      row['acc'], samples=row['N'], most=most, **kwargs
+    )
     assert extra(32, hardness_weighted=False) == row['ET_nmax32']
     assert extra(64, hardness_weighted=True) == row['HW_nmax64']
-    assert extra(32, hardness_weighted=False,
-                 scaled=True) == row['ET_std_nmax32']
-    assert extra(64, hardness_weighted=True,
-                 scaled=True) == row['HW_std_nmax64']
+    assert (
+      extra(32, hardness_weighted=False, scaled=True) == row['ET_std_nmax32']
+    )
+    assert (
+      extra(64, hardness_weighted=True, scaled=True) == row['HW_std_nmax64']
+    )
 
 
 def test_progress_improvement_and_parallel_rewards():
@@ -68,22 +78,32 @@ def test_progress_improvement_and_parallel_rewards():
   mrt = oracle['mrt']
   success = array(mrt['J_after_block'])
   check(rewards.progress_bonus(success), mrt['progress'])
-  check(mrt['alpha'] * rewards.progress_bonus(success),
-        mrt['example_block_advantage'])
-  check(rewards.cumulative_regret(success, best=mrt['best']),
-        mrt['cumulative_regret'])
+  check(
+    mrt['alpha'] * rewards.progress_bonus(success),
+    mrt['example_block_advantage'],
+  )
+  check(
+    rewards.cumulative_regret(success, best=mrt['best']),
+    mrt['cumulative_regret'],
+  )
   stored = array(list(oracle['exit']['group_returns'].values()))
   check(rewards.replay_probabilities(stored), oracle['exit']['sampling_prob'])
   check(rewards.replay_probabilities(stored * 0), np.full(4, 0.25))
   for row in oracle['exit']['improvement']:
-    check(rewards.improvement_reward(array(row['new']), array(row['prev'])),
-          row['reward'])
+    check(
+      rewards.improvement_reward(array(row['new']), array(row['prev'])),
+      row['reward'],
+    )
   check(rewards.improvement_reward(array(1.0), array(1.0)), 0)
   for row in oracle['parallel_r1']:
     check(
-        rewards.parallel_reward(jnp.asarray(row['correct'] > 0),
-                                jnp.asarray(row['format_ok'] > 0),
-                                jnp.asarray(row['n_parallel'])), row['reward'])
+      rewards.parallel_reward(
+        jnp.asarray(row['correct'] > 0),
+        jnp.asarray(row['format_ok'] > 0),
+        jnp.asarray(row['n_parallel']),
+      ),
+      row['reward'],
+    )
 
 
 def test_majority_vote():
@@ -99,8 +119,9 @@ def test_majority_vote():
   assert pseudo_labels.majority_rewards(answers) == oracle['rewards']
   truth = oracle['true_answer']
   assert float(vote.answer == truth) == oracle['label_accuracy']
-  assert pseudo_labels.reward_accuracy(answers,
-                                       truth) == oracle['reward_accuracy']
+  assert (
+    pseudo_labels.reward_accuracy(answers, truth) == oracle['reward_accuracy']
+  )
   assert pseudo_labels.majority_vote([None, None]) == (None, 0.0)
   assert pseudo_labels.majority_rewards([None, None]) == [0.0, 0.0]
   assert pseudo_labels.majority_vote(['b', 'a', 'b', 'a']).answer == 'b'
@@ -122,8 +143,9 @@ def test_pass_at_k():
     check(found, data[f'pass_at_{k}'])
 
 
-@pytest.mark.parametrize('smooth, name', [(False, 'unsmoothed'),
-                                          (True, 'add1_orders_ge2')])
+@pytest.mark.parametrize(
+  'smooth, name', [(False, 'unsmoothed'), (True, 'add1_orders_ge2')]
+)
 def test_token_bleu(smooth, name):
   """Law: clipped counts and BLEU on padded ids, jitted and vmapped.
 
@@ -133,30 +155,36 @@ def test_token_bleu(smooth, name):
   rows = load('token_bleu')['rows']
   pad = lambda ids: np.array(ids + [7] * (8 - len(ids)), np.int32)
   padded = {
-      key: jnp.asarray([pad(row[key]) for row in rows])
-      for key in ('candidate', 'reference')
+    key: jnp.asarray([pad(row[key]) for row in rows])
+    for key in ('candidate', 'reference')
   }
   lengths = {
-      key: jnp.asarray([len(row[key]) for row in rows])
-      for key in ('candidate', 'reference')
+    key: jnp.asarray([len(row[key]) for row in rows])
+    for key in ('candidate', 'reference')
   }
-  arrays = (padded['candidate'], lengths['candidate'], padded['reference'],
-            lengths['reference'])
+  arrays = (
+    padded['candidate'],
+    lengths['candidate'],
+    padded['reference'],
+    lengths['reference'],
+  )
   found = jax.jit(
-      jax.vmap(lambda *x: token_bleu.token_bleu(*x, smooth=smooth)))(*arrays)
+    jax.vmap(lambda *x: token_bleu.token_bleu(*x, smooth=smooth))
+  )(*arrays)
   check(found, [row[name]['bleu'] for row in rows])
   matches, totals = jax.vmap(
-      lambda *x: token_bleu.clipped_matches(*x, orders=4))(*arrays)
-  check(jnp.stack([matches, totals], axis=-1),
-        [row[name]['clipped_counts'] for row in rows])
+    lambda *x: token_bleu.clipped_matches(*x, orders=4)
+  )(*arrays)
+  check(
+    jnp.stack([matches, totals], axis=-1),
+    [row[name]['clipped_counts'] for row in rows],
+  )
   # More in the reference than in the candidate: 7 1 against 7 7.
   ids = lambda *x: jnp.asarray(x, jnp.int32)
   two = jnp.asarray(2)
-  matches, _ = token_bleu.clipped_matches(ids(7, 1),
-                                          two,
-                                          ids(7, 7),
-                                          two,
-                                          orders=1)
+  matches, _ = token_bleu.clipped_matches(
+    ids(7, 1), two, ids(7, 7), two, orders=1
+  )
   check(matches, [1])
 
 
@@ -167,7 +195,8 @@ def test_coefficients_by_hand():
   Mutants: the error not clipped; the sign of delta.
   """
   adapt = lambda kl: coefficients.adapted_kl_coefficient(
-      array(0.5), array(kl), target=0.1, samples=100, horizon=1000)
+    array(0.5), array(kl), target=0.1, samples=100, horizon=1000
+  )
   check(adapt(0.2), 0.5 * 1.02)
   check(adapt(0.11), 0.5 * 1.01)
   check(adapt(0.0), 0.5 * 0.98)

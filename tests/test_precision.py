@@ -25,9 +25,9 @@ from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout import slots as slot_ops
 from rlax_llm.types import DraftParams
 
-CONFIG = testing.tiny_model_config(qk_norm=True,
-                                   qkv_bias=True,
-                                   lora=freeze(LoRAConfig(rank=2)))
+CONFIG = testing.tiny_model_config(
+  qk_norm=True, qkv_bias=True, lora=freeze(LoRAConfig(rank=2))
+)
 PRECISION = freeze(PrecisionConfig())
 MODEL = make_transformer(CONFIG, PRECISION)
 DRAFT_MODEL = make_draft_model(CONFIG, PRECISION, model=MODEL)
@@ -37,8 +37,9 @@ ROW = jax.ShapeDtypeStruct((2, 8), jnp.int32)
 def _hybrid():
   cache = TreeCacheConfig(CorpusShape(8, 32, 2, 2), branching=2)
   model = models.ModelDrafterConfig(MODEL, DRAFT_MODEL, Sampling(), 2, 2)
-  return hybrids.hybrid(5, ('tree_cache', 'model'),
-                        hybrids.HybridConfig(cache, model, 4))
+  return hybrids.hybrid(
+    5, ('tree_cache', 'model'), hybrids.HybridConfig(cache, model, 4)
+  )
 
 
 def _params(init):
@@ -52,18 +53,21 @@ def _segment():
   def run(params, own, slots, limits):
     both = DraftParams(params, own)
     state = drafter.sync(both, drafter.init(both, slots), slots)
-    return segments.segment(params,
-                            slots,
-                            state,
-                            limits,
-                            own,
-                            model=MODEL,
-                            drafter=drafter,
-                            config=segments.SegmentConfig(Sampling(), (6,)))
+    return segments.segment(
+      params,
+      slots,
+      state,
+      limits,
+      own,
+      model=MODEL,
+      drafter=drafter,
+      config=segments.SegmentConfig(Sampling(), (6,)),
+    )
 
   slots = jax.eval_shape(lambda: slot_ops.empty_slots(MODEL, 4, 32))
   limits = jax.eval_shape(
-      lambda: segments.Limits(jnp.int32(1), jnp.int32(1), jnp.ones(4, bool)))
+    lambda: segments.Limits(jnp.int32(1), jnp.int32(1), jnp.ones(4, bool))
+  )
   return run, _params(MODEL.init), _params(DRAFT_MODEL.init), slots, limits
 
 
@@ -85,15 +89,20 @@ def _drafter_loss():
     return auxiliary.drafter_loss(own, policy, hidden, window, learning)
 
   targets = jax.ShapeDtypeStruct(ROW.shape, bool)
-  return (jax.grad(loss), _params(DRAFT_MODEL.init), _params(MODEL.init), ROW,
-          targets)
+  return (
+    jax.grad(loss),
+    _params(DRAFT_MODEL.init),
+    _params(MODEL.init),
+    ROW,
+    targets,
+  )
 
 
 PROGRAMS = {
-    'segment': _segment,
-    'policy': functools.partial(_gradient, MODEL),
-    'critic': functools.partial(_gradient, heads.make_critic(MODEL)),
-    'drafter': _drafter_loss,
+  'segment': _segment,
+  'policy': functools.partial(_gradient, MODEL),
+  'critic': functools.partial(_gradient, heads.make_critic(MODEL)),
+  'drafter': _drafter_loss,
 }
 
 
@@ -131,13 +140,16 @@ def test_bfloat16_is_left_to_the_device():
   Mutant: every product in full, whatever its factors.
   """
   model = make_transformer(
-      CONFIG, freeze(PrecisionConfig(parameters='float32', compute='bfloat16')))
+    CONFIG, freeze(PrecisionConfig(parameters='float32', compute='bfloat16'))
+  )
   function, *shapes = _gradient(model)
   jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
   asked = [
-      e for e in helpers.all_equations(jaxpr)
-      if e.primitive.name == 'dot_general' and
-      e.invars[0].aval.dtype == jnp.bfloat16 and e.params['precision']
+    e
+    for e in helpers.all_equations(jaxpr)
+    if e.primitive.name == 'dot_general'
+    and e.invars[0].aval.dtype == jnp.bfloat16
+    and e.params['precision']
   ]
   assert not asked
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import tokenizer_helpers as helpers
 
-from rlax_llm import chat_template
-from rlax_llm import pretrained_tokenizer
 from rlax_llm import sample
 from rlax_llm import testing
-from rlax_llm import tokenizer as tokenizer_lib
-from rlax_llm import tokenizer_files
+from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
-from rlax_llm.run import make_run
+from rlax_llm.tokenizers import chat_template
+from rlax_llm.tokenizers import files
+from rlax_llm.tokenizers import pretrained
+from rlax_llm.tokenizers import tokenizer as tokenizer_lib
 
-load = pretrained_tokenizer.load_tokenizer
+load = pretrained.load_tokenizer
 
 TEXTS = ('', 'How many legs have 3 cats?', ' a  b\n\n', 'naïve → ✅ 🙂', '\x00')
 BOS = {'qwen': None, 'llama': '<|begin_of_text|>', 'mistral': '<s>'}
@@ -34,22 +34,38 @@ def _tokens(backend, ids):
 # Renderings ------------------------------------------------------------------
 
 RENDERINGS = [
-    ('qwen', '', '<|im_start|>system\nYou help.<|im_end|>\n'
-     '<|im_start|>user\nWhy?\n<|im_end|>\n<|im_start|>assistant\n'),
-    ('qwen', 'Be brief.', '<|im_start|>system\nBe brief.<|im_end|>\n'
-     '<|im_start|>user\nWhy?\n<|im_end|>\n<|im_start|>assistant\n'),
-    ('llama', '', '<|begin_of_text|>'
-     '<|start_header_id|>system<|end_header_id|>\n\n'
-     'Today Date: 26 Jul 2024\n\n<|eot_id|>'
-     '<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>'
-     '<|start_header_id|>assistant<|end_header_id|>\n\n'),
-    ('llama', ' Be brief. ', '<|begin_of_text|>'
-     '<|start_header_id|>system<|end_header_id|>\n\n'
-     'Today Date: 26 Jul 2024\n\nBe brief.<|eot_id|>'
-     '<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>'
-     '<|start_header_id|>assistant<|end_header_id|>\n\n'),
-    # The line break behind the variable stays, those behind blocks go.
-    ('mistral', '', '<s>\n[INST] Why?\n [/INST]'),
+  (
+    'qwen',
+    '',
+    '<|im_start|>system\nYou help.<|im_end|>\n'
+    '<|im_start|>user\nWhy?\n<|im_end|>\n<|im_start|>assistant\n',
+  ),
+  (
+    'qwen',
+    'Be brief.',
+    '<|im_start|>system\nBe brief.<|im_end|>\n'
+    '<|im_start|>user\nWhy?\n<|im_end|>\n<|im_start|>assistant\n',
+  ),
+  (
+    'llama',
+    '',
+    '<|begin_of_text|>'
+    '<|start_header_id|>system<|end_header_id|>\n\n'
+    'Today Date: 26 Jul 2024\n\n<|eot_id|>'
+    '<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>'
+    '<|start_header_id|>assistant<|end_header_id|>\n\n',
+  ),
+  (
+    'llama',
+    ' Be brief. ',
+    '<|begin_of_text|>'
+    '<|start_header_id|>system<|end_header_id|>\n\n'
+    'Today Date: 26 Jul 2024\n\nBe brief.<|eot_id|>'
+    '<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>'
+    '<|start_header_id|>assistant<|end_header_id|>\n\n',
+  ),
+  # The line break behind the variable stays, those behind blocks go.
+  ('mistral', '', '<s>\n[INST] Why?\n [/INST]'),
 ]
 
 
@@ -75,34 +91,44 @@ def test_further_turns_and_no_generation_prompt(tmp_path):
 
   Mutant: add_generation_prompt not handed on.
   """
-  messages = [{
-      'role': role,
-      'content': content
-  } for role, content in (('user', 'a'), ('assistant', 'b'), ('user', 'c'))]
+  messages = [
+    {'role': role, 'content': content}
+    for role, content in (('user', 'a'), ('assistant', 'b'), ('user', 'c'))
+  ]
   folder, _ = helpers.write(tmp_path, 'mistral')
-  assert load(folder).render_chat(
-      messages, add_generation_prompt=False
-  ) == '<s>\n[INST] a [/INST] b</s>[INST] c [/INST]'
+  assert (
+    load(folder).render_chat(messages, add_generation_prompt=False)
+    == '<s>\n[INST] a [/INST] b</s>[INST] c [/INST]'
+  )
   folder, _ = helpers.write(tmp_path, 'qwen')
   assert load(folder).render_chat(
-      messages[:2],
-      add_generation_prompt=False) == ('<|im_start|>system\nYou help.<|im_end|>'
-                                       '\n<|im_start|>user\na<|im_end|>\n'
-                                       '<|im_start|>assistant\nb<|im_end|>\n')
+    messages[:2], add_generation_prompt=False
+  ) == (
+    '<|im_start|>system\nYou help.<|im_end|>'
+    '\n<|im_start|>user\na<|im_end|>\n'
+    '<|im_start|>assistant\nb<|im_end|>\n'
+  )
 
 
 LANGUAGE = [
-    ("{{ {'b': '<é>', 'a': [1, none]} | tojson }}", '{"b": "<é>", "a": '
-     '[1, null]}'),
-    ('{{ [1] | tojson(indent=2) }}', '[\n  1\n]'),
-    ("{{ strftime_now('%Y-%m-%d') }}", '2024-07-26'),
-    ('{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}'
-     '{% endfor %}', '01'),
-    ('a{% generation %}b{% endgeneration %}c', 'abc'),
-    ('{{ tools is none }} {{ missing is defined }} {{ missing }}|',
-     'True False |'),
-    ('{{ bos_token }}{{ eos_token }}', '<|begin_of_text|><|eot_id|>'),
-    ("{% set n = namespace(x='a') %}{% set n.x = n.x + 'b' %}{{ n.x }}", 'ab'),
+  (
+    "{{ {'b': '<é>', 'a': [1, none]} | tojson }}",
+    '{"b": "<é>", "a": [1, null]}',
+  ),
+  ('{{ [1] | tojson(indent=2) }}', '[\n  1\n]'),
+  ("{{ strftime_now('%Y-%m-%d') }}", '2024-07-26'),
+  (
+    '{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}'
+    '{% endfor %}',
+    '01',
+  ),
+  ('a{% generation %}b{% endgeneration %}c', 'abc'),
+  (
+    '{{ tools is none }} {{ missing is defined }} {{ missing }}|',
+    'True False |',
+  ),
+  ('{{ bos_token }}{{ eos_token }}', '<|begin_of_text|><|eot_id|>'),
+  ("{% set n = namespace(x='a') %}{% set n.x = n.x + 'b' %}{{ n.x }}", 'ab'),
 ]
 
 
@@ -123,17 +149,16 @@ def test_date_and_variables(tmp_path):
   Mutant: variables not handed on.
   """
   folder, _ = helpers.write(tmp_path, 'llama')
-  text = load(folder, date=datetime.date(2031, 1, 2)).render_chat([{
-      'role': 'user',
-      'content': 'x'
-  }])
+  text = load(folder, date=datetime.date(2031, 1, 2)).render_chat(
+    [{'role': 'user', 'content': 'x'}]
+  )
   assert 'Today Date: 02 Jan 2031\n' in text
   folder, backend = helpers.write(tmp_path, 'qwen')
   frozen = freeze({'enable_thinking': False})
   ids = load(folder, chat=True, variables=frozen).encode_prompt('x')
   assert backend.decode(ids).endswith('<think>\n\n</think>\n\n')
   plain = load(folder, chat=True).encode_prompt('x')
-  assert ids[:len(plain)] == plain and len(ids) > len(plain)
+  assert ids[: len(plain)] == plain and len(ids) > len(plain)
 
 
 def test_where_the_template_comes_from(tmp_path):
@@ -142,21 +167,20 @@ def test_where_the_template_comes_from(tmp_path):
 
   Mutants: the file ignored; the first of the list taken.
   """
-  named = [{
-      'name': 'tool_use',
-      'template': 'tools'
-  }, {
-      'name': 'default',
-      'template': 'one of a list'
-  }]
+  named = [
+    {'name': 'tool_use', 'template': 'tools'},
+    {'name': 'default', 'template': 'one of a list'},
+  ]
   folder, _ = helpers.write(tmp_path / 'a', 'qwen', chat_template='text')
   assert load(folder).render_chat([]) == 'text'
   folder, _ = helpers.write(tmp_path / 'b', 'qwen', chat_template=named)
   assert load(folder).render_chat([]) == 'one of a list'
-  folder, _ = helpers.write(tmp_path / 'c',
-                            'qwen',
-                            chat_template=named,
-                            files={'chat_template.jinja': 'a file\n'})
+  folder, _ = helpers.write(
+    tmp_path / 'c',
+    'qwen',
+    chat_template=named,
+    files={'chat_template.jinja': 'a file\n'},
+  )
   assert load(folder).render_chat([]) == 'a file'
 
 
@@ -179,17 +203,20 @@ def test_equals_the_transformers_library(tmp_path, layout):
         messages.insert(0, {'role': 'system', 'content': system})
       for prompted in (True, False):
         assert ours.render_chat(
-            messages,
-            add_generation_prompt=prompted) == theirs.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompted)
+          messages, add_generation_prompt=prompted
+        ) == theirs.apply_chat_template(
+          messages, tokenize=False, add_generation_prompt=prompted
+        )
       assert ours.encode_prompt(text) == theirs.apply_chat_template(
-          messages, add_generation_prompt=True, return_dict=False)
+        messages, add_generation_prompt=True, return_dict=False
+      )
   plain = load(folder)
   for text in TEXTS:
     ids = theirs(text)['input_ids']
     assert plain.encode_prompt(text) == ids
     assert plain.decode(ids) == theirs.decode(
-        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+      ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 # Special tokens --------------------------------------------------------------
@@ -226,13 +253,16 @@ def test_bos_by_setting_and_without_the_template(tmp_path):
   def closes(backend):
     eos = backend.token_to_id('<|im_end|>')
     backend.post_processor = helpers.processors.TemplateProcessing(
-        single='$A <|im_end|>', special_tokens=[('<|im_end|>', eos)])
+      single='$A <|im_end|>', special_tokens=[('<|im_end|>', eos)]
+    )
 
-  folder, backend = helpers.write(tmp_path,
-                                  'qwen',
-                                  backend=closes,
-                                  add_bos_token=True,
-                                  bos_token='<|endoftext|>')
+  folder, backend = helpers.write(
+    tmp_path,
+    'qwen',
+    backend=closes,
+    add_bos_token=True,
+    bos_token='<|endoftext|>',
+  )
   tokens = _tokens(backend, load(folder).encode_prompt('1'))
   assert tokens == ['<|endoftext|>', '1']
   tokens = _tokens(backend, load(folder, chat=True).encode_prompt('1'))
@@ -245,32 +275,29 @@ def test_bos_that_recurs_in_the_template(tmp_path):
 
   Mutant: all but the first BOS removed.
   """
-  folder, backend = helpers.write(tmp_path,
-                                  'qwen',
-                                  add_bos_token=True,
-                                  bos_token='<|im_start|>')
+  folder, backend = helpers.write(
+    tmp_path, 'qwen', add_bos_token=True, bos_token='<|im_start|>'
+  )
   tokens = _tokens(backend, load(folder, chat=True).encode_prompt('1'))
   assert tokens.count('<|im_start|>') == 3 and tokens[1] != '<|im_start|>'
 
 
 EOS = [
-    ({}, ['<|eot_id|>']),
-    ({
-        'generation_config.json': {
-            'eos_token_id': [301, 304, 305]
-        },
-        'config.json': {
-            'eos_token_id': 300
-        }
-    }, ['<|eot_id|>', '<|end_of_text|>', '<|eom_id|>', '<|begin_of_text|>']),
-    ({
-        'generation_config.json': {
-            'eos_token_id': None
-        },
-        'config.json': {
-            'eos_token_id': [301]
-        }
-    }, ['<|eot_id|>', '<|end_of_text|>']),
+  ({}, ['<|eot_id|>']),
+  (
+    {
+      'generation_config.json': {'eos_token_id': [301, 304, 305]},
+      'config.json': {'eos_token_id': 300},
+    },
+    ['<|eot_id|>', '<|end_of_text|>', '<|eom_id|>', '<|begin_of_text|>'],
+  ),
+  (
+    {
+      'generation_config.json': {'eos_token_id': None},
+      'config.json': {'eos_token_id': [301]},
+    },
+    ['<|eot_id|>', '<|end_of_text|>'],
+  ),
 ]
 
 
@@ -291,24 +318,24 @@ def test_when_special_tokens_map_is_read(tmp_path):
   Mutants: the map fills gaps only; the map is read always.
   """
   roles = {
-      'eos_token': {
-          'content': '<|im_end|>',
-          'lstrip': False
-      },
-      'bos_token': '<|im_start|>'
+    'eos_token': {'content': '<|im_end|>', 'lstrip': False},
+    'bos_token': '<|im_start|>',
   }
   for modern in (False, True):
     decoder = {'added_tokens_decoder': {}} if modern else {}
-    folder, backend = helpers.write(tmp_path / str(modern),
-                                    'qwen',
-                                    files={'special_tokens_map.json': roles},
-                                    eos_token='<|endoftext|>',
-                                    **decoder)
+    folder, backend = helpers.write(
+      tmp_path / str(modern),
+      'qwen',
+      files={'special_tokens_map.json': roles},
+      eos_token='<|endoftext|>',
+      **decoder,
+    )
     tokenizer = load(folder)
     want = '<|endoftext|>' if modern else '<|im_end|>'
     assert _tokens(backend, tokenizer.eos_ids) == [want]
-    assert tokenizer.bos_id == (None if modern else backend.token_to_id(
-        roles['bos_token']))
+    assert tokenizer.bos_id == (
+      None if modern else backend.token_to_id(roles['bos_token'])
+    )
 
 
 # Tokens that other files declare ---------------------------------------------
@@ -323,113 +350,120 @@ def _declare(i, content, **flags):
 
 
 DECLARED = {
-    'none': ({}, {}),
-    'decoder': ({
-        'added_tokens_decoder': _declare(305, '<|extra|>', special=True)
-    }, {}),
-    'decoder, out of order': ({
-        'added_tokens_decoder':
-            _declare(306, '<|two|>') | _declare(305, '<|extra|>', special=True)
-    }, {}),
-    'decoder, strips': ({
-        'added_tokens_decoder':
-            _declare(305, '<|extra|>', lstrip=True, rstrip=True)
-    }, {}),
-    'decoder, single word': ({
-        'added_tokens_decoder':
-            _declare(305, '[PAD]', single_word=True) | _declare(306, '<|two|>')
-    }, {}),
-    'decoder, other flags than tokenizer.json': ({
-        'added_tokens_decoder':
-            _declare(303, '<think>', special=True) |
-            _declare(302, '<|im_end|>', special=True, lstrip=True)
-    }, {}),
-    'decoder, of the base vocabulary': ({
-        'added_tokens_decoder': _declare(291, 'How', special=True)
-    }, {}),
-    'decoder, names a role': ({
-        'added_tokens_decoder': _declare(305, '<|extra|>', lstrip=True),
-        'eos_token': '<|extra|>'
-    }, {}),
-    'decoder goes before added_tokens.json': ({
-        'added_tokens_decoder': {}
-    }, {
-        'added_tokens.json': {
-            '<|extra|>': 305
-        }
-    }),
-    'added_tokens.json': ({}, {
-        'added_tokens.json': {
-            '<|two|>': 306,
-            '<|extra|>': 305
-        }
-    }),
-    'added_tokens.json, names a role': ({
-        'eos_token': '<|extra|>'
-    }, {
-        'added_tokens.json': {
-            '<|extra|>': 305
-        }
-    }),
-    'added_tokens.json, special by the map': ({}, {
-        'added_tokens.json': {
-            '<|extra|>': 305
-        },
-        'special_tokens_map.json': {
-            'extra_special_tokens': ['<|extra|>']
-        }
-    }),
-    'map': ({}, {
-        'special_tokens_map.json': {
-            'pad_token': {
-                'content': '[PAD]',
-                'lstrip': True,
-                'rstrip': False,
-                'normalized': False,
-                'single_word': False
-            }
-        }
-    }),
-    'both lists': ({
-        'extra_special_tokens': ['<|two|>']
-    }, {
-        'special_tokens_map.json': {
-            'extra_special_tokens': ['<|extra|>', '<|two|>']
-        }
-    }),
-    'extra_special_tokens, roles': ({
-        'extra_special_tokens': {
-            'image_token': '<|extra|>'
-        }
-    }, {}),
-    'additional_special_tokens': ({
-        'additional_special_tokens': ['<|extra|>', '<think>']
-    }, {}),
-    'another role': ({
-        'image_token': '<|extra|>'
-    }, {}),
-    'all at once': ({
-        'added_tokens_decoder': _declare(305, '<|two|>'),
-        'extra_special_tokens': ['<|extra|>'],
+  'none': ({}, {}),
+  'decoder': (
+    {'added_tokens_decoder': _declare(305, '<|extra|>', special=True)},
+    {},
+  ),
+  'decoder, out of order': (
+    {
+      'added_tokens_decoder': _declare(306, '<|two|>')
+      | _declare(305, '<|extra|>', special=True)
+    },
+    {},
+  ),
+  'decoder, strips': (
+    {
+      'added_tokens_decoder': _declare(
+        305, '<|extra|>', lstrip=True, rstrip=True
+      )
+    },
+    {},
+  ),
+  'decoder, single word': (
+    {
+      'added_tokens_decoder': _declare(305, '[PAD]', single_word=True)
+      | _declare(306, '<|two|>')
+    },
+    {},
+  ),
+  'decoder, other flags than tokenizer.json': (
+    {
+      'added_tokens_decoder': _declare(303, '<think>', special=True)
+      | _declare(302, '<|im_end|>', special=True, lstrip=True)
+    },
+    {},
+  ),
+  'decoder, of the base vocabulary': (
+    {'added_tokens_decoder': _declare(291, 'How', special=True)},
+    {},
+  ),
+  'decoder, names a role': (
+    {
+      'added_tokens_decoder': _declare(305, '<|extra|>', lstrip=True),
+      'eos_token': '<|extra|>',
+    },
+    {},
+  ),
+  'decoder goes before added_tokens.json': (
+    {'added_tokens_decoder': {}},
+    {'added_tokens.json': {'<|extra|>': 305}},
+  ),
+  'added_tokens.json': (
+    {},
+    {'added_tokens.json': {'<|two|>': 306, '<|extra|>': 305}},
+  ),
+  'added_tokens.json, names a role': (
+    {'eos_token': '<|extra|>'},
+    {'added_tokens.json': {'<|extra|>': 305}},
+  ),
+  'added_tokens.json, special by the map': (
+    {},
+    {
+      'added_tokens.json': {'<|extra|>': 305},
+      'special_tokens_map.json': {'extra_special_tokens': ['<|extra|>']},
+    },
+  ),
+  'map': (
+    {},
+    {
+      'special_tokens_map.json': {
         'pad_token': {
-            '__type': 'AddedToken',
-            'content': '[PAD]',
-            'lstrip': True,
-            'normalized': True,
-            'rstrip': False,
-            'single_word': False,
-            'special': False
+          'content': '[PAD]',
+          'lstrip': True,
+          'rstrip': False,
+          'normalized': False,
+          'single_word': False,
         }
-    }, {}),
-    'a role makes a token special': ({
-        'pad_token': '<think>'
-    }, {}),
-    'a role of the base vocabulary': ({
-        'pad_token': 'How'
-    }, {}),
-    'split_special_tokens': ({
-        'split_special_tokens': True
-    }, {}),
+      }
+    },
+  ),
+  'both lists': (
+    {'extra_special_tokens': ['<|two|>']},
+    {
+      'special_tokens_map.json': {
+        'extra_special_tokens': ['<|extra|>', '<|two|>']
+      }
+    },
+  ),
+  'extra_special_tokens, roles': (
+    {'extra_special_tokens': {'image_token': '<|extra|>'}},
+    {},
+  ),
+  'additional_special_tokens': (
+    {'additional_special_tokens': ['<|extra|>', '<think>']},
+    {},
+  ),
+  'another role': ({'image_token': '<|extra|>'}, {}),
+  'all at once': (
+    {
+      'added_tokens_decoder': _declare(305, '<|two|>'),
+      'extra_special_tokens': ['<|extra|>'],
+      'pad_token': {
+        '__type': 'AddedToken',
+        'content': '[PAD]',
+        'lstrip': True,
+        'normalized': True,
+        'rstrip': False,
+        'single_word': False,
+        'special': False,
+      },
+    },
+    {},
+  ),
+  'a role makes a token special': ({'pad_token': '<think>'}, {}),
+  'a role of the base vocabulary': ({'pad_token': 'How'}, {}),
+  'split_special_tokens': ({'split_special_tokens': True}, {}),
 }
 
 
@@ -442,8 +476,9 @@ def test_declared_tokens_are_those_of_transformers(tmp_path, name):
   not read; flags of tokenizer.json win; a role makes nothing special; tokens
   added in the order of the file.
   """
-  transformers = pytest.importorskip('transformers',
-                                     reason='needs the extra [parity]')
+  transformers = pytest.importorskip(
+    'transformers', reason='needs the extra [parity]'
+  )
   changes, files = DECLARED[name]
   folder, _ = helpers.write(tmp_path, 'qwen', files=files, **changes)
   theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
@@ -451,14 +486,15 @@ def test_declared_tokens_are_those_of_transformers(tmp_path, name):
   ids = theirs.encode(MIXED, add_special_tokens=False)
   assert ours.encode_prompt(MIXED) == ids
   every = [*ids, *range(len(theirs))]
-  assert ours.decode(every) == theirs.decode(every,
-                                             skip_special_tokens=True,
-                                             clean_up_tokenization_spaces=False)
+  assert ours.decode(every) == theirs.decode(
+    every, skip_special_tokens=True, clean_up_tokenization_spaces=False
+  )
   assert ours.vocab_size == len(theirs)
   backend = ours._backend  # pylint: disable=protected-access
   flags = lambda tokens: {i: t.__getstate__() for i, t in tokens.items()}
   assert flags(backend.get_added_tokens_decoder()) == flags(
-      theirs.added_tokens_decoder)
+    theirs.added_tokens_decoder
+  )
   assert ours.eos_ids[0] == theirs.eos_token_id
 
 
@@ -469,11 +505,11 @@ def test_declared_tokens_by_hand(tmp_path):
   Mutant: as before, tokenizer.json alone.
   """
   for special in (False, True):
-    folder, _ = helpers.write(tmp_path / str(special),
-                              'qwen',
-                              added_tokens_decoder=_declare(305,
-                                                            '<|extra|>',
-                                                            special=special))
+    folder, _ = helpers.write(
+      tmp_path / str(special),
+      'qwen',
+      added_tokens_decoder=_declare(305, '<|extra|>', special=special),
+    )
     tokenizer = load(folder)
     assert tokenizer.encode_prompt('<|extra|>') == [305]
     assert tokenizer.decode([64, 305]) == ('a' if special else 'a<|extra|>')
@@ -492,7 +528,7 @@ def test_the_digest_covers_declared_tokens(tmp_path):
   def digest(name, **changes):
     folder, _ = helpers.write(tmp_path / name, 'qwen', **changes)
     load(folder)
-    return tokenizer_files.digest(folder)
+    return files.digest(folder)
 
   plain = digest('plain')
   content = (tmp_path / 'plain' / 'tokenizer.json').read_bytes()
@@ -500,10 +536,10 @@ def test_the_digest_covers_declared_tokens(tmp_path):
   same = _declare(302, '<|im_end|>', special=True, normalized=False)
   assert digest('same', added_tokens_decoder=same) == plain
   others = [
-      digest('a', added_tokens_decoder=_declare(305, '<|extra|>')),
-      digest('b', added_tokens_decoder=_declare(305, '<|two|>')),
-      digest('c', added_tokens_decoder=_declare(305, '<|two|>', lstrip=True)),
-      digest('d', pad_token='[PAD]'),
+    digest('a', added_tokens_decoder=_declare(305, '<|extra|>')),
+    digest('b', added_tokens_decoder=_declare(305, '<|two|>')),
+    digest('c', added_tokens_decoder=_declare(305, '<|two|>', lstrip=True)),
+    digest('d', pad_token='[PAD]'),
   ]
   assert len({plain, *others}) == 5
 
@@ -538,9 +574,8 @@ def test_any_sampled_id_decodes(tmp_path, layout):
   without a token dropped.
   """
   folder, backend = helpers.write(
-      tmp_path, layout, files={'generation_config.json': {
-          'eos_token_id': 280
-      }})
+    tmp_path, layout, files={'generation_config.json': {'eos_token_id': 280}}
+  )
   tokenizer = load(folder)
   skipped = [*tokenizer.eos_ids, tokenizer.bos_id or tokenizer.eos_ids[0]]
   ids = tokenizer.encode('How 1+1=')
@@ -601,11 +636,10 @@ def test_a_run_does_not_care(tmp_path):
   Mutant: a demonstration closed by the last EOS.
   """
   folder, backend = helpers.write(
-      tmp_path,
-      'llama',
-      files={'generation_config.json': {
-          'eos_token_id': [301, 305]
-      }})
+    tmp_path,
+    'llama',
+    files={'generation_config.json': {'eos_token_id': [301, 305]}},
+  )
   config = testing.tiny_config()
   config.rollout.prompt_length = 200
   config.model.max_positions = 512
@@ -613,14 +647,14 @@ def test_a_run_does_not_care(tmp_path):
   shown = next(run.demonstrations())
   assert _tokens(backend, shown.completion)[-1] == '<|eot_id|>'
   assert run.tokenizer.decode(shown.completion) == 'aaa'
-  request, = run.requests([run.task.problem('train', 1)],
-                          samples=1,
-                          domain=0,
-                          step=0)
+  (request,) = run.requests(
+    [run.task.problem('train', 1)], samples=1, domain=0, step=0
+  )
   assert request.prompt.tolist() == run.tokenizer.encode_prompt('b')
   tokens = run.tokenizer.encode('naïve → ✅ 1+1=')
-  pieces = sample.split_pieces(run.tokenizer, tokens,
-                               [i % 3 == 0 for i in range(len(tokens))])
+  pieces = sample.split_pieces(
+    run.tokenizer, tokens, [i % 3 == 0 for i in range(len(tokens))]
+  )
   assert ''.join(text for text, _ in pieces) == 'naïve → ✅ 1+1='
 
 
@@ -646,24 +680,32 @@ def test_vocabulary_of_the_model(tmp_path):
 # What is refused -------------------------------------------------------------
 
 BAD_TEMPLATES = [
-    ("{{ raise_exception('no\nsystem role') }}", ['no system role']),
-    ('a\n{% for %}', ['TemplateSyntaxError in line 2']),
-    ('{{ messages[0].nothing.more }}', ['UndefinedError', 'nothing']),
-    ('{{ messages.__class__.__mro__ }}', ['SecurityError']),
-    ("{{ messages.append('x') }}", ['SecurityError']),
-    ('{{ 1 / 0 }}', ['ZeroDivisionError']),
-    ('{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}', ['RecursionError']),
-    ('{' + '{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}', ['rendered']),
-    # Time, memory and size.
-    ('{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}'
-     '{% endfor %}', ['exceeds 2 s']),
-    ("{{ 'a' * 10 ** 10 }}", ['MemoryError']),
-    ("{% set n = namespace(x='ab') %}{% for i in range(99) %}"
-     '{% set n.x = n.x ~ n.x %}{% endfor %}', ['MemoryError']),
-    ('{{ 7 ** (10 ** 8) }}', ['exceeds 2 s']),
-    ("{% for i in range(90000) %}{{ 'a' * 99 }}{% endfor %}",
-     ['more than 1048576 characters']),
-    ("{{ '%999999999d' % 1 }}{{ '%999999999d' % 1 }}", ['MemoryError']),
+  ("{{ raise_exception('no\nsystem role') }}", ['no system role']),
+  ('a\n{% for %}', ['TemplateSyntaxError in line 2']),
+  ('{{ messages[0].nothing.more }}', ['UndefinedError', 'nothing']),
+  ('{{ messages.__class__.__mro__ }}', ['SecurityError']),
+  ("{{ messages.append('x') }}", ['SecurityError']),
+  ('{{ 1 / 0 }}', ['ZeroDivisionError']),
+  ('{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}', ['RecursionError']),
+  ('{' + '{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}', ['rendered']),
+  # Time, memory and size.
+  (
+    '{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}'
+    '{% endfor %}',
+    ['exceeds 2 s'],
+  ),
+  ("{{ 'a' * 10 ** 10 }}", ['MemoryError']),
+  (
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
+    '{% set n.x = n.x ~ n.x %}{% endfor %}',
+    ['MemoryError'],
+  ),
+  ('{{ 7 ** (10 ** 8) }}', ['exceeds 2 s']),
+  (
+    "{% for i in range(90000) %}{{ 'a' * 99 }}{% endfor %}",
+    ['more than 1048576 characters'],
+  ),
+  ("{{ '%999999999d' % 1 }}{{ '%999999999d' % 1 }}", ['MemoryError']),
 ]
 
 
@@ -699,8 +741,9 @@ def test_the_process_comes_back_and_ends():
     return template.render([], add_generation_prompt=False, variables={'n': n})
 
   template = chat_template.ChatTemplate(
-      '{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}.',
-      origin='here')
+    '{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}.',
+    origin='here',
+  )
   assert render(template, 1) == '.'
   with pytest.raises(ConfigError, match='exceeds 2 s'):
     render(template, 90000)
@@ -712,16 +755,16 @@ def test_the_process_comes_back_and_ends():
   assert process.poll() is not None
 
 
-@pytest.mark.parametrize('source, system, words', [
+@pytest.mark.parametrize(
+  'source, system, words',
+  [
     ('{{ bos_token }}constant', '', ['drops the problem']),
     ("{{ messages[-1]['content'] }}", 'Be brief.', ['task.system_prompt']),
     (None, '', ['no chat template']),
-    ([{
-        'name': 'rag',
-        'template': 'x'
-    }], '', ["['rag']", "'default'"]),
+    ([{'name': 'rag', 'template': 'x'}], '', ["['rag']", "'default'"]),
     (7, '', ['is a int']),
-])
+  ],
+)
 def test_templates_that_do_not_serve(tmp_path, source, system, words):
   """Law: a template that is absent, unnamed or drops what it is given is
   refused at construction.
@@ -736,28 +779,40 @@ def test_templates_that_do_not_serve(tmp_path, source, system, words):
     assert word in str(error.value)
 
 
-HEADLESS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" \
-    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+HEADLESS = (
+  "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+  "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
 IGNORING = {
-    'no header': (HEADLESS, True),
-    'plain roles': ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
-                    '\n{% endfor %}', True),
-    'no marks': ("{% for m in messages %}{{ m['content'] }}{% endfor %}", True),
-    'refuses replies': (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
-        "{{ raise_exception('no') }}{% endif %}{{ m['content'] }}|{% endfor %}",
-        True),
-    'drops the reply': ("{{ messages[0]['content'] }}|", True),
-    'header': (HEADLESS + '{% if add_generation_prompt %}<|im_start|>assistant'
-               '\n{% endif %}', False),
-    'needs the flag':
-        (HEADLESS + '{% if not add_generation_prompt %}'
-         "{{ raise_exception('no') }}{% endif %}<|im_start|>assistant\n", False
-        ),
-    # The end of the user's turn is all that a reply follows.
-    'Llama 2': ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
-                "{{ m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>"
-                '{% endif %}{% endfor %}', False),
+  'no header': (HEADLESS, True),
+  'plain roles': (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+    True,
+  ),
+  'no marks': ("{% for m in messages %}{{ m['content'] }}{% endfor %}", True),
+  'refuses replies': (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ raise_exception('no') }}{% endif %}{{ m['content'] }}|{% endfor %}",
+    True,
+  ),
+  'drops the reply': ("{{ messages[0]['content'] }}|", True),
+  'header': (
+    HEADLESS + '{% if add_generation_prompt %}<|im_start|>assistant'
+    '\n{% endif %}',
+    False,
+  ),
+  'needs the flag': (
+    HEADLESS + '{% if not add_generation_prompt %}'
+    "{{ raise_exception('no') }}{% endif %}<|im_start|>assistant\n",
+    False,
+  ),
+  # The end of the user's turn is all that a reply follows.
+  'Llama 2': (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+    "{{ m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>"
+    '{% endif %}{% endfor %}',
+    False,
+  ),
 }
 
 
@@ -803,115 +858,130 @@ def test_mistral_takes_no_system_text(tmp_path):
 
 _DEEP = '[' * 100000
 HOSTILE = [
-    ('tokenizer.json', None, ['holds no tokenizer.json']),
-    ('tokenizer.json', b'\xff\xfe', ['no UTF-8 at byte 0']),
-    ('tokenizer.json', _DEEP, ['is no tokenizer']),
-    ('tokenizer.json', 'null', ['is no tokenizer']),
-    ('tokenizer.json', '', ['is no tokenizer']),
-    ('tokenizer_config.json', None, ['holds no tokenizer_config.json']),
-    ('tokenizer_config.json', b'{"a": "\xc3"}', ['no UTF-8 at byte 7']),
-    ('tokenizer_config.json', _DEEP, ['nested too deeply']),
-    ('tokenizer_config.json', ' ' * 2**24, ['longer than 8388608 bytes']),
-    ('tokenizer_config.json', '[]', ['holds a list']),
-    ('tokenizer_config.json', '{"a": }', ['is no JSON']),
-    ('tokenizer_config.json', '{"a": ' + '9' * 9999 + '}', ['is no JSON']),
-    ('tokenizer_config.json', '{}', ['names no EOS token']),
-    ('tokenizer_config.json', {
-        'eos_token': '<eos>'
-    }, ["'<eos>'", 'not in tokenizer.json']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'add_bos_token': True
-    }, ['add_bos_token but no bos_token']),
-    ('generation_config.json', {
-        'eos_token_id': [10**30]
-    }, ['generation_config.json', 'no id of the tokenizer']),
-    ('generation_config.json', {
-        'eos_token_id': True
-    }, ['eos_token_id True']),
-    ('config.json', {
-        'eos_token_id': -1
-    }, ['eos_token_id -1', 'config.json']),
-    ('chat_template.jinja', b'\x80', ['no UTF-8']),
-    ('special_tokens_map.json', _DEEP, ['nested too deeply']),
-    ('added_tokens.json', _DEEP, ['nested too deeply']),
-    ('added_tokens.json', '[]', ['holds a list']),
-    # transformers gives an added token the next id whatever a file says.
-    ('added_tokens.json', {
-        '<|extra|>': 306
-    }, ["'<|extra|>'", '306', '305', 'added_tokens.json']),
-    ('added_tokens.json', {
-        '<|im_end|>': 305
-    }, ["'<|im_end|>'", '305', '302']),
-    ('added_tokens.json', {
-        '<|extra|>': 305,
-        '<|two|>': 305
-    }, ['id 305 twice']),
-    ('added_tokens.json', {
-        '<|extra|>': True
-    }, ['<|extra|>', 'no id']),
-    ('added_tokens.json', {
-        '<|extra|>': 2**40
-    }, ['<|extra|>', 'no id']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'added_tokens_decoder': _declare(310, '<|extra|>')
-    }, ["'<|extra|>'", '310', '305', 'without a gap']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'added_tokens_decoder': _declare(64, '<|extra|>')
-    }, ["'<|extra|>'", '64', '305']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'added_tokens_decoder': _declare(305, '<|x|>') | _declare(306, '<|x|>')
-    }, ["token '<|x|>' twice"]),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'added_tokens_decoder': None
-    }, ['added_tokens_decoder', 'NoneType']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'added_tokens_decoder': {
-            'x': {
-                'content': '<|x|>'
-            }
-        }
-    }, ["added_tokens_decoder['x']", 'no id']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'added_tokens_decoder': {
-            '305': '<|x|>'
-        }
-    }, ["added_tokens_decoder['305']", 'no token']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'added_tokens_decoder': _declare(305, '<|x|>', lstrip='yes')
-    }, ["added_tokens_decoder['305']", 'no token']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'added_tokens_decoder': _declare(305, '<|x|>', strip=True)
-    }, ["added_tokens_decoder['305']", 'no token']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'extra_special_tokens': '<|x|>'
-    }, ['extra_special_tokens', 'is a str']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'extra_special_tokens': [7]
-    }, ['extra_special_tokens', 'no token']),
-    ('tokenizer_config.json', {
-        'eos_token': 7
-    }, ['eos_token', 'no token']),
-    ('tokenizer_config.json', {
-        'eos_token': '<|im_end|>',
-        'pad_token': '\ud800'
-    }, ['pad_token', 'no token']),
+  ('tokenizer.json', None, ['holds no tokenizer.json']),
+  ('tokenizer.json', b'\xff\xfe', ['no UTF-8 at byte 0']),
+  ('tokenizer.json', _DEEP, ['is no tokenizer']),
+  ('tokenizer.json', 'null', ['is no tokenizer']),
+  ('tokenizer.json', '', ['is no tokenizer']),
+  ('tokenizer_config.json', None, ['holds no tokenizer_config.json']),
+  ('tokenizer_config.json', b'{"a": "\xc3"}', ['no UTF-8 at byte 7']),
+  ('tokenizer_config.json', _DEEP, ['nested too deeply']),
+  ('tokenizer_config.json', ' ' * 2**24, ['longer than 8388608 bytes']),
+  ('tokenizer_config.json', '[]', ['holds a list']),
+  ('tokenizer_config.json', '{"a": }', ['is no JSON']),
+  ('tokenizer_config.json', '{"a": ' + '9' * 9999 + '}', ['is no JSON']),
+  ('tokenizer_config.json', '{}', ['names no EOS token']),
+  (
+    'tokenizer_config.json',
+    {'eos_token': '<eos>'},
+    ["'<eos>'", 'not in tokenizer.json'],
+  ),
+  (
+    'tokenizer_config.json',
+    {'eos_token': '<|im_end|>', 'add_bos_token': True},
+    ['add_bos_token but no bos_token'],
+  ),
+  (
+    'generation_config.json',
+    {'eos_token_id': [10**30]},
+    ['generation_config.json', 'no id of the tokenizer'],
+  ),
+  ('generation_config.json', {'eos_token_id': True}, ['eos_token_id True']),
+  ('config.json', {'eos_token_id': -1}, ['eos_token_id -1', 'config.json']),
+  ('chat_template.jinja', b'\x80', ['no UTF-8']),
+  ('special_tokens_map.json', _DEEP, ['nested too deeply']),
+  ('added_tokens.json', _DEEP, ['nested too deeply']),
+  ('added_tokens.json', '[]', ['holds a list']),
+  # transformers gives an added token the next id whatever a file says.
+  (
+    'added_tokens.json',
+    {'<|extra|>': 306},
+    ["'<|extra|>'", '306', '305', 'added_tokens.json'],
+  ),
+  ('added_tokens.json', {'<|im_end|>': 305}, ["'<|im_end|>'", '305', '302']),
+  ('added_tokens.json', {'<|extra|>': 305, '<|two|>': 305}, ['id 305 twice']),
+  ('added_tokens.json', {'<|extra|>': True}, ['<|extra|>', 'no id']),
+  ('added_tokens.json', {'<|extra|>': 2**40}, ['<|extra|>', 'no id']),
+  (
+    'tokenizer_config.json',
+    {
+      'eos_token': '<|im_end|>',
+      'added_tokens_decoder': _declare(310, '<|extra|>'),
+    },
+    ["'<|extra|>'", '310', '305', 'without a gap'],
+  ),
+  (
+    'tokenizer_config.json',
+    {
+      'eos_token': '<|im_end|>',
+      'added_tokens_decoder': _declare(64, '<|extra|>'),
+    },
+    ["'<|extra|>'", '64', '305'],
+  ),
+  (
+    'tokenizer_config.json',
+    {
+      'eos_token': '<|im_end|>',
+      'added_tokens_decoder': _declare(305, '<|x|>') | _declare(306, '<|x|>'),
+    },
+    ["token '<|x|>' twice"],
+  ),
+  (
+    'tokenizer_config.json',
+    {'eos_token': '<|im_end|>', 'added_tokens_decoder': None},
+    ['added_tokens_decoder', 'NoneType'],
+  ),
+  (
+    'tokenizer_config.json',
+    {
+      'eos_token': '<|im_end|>',
+      'added_tokens_decoder': {'x': {'content': '<|x|>'}},
+    },
+    ["added_tokens_decoder['x']", 'no id'],
+  ),
+  (
+    'tokenizer_config.json',
+    {'eos_token': '<|im_end|>', 'added_tokens_decoder': {'305': '<|x|>'}},
+    ["added_tokens_decoder['305']", 'no token'],
+  ),
+  (
+    'tokenizer_config.json',
+    {
+      'eos_token': '<|im_end|>',
+      'added_tokens_decoder': _declare(305, '<|x|>', lstrip='yes'),
+    },
+    ["added_tokens_decoder['305']", 'no token'],
+  ),
+  (
+    'tokenizer_config.json',
+    {
+      'eos_token': '<|im_end|>',
+      'added_tokens_decoder': _declare(305, '<|x|>', strip=True),
+    },
+    ["added_tokens_decoder['305']", 'no token'],
+  ),
+  (
+    'tokenizer_config.json',
+    {'eos_token': '<|im_end|>', 'extra_special_tokens': '<|x|>'},
+    ['extra_special_tokens', 'is a str'],
+  ),
+  (
+    'tokenizer_config.json',
+    {'eos_token': '<|im_end|>', 'extra_special_tokens': [7]},
+    ['extra_special_tokens', 'no token'],
+  ),
+  ('tokenizer_config.json', {'eos_token': 7}, ['eos_token', 'no token']),
+  (
+    'tokenizer_config.json',
+    {'eos_token': '<|im_end|>', 'pad_token': '\ud800'},
+    ['pad_token', 'no token'],
+  ),
 ]
 
 
-@pytest.mark.parametrize('name, content, words',
-                         HOSTILE,
-                         ids=lambda x: str(x)[:24])
+@pytest.mark.parametrize(
+  'name, content, words', HOSTILE, ids=lambda x: str(x)[:24]
+)
 def test_hostile_files(tmp_path, name, content, words):
   """Law: each is one short line that names the file.
 
@@ -924,8 +994,9 @@ def test_hostile_files(tmp_path, name, content, words):
   else:
     if isinstance(content, dict):
       content = json.dumps(content)
-    (tmp_path / name
-    ).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / name).write_bytes(
+      content if isinstance(content, bytes) else content.encode()
+    )
   with pytest.raises(ConfigError) as error:
     load(folder)
   message = str(error.value)

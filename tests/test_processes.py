@@ -13,24 +13,26 @@ import numpy as np
 import process_task
 import pytest
 
-from rlax_llm import checkpoint
-from rlax_llm import processes
+from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting import store as store_module
 from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.store import corpus_texts
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.launch import Launch
-from rlax_llm.run import make_run
+from rlax_llm.runtime import processes
+from rlax_llm.runtime.launch import Launch
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
+from rlax_llm.workdir import checkpoint
 
 HERE = pathlib.Path(__file__).parent
 THREE = dict(coordinator='host:1234', processes=3, process=2)
 
 
-@pytest.mark.parametrize('changes, words', [
+@pytest.mark.parametrize(
+  'changes, words',
+  [
     (dict(distributed=True), '--coordinator=host:1234 says otherwise'),
     (dict(coordinator=None), '--processes, --process without --coordinator'),
     (dict(processes=None), 'without --processes'),
@@ -40,7 +42,8 @@ THREE = dict(coordinator='host:1234', processes=3, process=2)
     (dict(processes=0), '--processes=0 must be at least 1'),
     (dict(process=3), '--process=3 is not one of --processes=3'),
     (dict(process=-1), '--process=-1 is not one of --processes=3'),
-])
+  ],
+)
 def test_wrong_flags_are_refused(changes, words):
   """Contradictions, gaps and ranges; 0 is a value, not a gap.
 
@@ -59,21 +62,22 @@ def _command(module, *arguments):
 
 def _environment(devices, **variables):
   return {
-      **os.environ, 'PYTHONPATH':
-          ':'.join([str(HERE.parent), str(HERE), *sys.path]),
-      'JAX_PLATFORMS':
-          'cpu',
-      'XLA_FLAGS':
-          f'--xla_force_host_platform_device_count={devices}',
-      **variables
+    **os.environ,
+    'PYTHONPATH': ':'.join([str(HERE.parent), str(HERE), *sys.path]),
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    **variables,
   }
 
 
-@pytest.mark.parametrize('module, flag, words', [
+@pytest.mark.parametrize(
+  'module, flag, words',
+  [
     ('train', '--process=1', '--process without --coordinator, --processes'),
     ('train', '--distributed', 'the processes cannot be joined'),
     ('sample', '--distributed', 'this program runs in one process'),
-])
+  ],
+)
 def test_programs_refuse_in_one_line(tmp_path, module, flag, words):
   """Mutants: `run` does not join; sample takes the flags and ignores them."""
   arguments = [flag, f'--workdir={tmp_path}/run']
@@ -82,12 +86,14 @@ def test_programs_refuse_in_one_line(tmp_path, module, flag, words):
   environment = _environment(8)
   for name in [n for n in environment if n.startswith(('SLURM', 'OMPI'))]:
     del environment[name]
-  done = subprocess.run(_command(module, *arguments),
-                        env=environment,
-                        capture_output=True,
-                        text=True,
-                        timeout=120,
-                        check=False)
+  done = subprocess.run(
+    _command(module, *arguments),
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
   assert done.returncode == 2
   lines = done.stderr.splitlines()
   assert len(lines) == 1 and words in lines[0] and lines[0][:7] == 'error: '
@@ -99,10 +105,9 @@ def test_what_is_exchanged_comes_back():
   Mutant: the shape is not sent.
   """
   value = {
-      'a': [1, None, 'é\udcff', 0.1],
-      'b': np.array([[1.5, -0.0], [np.inf, 2**-149]], np.float32),
-      'c': [np.zeros((0, 3), np.int32),
-            np.array(7, np.uint8)]
+    'a': [1, None, 'é\udcff', 0.1],
+    'b': np.array([[1.5, -0.0], [np.inf, 2**-149]], np.float32),
+    'c': [np.zeros((0, 3), np.int32), np.array(7, np.uint8)],
   }
   # pylint: disable=protected-access
   got = processes._decode(processes._encode(value))
@@ -116,8 +121,8 @@ def test_what_is_exchanged_comes_back():
 
 def _stores(parts):
   return [
-      RolloutStore(history=3, megabytes=1, tokenizer='t', part=(i, parts))
-      for i in range(parts)
+    RolloutStore(history=3, megabytes=1, tokenizer='t', part=(i, parts))
+    for i in range(parts)
   ]
 
 
@@ -129,8 +134,8 @@ def test_parts_of_a_store_are_the_store():
   forgets the hints of the part before.
   """
   requests = [
-      Request(np.asarray(p, np.int32), 2, TRAIN, 1, i)
-      for i, p in enumerate([[1], [2], [3, 1], [4], [5, 5], [6]])
+    Request(np.asarray(p, np.int32), 2, TRAIN, 1, i)
+    for i, p in enumerate([[1], [2], [3, 1], [4], [5, 5], [6]])
   ]
   shape = CorpusShape(history=3, group=2, hints=2, prompts=6, capacity=8)
 
@@ -139,10 +144,13 @@ def test_parts_of_a_store_are_the_store():
       for i, request in enumerate(requests):
         for tokens in ([i], [i, i], [7, i]):
           tokens = np.asarray(tokens, np.int32)
-          store.add([
-              Rollout(tokens, len(tokens), True, tokens, tokens, tokens, 1,
-                      request, 0)
-          ])
+          store.add(
+            [
+              Rollout(
+                tokens, len(tokens), True, tokens, tokens, tokens, 1, request, 0
+              )
+            ]
+          )
         store.add_hint(request, i % 2, np.asarray([i, 2, 1], np.int32))
     return stores
 
@@ -182,28 +190,33 @@ def _train(workdir, count, *, slurm=False, seconds=900, **variables):
   started = []
   for i in range(count):
     arguments = [f'--config={process_task.__file__}', f'--workdir={workdir}']
-    environment = _environment(8 // count,
-                               **(variables if i == count - 1 else {}))
+    environment = _environment(
+      8 // count, **(variables if i == count - 1 else {})
+    )
     if slurm:
       arguments.append('--distributed')
       environment |= {
-          'SLURM_JOB_ID': str(port),
-          'SLURM_STEP_NODELIST': 'localhost',
-          'SLURM_NTASKS': str(count),
-          'SLURM_PROCID': str(i),
-          'SLURM_LOCALID': str(i)
+        'SLURM_JOB_ID': str(port),
+        'SLURM_STEP_NODELIST': 'localhost',
+        'SLURM_NTASKS': str(count),
+        'SLURM_PROCID': str(i),
+        'SLURM_LOCALID': str(i),
       }
     elif count > 1:
       arguments += [
-          f'--coordinator=localhost:{port}', f'--processes={count}',
-          f'--process={i}'
+        f'--coordinator=localhost:{port}',
+        f'--processes={count}',
+        f'--process={i}',
       ]
     started.append(
-        subprocess.Popen(_command('train', *arguments),
-                         env=environment,
-                         stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE,
-                         text=True))
+      subprocess.Popen(
+        _command('train', *arguments),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
   try:
     ended = []
     for process in started:
@@ -222,9 +235,11 @@ def _prompts(host):
   """Returns how many prompts each part of the store has in a checkpoint."""
   sizes = []
   for text in host['rollouts']:
-    store = RolloutStore(history=8,
-                         megabytes=1,
-                         tokenizer=process_task.get_config().model.tokenizer)
+    store = RolloutStore(
+      history=8,
+      megabytes=1,
+      tokenizer=process_task.get_config().model.tokenizer,
+    )
     store.restore(text)
     sizes.append(len(store))
   return sizes
@@ -250,7 +265,8 @@ def _runs(tmp_path_factory):
 
 def _distance(want, got):
   flat = lambda tree: np.concatenate(
-      [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+    [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+  )
   want, got = flat(want), flat(got)
   assert np.linalg.norm(want) > 0
   return np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -272,11 +288,12 @@ def test_two_processes_take_the_step_of_one(runs):
   for name in ('tokens_sha256', 'reward_first', 'accuracy_before'):
     assert want[name] == got[name], name
   moments = [
-      part.mu
-      for state in states
-      for part in jax.tree.leaves(state.opt_state,
-                                  is_leaf=lambda x: hasattr(x, 'mu'))
-      if hasattr(part, 'mu')
+    part.mu
+    for state in states
+    for part in jax.tree.leaves(
+      state.opt_state, is_leaf=lambda x: hasattr(x, 'mu')
+    )
+    if hasattr(part, 'mu')
   ]
   assert _distance(*moments) < 1e-5
   assert _distance(*[state.params for state in states]) < 1e-5
@@ -290,8 +307,8 @@ def test_files_are_written_once_and_the_store_in_parts(runs):
   """
   for count, folder in runs.items():
     steps = lambda name: [
-        json.loads(line)['step']
-        for line in (folder / name).read_text().splitlines()
+      json.loads(line)['step']
+      for line in (folder / name).read_text().splitlines()
     ]
     assert steps('metrics.jsonl') == [1, 2]
     assert steps('evaluations.jsonl') == [0, 2]
@@ -312,10 +329,11 @@ def test_one_process_continues_the_run_of_two(runs, tmp_path):
   folder = tmp_path / 'run'
   shutil.copytree(runs[2], folder)
   shutil.rmtree(folder / 'checkpoints' / '2')
-  (code, _, lines), = _train(folder, 1)
+  ((code, _, lines),) = _train(folder, 1)
   assert code == 0 and any('after step 1' in line for line in lines), lines
   want, got = (
-      json.loads((f / 'summary.json').read_text()) for f in (runs[1], folder))
+    json.loads((f / 'summary.json').read_text()) for f in (runs[1], folder)
+  )
   for name in ('steps', 'tokens_sha256', 'reward_last', 'accuracy_after'):
     assert want[name] == got[name], name
   _, host = _restore(folder, 2)
@@ -333,9 +351,8 @@ def test_a_checkpoint_that_one_process_cannot_read_ends_all(runs, tmp_path):
   ended = _train(folder, 2, seconds=200, UNREADABLE='host')
   assert [code for code, *_ in ended] == [1, 1]
   assert all(
-      any('cannot be read' in line
-          for line in lines)
-      for _, _, lines in ended), ended
+    any('cannot be read' in line for line in lines) for _, _, lines in ended
+  ), ended
 
 
 @pytest.mark.slow
@@ -345,11 +362,9 @@ def test_a_failure_ends_all(tmp_path):
 
   Mutant: nothing watches for the failure of others.
   """
-  (code, _, lines), (other, _, trace) = _train(tmp_path / 'run',
-                                               2,
-                                               slurm=True,
-                                               seconds=400,
-                                               REWARD_FAILS='1')
+  (code, _, lines), (other, _, trace) = _train(
+    tmp_path / 'run', 2, slurm=True, seconds=400, REWARD_FAILS='1'
+  )
   assert code == 1 and other == 1
   errors = [line for line in lines if line.startswith('error: ')]
   assert len(errors) == 1 and lines[-1] == errors[0]

@@ -20,10 +20,10 @@ V, LENGTH = 3, 4  # tokens; tokens of a sequence: several rounds
 SAMPLES = 60_000
 LEAST_P = 1e-4  # fixed seeds: a p-value below this is a defect
 SHAPES = {
-    'chain': (1, 1, 1),
-    'paths': (3, 1),
-    'delayed': (1, 3, 1),
-    'full': (2, 2),
+  'chain': (1, 1, 1),
+  'paths': (3, 1),
+  'delayed': (1, 3, 1),
+  'full': (2, 2),
 }
 
 
@@ -32,7 +32,8 @@ def random_laws(seed, *shape, concentration=0.8):
   rng = np.random.default_rng(seed)
   law = rng.dirichlet([concentration] * shape[-1], shape[:-1])
   return np.maximum(law, 1e-3).astype(np.float32) / np.maximum(law, 1e-3).sum(
-      -1, keepdims=True).astype(np.float32)
+    -1, keepdims=True
+  ).astype(np.float32)
 
 
 # Markov laws of order 2: [token before, token, next token].
@@ -42,8 +43,9 @@ DRAFT = 0.5 * TARGET + 0.5 * random_laws(2, V, V, V)
 
 def table_law(table, previous, tree):
   """Returns log-laws [W, V] after each node; `previous` is behind the root."""
-  before = jnp.where(tree.parents == UNUSED, previous,
-                     tree.tokens[jnp.maximum(tree.parents, 0)])
+  before = jnp.where(
+    tree.parents == UNUSED, previous, tree.tokens[jnp.maximum(tree.parents, 0)]
+  )
   return jnp.log(jnp.asarray(table))[before, tree.tokens]
 
 
@@ -64,27 +66,38 @@ def _decode(rule, branching, noise):
     at = lambda back: text[jnp.arange(rows), length - back]
     previous, root = at(2), at(1)
     law = lambda table, tree: jax.vmap(functools.partial(table_law, table))(
-        previous, tree)
-    tree, draft, _ = rules.propose(rule,
-                                   root,
-                                   noise,
-                                   length - 2,
-                                   lambda tree: (law(DRAFT, tree), None),
-                                   branching=branching)
+      previous, tree
+    )
+    tree, draft, _ = rules.propose(
+      rule,
+      root,
+      noise,
+      length - 2,
+      lambda tree: (law(DRAFT, tree), None),
+      branching=branching,
+    )
     path = rules.verify(rule, tree, law(TARGET, tree), draft, noise, length - 2)
     live = length < LENGTH + 2
-    place = jnp.where(live[:, None] & (order < path.length[:, None]),
-                      length[:, None] + order, text.shape[1])
-    text = text.at[jnp.arange(rows)[:, None], place].set(path.tokens,
-                                                         mode='drop')
+    place = jnp.where(
+      live[:, None] & (order < path.length[:, None]),
+      length[:, None] + order,
+      text.shape[1],
+    )
+    text = text.at[jnp.arange(rows)[:, None], place].set(
+      path.tokens, mode='drop'
+    )
     return text, length + jnp.where(live, path.length, 0), path.length
 
-  start = (jnp.zeros((rows, LENGTH + 2 + width), jnp.int32),
-           jnp.full(rows, 2, jnp.int32), jnp.zeros(rows, jnp.int32))
+  start = (
+    jnp.zeros((rows, LENGTH + 2 + width), jnp.int32),
+    jnp.full(rows, 2, jnp.int32),
+    jnp.zeros(rows, jnp.int32),
+  )
   first = body(start)[2]
-  text = jax.lax.while_loop(lambda s: jnp.any(s[1] < LENGTH + 2), body,
-                            start)[0]
-  return text[:, 2:LENGTH + 2], first
+  text = jax.lax.while_loop(lambda s: jnp.any(s[1] < LENGTH + 2), body, start)[
+    0
+  ]
+  return text[:, 2 : LENGTH + 2], first
 
 
 def decode(name, branching, noise):
@@ -106,26 +119,34 @@ def exact():
 def p_value(name, branching, seed):
   """Returns the chi-square p-value of the joint law, and tokens by round."""
   tokens, first = decode(name, branching, make_noise(SAMPLES, seed))
-  number = np.asarray(tokens) @ V**np.arange(LENGTH)[::-1]
+  number = np.asarray(tokens) @ V ** np.arange(LENGTH)[::-1]
   counts = np.bincount(number, minlength=V**LENGTH)
-  return (stats.chisquare(counts,
-                          exact() * SAMPLES).pvalue,
-          float(np.mean(np.asarray(first))))
+  return (
+    stats.chisquare(counts, exact() * SAMPLES).pvalue,
+    float(np.mean(np.asarray(first))),
+  )
 
 
-CASES = [(name, shape)
-         for name, rule in rules.RULES.items()
-         for shape in SHAPES
-         if shape == 'chain' or rule.works_on != 'chain']
+CASES = [
+  (name, shape)
+  for name, rule in rules.RULES.items()
+  for shape in SHAPES
+  if shape == 'chain' or rule.works_on != 'chain'
+]
 # The shape that says most of each rule; the others are slow tests.
-FIRST = [(name, 'chain' if rule.works_on == 'chain' else 'delayed')
-         for name, rule in rules.RULES.items()]
+FIRST = [
+  (name, 'chain' if rule.works_on == 'chain' else 'delayed')
+  for name, rule in rules.RULES.items()
+]
 
 
-@pytest.mark.parametrize('name, shape', [
+@pytest.mark.parametrize(
+  'name, shape',
+  [
     pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow)
     for case in CASES
-])
+  ],
+)
 def test_law(name, shape):
   """Four tokens of several rounds have the target's joint law.
 
@@ -163,16 +184,17 @@ def first_kept(name):
   """Returns the probability that the first token of a chain is kept."""
   p, q = TARGET[0, 0].astype(float), DRAFT[0, 0].astype(float)
   return {
-      'follow, race': float(rejection.race_agreement(p, q)),
-      'follow, best': p[np.argmax(q)],
-      'follow, independent': p @ q,
-      'chain rejection': 1 - np.abs(p - q).sum() / 2,
+    'follow, race': float(rejection.race_agreement(p, q)),
+    'follow, best': p[np.argmax(q)],
+    'follow, independent': p @ q,
+    'chain rejection': 1 - np.abs(p - q).sum() / 2,
   }[name]
 
 
 @pytest.mark.parametrize(
-    'name',
-    ['follow, race', 'follow, best', 'follow, independent', 'chain rejection'])
+  'name',
+  ['follow, race', 'follow, best', 'follow, independent', 'chain rejection'],
+)
 def test_acceptance_of_one_token(name):
   """The first token of a chain is kept as often as the formula says.
 
@@ -202,7 +224,7 @@ def test_tokens_of_a_round():
       weight = min(1, weight * p / q)
       before, token = token, y
       # Each prefix of i tokens is met once for each way to go on.
-      share = drawn if i == 2 else drawn / V**(2 - i)
+      share = drawn if i == 2 else drawn / V ** (2 - i)
       expected['chain rejection'] += share * product
       expected['block'] += share * weight
   assert expected['block'] > 1.01 * expected['chain rejection']
@@ -244,8 +266,9 @@ def test_race_agreement():
     return tokens[0] == tokens[1]
 
   every = jax.jit(jax.vmap(jax.vmap(agree, (0, None)), (None, 0)))
-  for pair, rate in zip(race_pairs(),
-                        np.asarray(every(keys, race_pairs())).mean(-1)):
+  for pair, rate in zip(
+    race_pairs(), np.asarray(every(keys, race_pairs())).mean(-1)
+  ):
     formula = float(rejection.race_agreement(*pair))
     tv = float(rejection.total_variation(*pair))
     assert abs(rate - formula) < 0.02
@@ -264,21 +287,28 @@ def random_rows(branching, count, seed):
 
   def draw(key, law):
     level = lambda depth, tree: draft_trees.grow_independent(
-        tree, jnp.log(law), key, jnp.int32(0), depth, branching=branching)
-    return jax.lax.fori_loop(0, len(branching), level,
-                             draft_trees.plant(jnp.int32(0), branching))
+      tree, jnp.log(law), key, jnp.int32(0), depth, branching=branching
+    )
+    return jax.lax.fori_loop(
+      0, len(branching), level, draft_trees.plant(jnp.int32(0), branching)
+    )
 
-  return (jax.jit(jax.vmap(draw))(keys, q), p, q, rng.random(
-      (count, width)).astype(np.float32),
-          rng.exponential(size=(count, 4)).astype(np.float32))
+  return (
+    jax.jit(jax.vmap(draw))(keys, q),
+    p,
+    q,
+    rng.random((count, width)).astype(np.float32),
+    rng.exponential(size=(count, 4)).astype(np.float32),
+  )
 
 
 def kept(rule, *args):
   """Returns [(nodes, tokens)] that a rule keeps of each row."""
   path = jax.device_get(jax.jit(jax.vmap(rule))(*args))
-  return [(nodes[:length].tolist(), tokens[:length].tolist())
-          for nodes, tokens, length in zip(path.nodes, path.tokens, path.length)
-         ]
+  return [
+    (nodes[:length].tolist(), tokens[:length].tolist())
+    for nodes, tokens, length in zip(path.nodes, path.tokens, path.length)
+  ]
 
 
 def test_on_a_chain_tree_rules_are_chain_rules():
@@ -287,8 +317,10 @@ def test_on_a_chain_tree_rules_are_chain_rules():
   Mutant: a child's weight without its parent's.
   """
   tree, *rest = random_rows((1,) * 5, 4000, 1)
-  for on_tree, on_chain in ((rejection.multi_round, rejection.chain),
-                            (rejection.traversal, rejection.block)):
+  for on_tree, on_chain in (
+    (rejection.multi_round, rejection.chain),
+    (rejection.traversal, rejection.block),
+  ):
     assert kept(on_tree, tree, *rest) == kept(on_chain, tree.tokens, *rest)
 
 
@@ -312,12 +344,12 @@ def plain_traversal(children, tokens, p, q, uniforms, clocks):
   """Traversal by its definition: weights anew after every deletion."""
   p, q, weight = [*p], [*q], {0: 1.0}
   distinct = {
-      n: [
-          c
-          for i, c in enumerate(cs)
-          if tokens[c] not in {tokens[d]
-                               for d in cs[:i]}
-      ] for n, cs in children.items()
+    n: [
+      c
+      for i, c in enumerate(cs)
+      if tokens[c] not in {tokens[d] for d in cs[:i]}
+    ]
+    for n, cs in children.items()
   }
 
   def weigh(node):
@@ -357,14 +389,16 @@ def test_tree_rules_equal_their_definition(branching):
   count = 1500
   tree, *rest = random_rows(branching, count, 2)
   tokens, parents = np.asarray(tree.tokens), np.asarray(tree.parents)
-  for rule, plain in ((rejection.multi_round, plain_multi_round),
-                      (rejection.traversal, plain_traversal)):
+  for rule, plain in (
+    (rejection.multi_round, plain_multi_round),
+    (rejection.traversal, plain_traversal),
+  ):
     got = kept(rule, tree, *rest)
     differ = 0
     for row in range(count):
       children = {
-          n: np.flatnonzero(parents[row] == n).tolist()
-          for n in range(parents.shape[1])
+        n: np.flatnonzero(parents[row] == n).tolist()
+        for n in range(parents.shape[1])
       }
       arrays = [np.asarray(x[row], np.float64) for x in rest]
       nodes, law = plain(children, tokens[row], *arrays)
@@ -383,11 +417,11 @@ def test_shapes_by_hand():
   Mutant: every depth branches as the widest does.
   """
   for branching, parents in {
-      (): [-1],
-      (1, 1): [-1, 0, 1],
-      (2, 1): [-1, 0, 0, 1, 2],
-      (1, 2): [-1, 0, 1, 1],
-      (2, 2): [-1, 0, 0, 1, 1, 2, 2],
+    (): [-1],
+    (1, 1): [-1, 0, 1],
+    (2, 1): [-1, 0, 0, 1, 2],
+    (1, 2): [-1, 0, 1, 1],
+    (2, 2): [-1, 0, 0, 1, 1, 2, 2],
   }.items():
     tree = draft_trees.plant(jnp.int32(7), branching)
     assert tree.parents.tolist() == parents
@@ -414,8 +448,9 @@ def test_trees_hold_what_they_were_drawn_from():
     assert tree.tokens[jnp.asarray(children)].tolist() == best.tolist()
   twins = 0
   tree = random_rows((2, 2), 200, 8)[0]
-  for tokens, parents in zip(np.asarray(tree.tokens),
-                             np.asarray(tree.parents).tolist()):
+  for tokens, parents in zip(
+    np.asarray(tree.tokens), np.asarray(tree.parents).tolist()
+  ):
     twin = tokens[1] == tokens[2]
     twins += twin
     assert parents == [-1, 0, 0, 1, 1, *([1, 1] if twin else [2, 2])]
@@ -428,12 +463,15 @@ def test_rules_refuse_wrong_shapes():
   Mutant: only ranks are checked.
   """
   tree, p, q, uniforms, clocks = (
-      jax.tree.map(lambda x: x[0], part) for part in random_rows((1, 1), 1, 0))
+    jax.tree.map(lambda x: x[0], part) for part in random_rows((1, 1), 1, 0)
+  )
   assert isinstance(tree, DraftTree)
-  for rule, draft in ((rejection.chain, tree.tokens), (rejection.block,
-                                                       tree.tokens),
-                      (rejection.multi_round, tree), (rejection.traversal,
-                                                      tree)):
+  for rule, draft in (
+    (rejection.chain, tree.tokens),
+    (rejection.block, tree.tokens),
+    (rejection.multi_round, tree),
+    (rejection.traversal, tree),
+  ):
     with pytest.raises(AssertionError):
       rule(draft, p, q[:-1], uniforms, clocks)
     with pytest.raises(AssertionError):

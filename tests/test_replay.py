@@ -29,21 +29,25 @@ def _records(seed=0):
           for _ in range(rng.integers(1, 5)):
             forwards = int(rng.integers(1, 9))
             row_forwards = forwards * rows - int(rng.integers(0, 2))
-            reached = np.sort(rng.integers(1, row_forwards + 1,
-                                           width - 1))[::-1]
+            reached = np.sort(rng.integers(1, row_forwards + 1, width - 1))[
+              ::-1
+            ]
             records.append(
-                replay.Record(slots=8,
-                              epoch=epoch,
-                              step=step,
-                              width=width,
-                              running=rows,
-                              rows=rows,
-                              capacity=64,
-                              seconds=float(rng.random()),
-                              preparation=float(rng.random()) / 10,
-                              forwards=forwards,
-                              row_forwards=row_forwards,
-                              accepted=(row_forwards, *map(int, reached))))
+              replay.Record(
+                slots=8,
+                epoch=epoch,
+                step=step,
+                width=width,
+                running=rows,
+                rows=rows,
+                capacity=64,
+                seconds=float(rng.random()),
+                preparation=float(rng.random()) / 10,
+                forwards=forwards,
+                row_forwards=row_forwards,
+                accepted=(row_forwards, *map(int, reached)),
+              )
+            )
   return records
 
 
@@ -57,12 +61,15 @@ def test_a_static_arm_takes_what_was_recorded(width, first):
   takes a segment of W = 1 away.
   """
   records = _records()
-  taken = replay.replay(replay.Trace(records), table.fixed(chain(width)),
-                        PASSES, first)
+  taken = replay.replay(
+    replay.Trace(records), table.fixed(chain(width)), PASSES, first
+  )
   for rows in (8, 4):
-    want = sum((r.seconds + r.preparation) * (PASSES if r.epoch else 1)
-               for r in records
-               if (r.rows, r.width) == (rows, width))
+    want = sum(
+      (r.seconds + r.preparation) * (PASSES if r.epoch else 1)
+      for r in records
+      if (r.rows, r.width) == (rows, width)
+    )
     assert taken[rows] == pytest.approx(want)
 
 
@@ -76,8 +83,9 @@ class _Alternating:
   def choose(self, occupancy, forwards):
     del occupancy
     arms = chains(*WIDTHS)
-    return Choice(arms[len(self.told) % len(arms)], min(forwards, self.most),
-                  True)
+    return Choice(
+      arms[len(self.told) % len(arms)], min(forwards, self.most), True
+    )
 
   def observe(self, occupancy, arm, spent):
     self.told.append((occupancy, arm, spent))
@@ -98,8 +106,11 @@ def test_a_strategy_that_changes_arms_does_all_of_the_work_once():
   for r in records:
     tokens[place(r)] += sum(r.accepted)
   records = [
-      r._replace(seconds=price[r.width] * sum(r.accepted) / tokens[place(r)],
-                 preparation=0.0) for r in records
+    r._replace(
+      seconds=price[r.width] * sum(r.accepted) / tokens[place(r)],
+      preparation=0.0,
+    )
+    for r in records
   ]
   passes = 20
   strategy = _Alternating(most=2)
@@ -138,15 +149,18 @@ def test_what_is_cut_short_takes_its_boundary_all_the_same():
   """
   boundary, forward = 0.7, {1: 0.5, 2: 1.0, 4: 2.5}
   records = [
-      r._replace(seconds=boundary + r.forwards * forward[r.width])
-      for r in _records(2)
+    r._replace(seconds=boundary + r.forwards * forward[r.width])
+    for r in _records(2)
   ]
   strategy = _Alternating(most=2)
   replay.replay(replay.Trace(records), strategy, PASSES)
-  told = [(arm.width, spent)
-          for _, arm, spent in strategy.told
-          if spent.seconds is not None]
+  told = [
+    (arm.width, spent)
+    for _, arm, spent in strategy.told
+    if spent.seconds is not None
+  ]
   assert {1, 2} == {spent.forwards for _, spent in told}
   for width, spent in told:
-    assert spent.seconds == pytest.approx(boundary +
-                                          spent.forwards * forward[width])
+    assert spent.seconds == pytest.approx(
+      boundary + spent.forwards * forward[width]
+    )

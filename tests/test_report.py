@@ -11,13 +11,13 @@ import sys
 import matplotlib.image
 import pytest
 
-from rlax_llm import manifest
-from rlax_llm import metrics
-from rlax_llm import plots
 from rlax_llm import report
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import to_dict
+from rlax_llm.workdir import manifest
+from rlax_llm.workdir import metrics
+from rlax_llm.workdir import plots
 
 EVIL = '<script>alert("x")</script>'
 
@@ -29,35 +29,45 @@ def _make(folder, steps):
     writer.write(0, {'evaluate/accuracy': 0.125})
     for step in range(1, steps + 1):
       writer.write(
-          step, {
-              'reward/mean': step / steps,
-              'evaluate/accuracy': step / steps,
-              'rollout/length_p50': 8.0,
-              'rollout/length_p95': 12.0,
-              'rollout/length_max': 16,
-              'user/words': 2.0 * step,
-              'policy/entropy': math.nan if step == 2 else 1 / step,
-              'policy/behaviour_gap_max': 1e-6,
-              'rollout/accept_length': 2.0,
-              'rollout/tokens_per_second': 1234.0,
-              'time/rollout': 0.5,
-              'time/update': 0.25,
-              'time/step': 1.0,
-          })
-      writer.write_samples(step, [{
-          'prompt': f'step {step}',
-          'completion': EVIL + '\udc80',
-          'reward': reward,
-          'advantage': reward - 0.5
-      } for reward in (0.0, 1.0)])
+        step,
+        {
+          'reward/mean': step / steps,
+          'evaluate/accuracy': step / steps,
+          'rollout/length_p50': 8.0,
+          'rollout/length_p95': 12.0,
+          'rollout/length_max': 16,
+          'user/words': 2.0 * step,
+          'policy/entropy': math.nan if step == 2 else 1 / step,
+          'policy/behaviour_gap_max': 1e-6,
+          'rollout/accept_length': 2.0,
+          'rollout/tokens_per_second': 1234.0,
+          'time/rollout': 0.5,
+          'time/update': 0.25,
+          'time/step': 1.0,
+        },
+      )
+      writer.write_samples(
+        step,
+        [
+          {
+            'prompt': f'step {step}',
+            'completion': EVIL + '\udc80',
+            'reward': reward,
+            'advantage': reward - 0.5,
+          }
+          for reward in (0.0, 1.0)
+        ],
+      )
   metrics.write_summary(
-      folder, {
-          'steps': steps,
-          'accuracy_before': 0.125,
-          'accuracy_after': 0.875,
-          'wall_seconds': 300.0,
-          'tokens_sampled': 123456
-      })
+    folder,
+    {
+      'steps': steps,
+      'accuracy_before': 0.125,
+      'accuracy_after': 0.875,
+      'wall_seconds': 300.0,
+      'tokens_sampled': 123456,
+    },
+  )
 
 
 class _Page(html.parser.HTMLParser):
@@ -109,9 +119,11 @@ def test_whole_report(tmp_path):
   assert not re.search(r'(src|href)=(?!"data:)|url\(|@import', text)
   assert 'is left out' not in page.text
   cells = re.findall(r'<tr class="(\w+)"><td>(\d+)</td>', text)
-  assert cells == [(kind, str(step))
-                   for step in (1, 2, 3, 10, 11, 12)
-                   for kind in ('right', 'wrong')]
+  assert cells == [
+    (kind, str(step))
+    for step in (1, 2, 3, 10, 11, 12)
+    for kind in ('right', 'wrong')
+  ]
 
 
 def test_against(tmp_path):
@@ -159,12 +171,13 @@ def test_empty_workdir_is_one_line(tmp_path):
   with pytest.raises(ConfigError, match='holds no run'):
     report.build_report(tmp_path)
   done = subprocess.run(
-      [sys.executable, '-m', 'rlax_llm.report', f'--workdir={tmp_path}'],
-      env={'PYTHONPATH': ':'.join(sys.path)},
-      capture_output=True,
-      text=True,
-      timeout=60,
-      check=False)
+    [sys.executable, '-m', 'rlax_llm.report', f'--workdir={tmp_path}'],
+    env={'PYTHONPATH': ':'.join(sys.path)},
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
   assert done.returncode == 2
   assert done.stderr.startswith('error: workdir ')
   assert done.stderr.count('\n') == 1

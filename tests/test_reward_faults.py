@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from rlax_llm import config as config_lib
+from rlax_llm.tasks import registry
 from rlax_llm.tasks import rewards as rewards_lib
 from rlax_llm.tasks import task as task_lib
-from rlax_llm.tasks import verifier as verifier_lib
+from rlax_llm.tasks.verifier import verifier as verifier_lib
 
 # A reward that runs the completion, so that each sample is its own program.
-OWN = textwrap.dedent('''\
+OWN = textwrap.dedent("""\
     import os
     import signal
     import sys
@@ -45,44 +46,47 @@ OWN = textwrap.dedent('''\
     class Unprintable(Exception):
       def __str__(self):
         raise self
-    ''')
+    """)
 
 # Program, what is shown of it; '': its kind has been shown.
 FAULTS = [
-    ("return float('nan')", 'returned nan; return a finite number'),
-    ("return -float('inf')", ''),
-    ('return None', "returned 'None', a NoneType"),
-    ("return '1.0'", ''),
-    ('return 10**400', ''),
-    ('return 1e39', ''),
-    ('return np.arange(3)', ''),
-    ("raise KeyError('bro\\ud800ken')", "KeyError: 'bro"),
-    ("raise ValueError('x' * 10**7)", 'xxx'),
-    ('raise Unprintable', 'Unprintable'),
-    ('raise KeyboardInterrupt', 'KeyboardInterrupt'),
-    ('sys.exit(0)', 'SystemExit: 0'),
-    ('return len(bytearray(2**45))', 'MemoryError'),
-    ('f = lambda: f(); return f()', 'RecursionError'),
-    ('os._exit(0)', 'ended with exit status 0'),
-    ('os.kill(os.getpid(), signal.SIGKILL)', 'was killed by SIGKILL'),
-    ('os.closerange(3, 256)', 'ended with exit status 1'),
-    ("scribble(b'nonsense\\n')", 'no answer'),
-    ('scribble(b\'{"id": 7, "reward": 9}\\n\')', ''),
-    ("scribble(b'[]\\n')", ''),
-    ('while True: pass', 'exceeded its time'),
-    ('signal.signal(signal.SIGPROF, signal.SIG_IGN)\n'
-     '  signal.signal(signal.SIGALRM, signal.SIG_IGN)\n'
-     '  time.sleep(99)', 'exceeded its time'),
+  ("return float('nan')", 'returned nan; return a finite number'),
+  ("return -float('inf')", ''),
+  ('return None', "returned 'None', a NoneType"),
+  ("return '1.0'", ''),
+  ('return 10**400', ''),
+  ('return 1e39', ''),
+  ('return np.arange(3)', ''),
+  ("raise KeyError('bro\\ud800ken')", "KeyError: 'bro"),
+  ("raise ValueError('x' * 10**7)", 'xxx'),
+  ('raise Unprintable', 'Unprintable'),
+  ('raise KeyboardInterrupt', 'KeyboardInterrupt'),
+  ('sys.exit(0)', 'SystemExit: 0'),
+  ('return len(bytearray(2**45))', 'MemoryError'),
+  ('f = lambda: f(); return f()', 'RecursionError'),
+  ('os._exit(0)', 'ended with exit status 0'),
+  ('os.kill(os.getpid(), signal.SIGKILL)', 'was killed by SIGKILL'),
+  ('os.closerange(3, 256)', 'ended with exit status 1'),
+  ("scribble(b'nonsense\\n')", 'no answer'),
+  ('scribble(b\'{"id": 7, "reward": 9}\\n\')', ''),
+  ("scribble(b'[]\\n')", ''),
+  ('while True: pass', 'exceeded its time'),
+  (
+    'signal.signal(signal.SIGPROF, signal.SIG_IGN)\n'
+    '  signal.signal(signal.SIGALRM, signal.SIG_IGN)\n'
+    '  time.sleep(99)',
+    'exceeded its time',
+  ),
 ]
 # What is odd, and a reward all the same.
 ODD = [
-    ('return np.float32(0.25)', 0.25),
-    ('return True', 1.0),
-    ('return -0', 0.0),
-    ("print('{\"id\": 0, \"reward\": 9}', flush=True); return 0.5", 0.5),
-    ("os.write(1, b'{\"id\": 0, \"reward\": 9}\\n'); return 0.5", 0.5),
-    ('return float(sys.stdin.read() == "")', 1.0),
-    ('os.fork(); return 0.5', 0.5),
+  ('return np.float32(0.25)', 0.25),
+  ('return True', 1.0),
+  ('return -0', 0.0),
+  ('print(\'{"id": 0, "reward": 9}\', flush=True); return 0.5', 0.5),
+  ('os.write(1, b\'{"id": 0, "reward": 9}\\n\'); return 0.5', 0.5),
+  ('return float(sys.stdin.read() == "")', 1.0),
+  ('os.fork(); return 0.5', 0.5),
 ]
 
 
@@ -96,23 +100,25 @@ def _own(tmp_path_factory):
 
 
 def _config(processes=1, seconds=0.1):
-  return config_lib.TaskConfig(name='own_faults:Own',
-                               rewards={'own_faults:run': 1.0},
-                               verifier_seconds=seconds,
-                               verifier_processes=processes)
+  return config_lib.TaskConfig(
+    name='own_faults:Own',
+    rewards={'own_faults:run': 1.0},
+    verifier_seconds=seconds,
+    verifier_processes=processes,
+  )
 
 
 def _score(verifier, texts):
   problem = task_lib.make_problem('own', 'prompt', None, None, {'letter': 'a'})
   count = len(texts)
-  return verifier.reward([problem] * count,
-                         texts,
-                         tokens=[1] * count,
-                         finished=[True] * count)
+  return verifier.reward(
+    [problem] * count, texts, tokens=[1] * count, finished=[True] * count
+  )
 
 
-@pytest.mark.parametrize('processes',
-                         [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'processes', [1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_fault_costs_its_own_sample_only(own, processes):
   """Law: whatever a reward does, its sample alone is unscorable with reward 0;
   the others have theirs, in order; each kind of failure is shown once.
@@ -131,8 +137,9 @@ def test_a_fault_costs_its_own_sample_only(own, processes):
   lost = np.arange(len(texts)) % 3 == 0
   shown = []
   begin = time.monotonic()
-  with verifier_lib.Verifier(_config(processes), 0,
-                             warn=shown.append) as verifier:
+  with verifier_lib.Verifier(
+    _config(processes), 0, warn=shown.append
+  ) as verifier:
     scores = _score(verifier, texts)
     first = len(shown)
     again = _score(verifier, texts[:18])
@@ -189,17 +196,19 @@ def test_a_reward_may_fork(own):
   assert before == after
 
 
-@pytest.mark.parametrize('path, words', [
-    ('exiting_module:f', 'SystemExit'),
-    ('raising_module:f', 'SyntaxError'),
-])
-def test_a_module_that_ends_the_process_is_a_user_error(tmp_path, monkeypatch,
-                                                        path, words):
+@pytest.mark.parametrize(
+  'path, words',
+  [('exiting_module:f', 'SystemExit'), ('raising_module:f', 'SyntaxError')],
+)
+def test_a_module_that_ends_the_process_is_a_user_error(
+  tmp_path, monkeypatch, path, words
+):
   """Mutant: `except Exception`: the run would end without a word."""
   (tmp_path / 'exiting_module.py').write_text('import sys\nsys.exit(0)')
   (tmp_path / 'raising_module.py').write_text('f = (')
   monkeypatch.syspath_prepend(str(tmp_path))
-  config = config_lib.TaskConfig(name='rlax_llm.testing:ToyTask',
-                                 rewards={path: 1.0})
+  config = config_lib.TaskConfig(
+    name='rlax_llm.testing:ToyTask', rewards={path: 1.0}
+  )
   with pytest.raises(config_lib.ConfigError, match=words):
-    rewards_lib.make_rewards(config, task_lib.make_task(config, 0))
+    rewards_lib.make_rewards(config, registry.make_task(config, 0))

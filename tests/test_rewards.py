@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rlax_llm import config as config_lib
-from rlax_llm import metric_names
 from rlax_llm import testing
-from rlax_llm import validation
+from rlax_llm.config import validation
+from rlax_llm.tasks import registry
 from rlax_llm.tasks import rewards as rewards_lib
-from rlax_llm.tasks import task as task_lib
-from rlax_llm.tasks import verifier as verifier_lib
+from rlax_llm.tasks.verifier import verifier as verifier_lib
+from rlax_llm.workdir import metric_names
 
 OWN = textwrap.dedent('''\
     import os
@@ -93,26 +93,26 @@ def _own(tmp_path_factory):
 
 
 def own_config(**changes):
-  return config_lib.TaskConfig(**{
-      'name': 'own_rewards:Own',
-      'verifier_seconds': 0.3,
-      **changes
-  })
+  return config_lib.TaskConfig(
+    **{'name': 'own_rewards:Own', 'verifier_seconds': 0.3, **changes}
+  )
 
 
 def make(config):
-  return rewards_lib.make_rewards(config, task_lib.make_task(config, 0))
+  return rewards_lib.make_rewards(config, registry.make_task(config, 0))
 
 
 def problems_of(config, count):
-  task = task_lib.make_task(config, 0)
+  task = registry.make_task(config, 0)
   return [task.problem('train', i) for i in range(count)]
 
 
 # ---- Each by hand --------------------------------------------------------
 
 
-@pytest.mark.parametrize('tokens, reward', [
+@pytest.mark.parametrize(
+  'tokens, reward',
+  [
     (0, 0.0),
     (16384, 0.0),
     (16385, -1 / 4096),
@@ -120,7 +120,8 @@ def problems_of(config, count):
     (20479, -4095 / 4096),
     (20480, -1.0),
     (99999, -1.0),
-])
+  ],
+)
 def test_soft_overlong_punishment_by_hand(tokens, reward):
   """The paper's L_max = 20480 and L_cache = 4096.
 
@@ -134,9 +135,13 @@ def test_format_does_not_look_at_the_answer(own):
   config = own_config(rewards={'correct': 1.0, 'format': 0.5})
   rewards, problem = make(config), problems_of(config, 1)[0]
   totals = [
-      rewards(problem, text, 9, True)
-      for text in ('<answer>ok</answer>', '<answer>no</answer>', 'ok',
-                   '<answer></answer>')
+    rewards(problem, text, 9, True)
+    for text in (
+      '<answer>ok</answer>',
+      '<answer>no</answer>',
+      'ok',
+      '<answer></answer>',
+    )
   ]
   assert [found.total for found in totals] == [1.5, 0.5, 0.0, 0.0]
   assert totals[1].parts == {'correct': 0.0, 'format': 1.0}
@@ -145,18 +150,21 @@ def test_format_does_not_look_at_the_answer(own):
 def test_the_sum_does_not_depend_on_the_order(own):
   """Mutant: `sum`, whose rounding depends on the order of the names."""
   weights = {
-      'correct': 0.1,
-      'format': 1e16,
-      'length': 1e16,
-      'own_rewards:ends': 0.3
+    'correct': 0.1,
+    'format': 1e16,
+    'length': 1e16,
+    'own_rewards:ends': 0.3,
   }
   totals = set()
   for names in itertools.permutations(weights):
-    config = own_config(rewards={name: weights[name] for name in names},
-                        length_limit=4,
-                        length_cache=1)
-    total, parts, metrics, faults = make(config)(problems_of(config, 1)[0],
-                                                 '<answer>ok</answer>', 7, True)
+    config = own_config(
+      rewards={name: weights[name] for name in names},
+      length_limit=4,
+      length_cache=1,
+    )
+    total, parts, metrics, faults = make(config)(
+      problems_of(config, 1)[0], '<answer>ok</answer>', 7, True
+    )
     assert (metrics, faults) == ({}, {})
     assert (parts['format'], parts['length']) == (1.0, -1.0)
     totals.add(total)
@@ -176,10 +184,9 @@ def test_the_default_is_the_verifier_alone(own):
   problems = problems_of(config, 3)
   with verifier_lib.Verifier(config, 0) as verifier:
     scores = verifier.score(problems, texts)
-    rewards = verifier.reward(problems,
-                              texts,
-                              tokens=[1, 2, 3],
-                              finished=[True] * 3)
+    rewards = verifier.reward(
+      problems, texts, tokens=[1, 2, 3], finished=[True] * 3
+    )
   assert scores.rewards.tolist() == rewards.rewards.tolist() == [1, 0, 1]
   assert list(rewards.parts) == list(scores.parts) == ['correct']
   assert rewards.parts['correct'].tolist() == [1, 0, 1]
@@ -194,37 +201,36 @@ def test_weights_and_own_rewards(own):
   logged without a weight of its own.
   """
   weights = {'format': 0.5, 'length': 2.0, 'own_rewards:ends': -0.25}
-  config = own_config(rewards=weights,
-                      length_limit=10,
-                      length_cache=4,
-                      verifier_processes=2)
+  config = own_config(
+    rewards=weights, length_limit=10, length_cache=4, verifier_processes=2
+  )
   rng = np.random.default_rng(0)
   count = 200
   tokens = rng.integers(0, 15, count)
   finished = rng.integers(0, 2, count).astype(bool)
-  texts = [('<answer>ok</answer>' if i % 3 else '') + 'x' * (i % 5)
-           for i in range(count)]
+  texts = [
+    ('<answer>ok</answer>' if i % 3 else '') + 'x' * (i % 5)
+    for i in range(count)
+  ]
   problems = problems_of(config, count)
   with verifier_lib.Verifier(config, 0) as verifier:
     scores = verifier.reward(problems, texts, tokens=tokens, finished=finished)
     alone = verifier.score(problems, texts)
   right = np.array([float(i % 3 > 0) for i in range(count)])
   expected = {
-      'correct':
-          right,
-      'format':
-          right,
-      'length':
-          np.clip((6 - tokens) / 4, -1, 0),
-      'own_rewards:ends':
-          np.arange(count) + 0.1 * np.array([len(t) for t in texts]) +
-          100 * tokens + 1000 * finished,
+    'correct': right,
+    'format': right,
+    'length': np.clip((6 - tokens) / 4, -1, 0),
+    'own_rewards:ends': np.arange(count)
+    + 0.1 * np.array([len(t) for t in texts])
+    + 100 * tokens
+    + 1000 * finished,
   }
   assert set(scores.parts) == set(expected)
   for name, values in expected.items():
-    np.testing.assert_array_equal(scores.parts[name],
-                                  values.astype(np.float32),
-                                  err_msg=name)
+    np.testing.assert_array_equal(
+      scores.parts[name], values.astype(np.float32), err_msg=name
+    )
   total = sum(weight * expected[name] for name, weight in weights.items())
   np.testing.assert_allclose(scores.rewards, total, rtol=1e-6)
   assert scores.rewards.dtype == np.float32
@@ -239,14 +245,17 @@ def test_own_rewards_that_break_cost_their_sample_only(own):
   count = len(texts)
   shown = []
   with verifier_lib.Verifier(config, 0, warn=shown.append) as verifier:
-    scores = verifier.reward(problems_of(config, count),
-                             texts,
-                             tokens=[1] * count,
-                             finished=[True] * count)
+    scores = verifier.reward(
+      problems_of(config, count),
+      texts,
+      tokens=[1] * count,
+      finished=[True] * count,
+    )
   assert scores.unscorable.tolist() == [False] + [True] * 5 + [False]
   assert scores.rewards.tolist() == [0.25] + [0.0] * 5 + [1.25]
-  assert scores.parts['own_rewards:broken'].tolist() == ([0.25] + [0.0] * 5 +
-                                                         [0.25])
+  assert scores.parts['own_rewards:broken'].tolist() == (
+    [0.25] + [0.0] * 5 + [0.25]
+  )
   assert "'own_rewards:broken' returned nan; return a finite" in shown[0]
 
 
@@ -258,44 +267,58 @@ def test_metrics_beside_a_reward(own):
   Mutants: the sample unscorable; metrics of the sample before it; all metrics
   of a sample left out for one.
   """
-  config = own_config(rewards={
-      'own_rewards:reports': 1.0,
-      'own_rewards:also': 1.0
-  })
+  config = own_config(
+    rewards={'own_rewards:reports': 1.0, 'own_rewards:also': 1.0}
+  )
   texts = [
-      'plain', 'some', 'nothing', 'nan', 'inf', 'text', 'name', 'long', 'key',
-      'list', 'twice', 'plain'
+    'plain',
+    'some',
+    'nothing',
+    'nan',
+    'inf',
+    'text',
+    'name',
+    'long',
+    'key',
+    'list',
+    'twice',
+    'plain',
   ]
   count = len(texts)
   shown = []
   problems = problems_of(config, count)
   with verifier_lib.Verifier(config, 0, warn=shown.append) as verifier:
     for _ in range(2):
-      scores = verifier.reward(problems,
-                               texts,
-                               tokens=[1] * count,
-                               finished=[True] * count)
+      scores = verifier.reward(
+        problems, texts, tokens=[1] * count, finished=[True] * count
+      )
       assert scores.rewards.tolist() == [0.5] * count
       assert not scores.unscorable.any()
       plain = {'words': 2.0, 'by/kind': 0.5, 'flag': 1.0}
       wanted = [
-          plain, {
-              'words': 4.0
-          }, {}, {
-              'kept': 1.0
-          }, {}, {}, {
-              'kept': 3.0
-          }, {}, {}, {}, {
-              'length': 1.0
-          }, plain
+        plain,
+        {'words': 4.0},
+        {},
+        {'kept': 1.0},
+        {},
+        {},
+        {'kept': 3.0},
+        {},
+        {},
+        {},
+        {'length': 1.0},
+        plain,
       ]
       also = [{'length': 9.0}] * (count - 2) + [{}, {'length': 9.0}]
       assert list(scores.metrics) == [a | b for a, b in zip(wanted, also)]
     # The task's own score alone has no metrics of other rewards.
     assert verifier.score(problems, texts).metrics == [{}] * count
-  kinds = ("the metric 'words' of reward 'own_rewards:reports' returned nan",
-           "'two words'", "the metrics '[1.0]', a list",
-           "the metric 'length', as another")
+  kinds = (
+    "the metric 'words' of reward 'own_rewards:reports' returned nan",
+    "'two words'",
+    "the metrics '[1.0]', a list",
+    "the metric 'length', as another",
+  )
   assert len(shown) == len(kinds)
   for words in kinds:
     assert sum(words in line for line in shown) == 1, words
@@ -307,27 +330,33 @@ def test_means_of_own_metrics():
 
   Mutants: over all samples; `sum`, whose rounding depends on the order.
   """
-  samples = [{
-      'a/b': 1.0
-  }, {}, {
-      'a/b': 2.0,
-      'c': 1e16
-  }, {
-      'c': 1.0
-  }, {
-      'c': -1e16
-  }]
+  samples = [
+    {'a/b': 1.0},
+    {},
+    {'a/b': 2.0, 'c': 1e16},
+    {'c': 1.0},
+    {'c': -1e16},
+  ]
   wanted = {'user/a/b': 1.5, 'user/c': 1 / 3}
   for order in itertools.permutations(samples):
     assert metric_names.user_means(order) == wanted
-  assert list(metric_names.user_means(samples[:1],
-                                      evaluated=True)) == ['evaluate/user/a/b']
+  assert list(metric_names.user_means(samples[:1], evaluated=True)) == [
+    'evaluate/user/a/b'
+  ]
   for name in ('user/a/b', 'user/x-1.y'):
     assert metric_names.describe(name).kind == 'training'
   of_evaluation = metric_names.describe('evaluate/accuracy').kind
   assert metric_names.describe('evaluate/user/a').kind == of_evaluation
-  for name in ('user/', 'user/a b', 'user//a', 'user/a/', 'user/é', 'users/a',
-               'user/' + 'x' * 101, 'evaluate/user/'):
+  for name in (
+    'user/',
+    'user/a b',
+    'user//a',
+    'user/a/',
+    'user/é',
+    'users/a',
+    'user/' + 'x' * 101,
+    'evaluate/user/',
+  ):
     with pytest.raises(ValueError, match='not in the vocabulary'):
       metric_names.describe(name)
 
@@ -342,9 +371,10 @@ def test_a_punishment_no_completion_can_reach_is_refused():
   config = testing.tiny_config()
   config.task.rewards = {'correct': 1.0, 'length': 1.0}
   config.task.length_limit, config.task.length_cache = 10, 2
-  with pytest.raises(config_lib.ConfigError,
-                     match='leaves 8 tokens unpunished, all of '
-                     'rollout.max_new_tokens=8'):
+  with pytest.raises(
+    config_lib.ConfigError,
+    match='leaves 8 tokens unpunished, all of rollout.max_new_tokens=8',
+  ):
     validation.validate(config)
   config.task.length_cache = 3
   validation.validate(config)
@@ -384,10 +414,12 @@ def test_a_run_logs_every_reward(tmp_path):
   expected = sum(w * row[f'reward/{name}'] for name, w in weights.items())
   assert row['reward/mean'] == pytest.approx(expected, abs=1e-6)
   assert row['reward/length'] == pytest.approx(
-      (1 - row['rollout/length_mean']) / 7, abs=1e-6)
+    (1 - row['rollout/length_mean']) / 7, abs=1e-6
+  )
   assert row['reward/length'] < 0 < row['reward/correct']
   # What the task reports is the letters of every prompt's first sample.
-  assert row['user/letters'] == pytest.approx(row['rollout/length_mean'] - 1,
-                                              abs=1.01)
+  assert row['user/letters'] == pytest.approx(
+    row['rollout/length_mean'] - 1, abs=1.01
+  )
   evaluation, *_ = (tmp_path / 'evaluations.jsonl').read_text().splitlines()
   assert 0 < json.loads(evaluation)['evaluate/user/letters'] <= 8

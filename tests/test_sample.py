@@ -12,10 +12,10 @@ import pytest
 
 from rlax_llm import sample
 from rlax_llm import testing
-from rlax_llm import tokenizer as tokenizers
+from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.ops.sampling import Sampling
-from rlax_llm.run import make_run
+from rlax_llm.tokenizers import tokenizer as tokenizers
 
 
 @pytest.fixture(name='workdir', scope='module')
@@ -34,18 +34,25 @@ def _trained(workdir):
 
 
 def _main(monkeypatch, capsys, workdir, **flags):
-  values = dict(prompt=['a'],
-                samples=1,
-                temperature=None,
-                top_p=1.0,
-                max_new_tokens=None,
-                json=False,
-                base=None) | flags
+  values = (
+    dict(
+      prompt=['a'],
+      samples=1,
+      temperature=None,
+      top_p=1.0,
+      max_new_tokens=None,
+      json=False,
+      base=None,
+    )
+    | flags
+  )
   for name, value in (values | {'workdir': workdir}).items():
-    monkeypatch.setattr(sample,
-                        f'_{name.upper()}',
-                        types.SimpleNamespace(value=value),
-                        raising=False)
+    monkeypatch.setattr(
+      sample,
+      f'_{name.upper()}',
+      types.SimpleNamespace(value=value),
+      raising=False,
+    )
   sample.main([])
   return capsys.readouterr().out
 
@@ -56,31 +63,28 @@ def test_json_lines(monkeypatch, capsys, workdir):
   The run was made on 8 devices and is sampled on one. Mutant: `drafted`
   cut to the tokens that show.
   """
-  out = _main(monkeypatch,
-              capsys,
-              workdir,
-              prompt=['a', 'bb'],
-              samples=3,
-              json=True)
+  out = _main(
+    monkeypatch, capsys, workdir, prompt=['a', 'bb'], samples=3, json=True
+  )
   rows = [json.loads(line) for line in out.splitlines()]
   assert [row['prompt'] for row in rows] == ['a'] * 3 + ['bb'] * 3
   for row in rows:
     assert set(row) == {
-        'prompt', 'completion', 'finished', 'logprob', 'drafted',
-        'accept_length'
+      'prompt',
+      'completion',
+      'finished',
+      'logprob',
+      'drafted',
+      'accept_length',
     }
     # A sampled BOS is a token without text.
-    assert (len(row['completion']) + row['finished'] <= len(row['drafted']) <=
-            8)
+    assert len(row['completion']) + row['finished'] <= len(row['drafted']) <= 8
     assert row['logprob'] < 0
     assert 1 <= row['accept_length'] <= 3
   assert len({row['completion'] for row in rows}) > 1
-  again = _main(monkeypatch,
-                capsys,
-                workdir,
-                prompt=['a', 'bb'],
-                samples=3,
-                json=True)
+  again = _main(
+    monkeypatch, capsys, workdir, prompt=['a', 'bb'], samples=3, json=True
+  )
   assert again == out
 
 
@@ -89,22 +93,21 @@ def test_greedy_and_lengths(monkeypatch, capsys, workdir):
 
   Mutants: `--temperature=0` read as absent; the run's T kept.
   """
-  out = _main(monkeypatch,
-              capsys,
-              workdir,
-              samples=4,
-              temperature=0.0,
-              max_new_tokens=12,
-              json=True)
+  out = _main(
+    monkeypatch,
+    capsys,
+    workdir,
+    samples=4,
+    temperature=0.0,
+    max_new_tokens=12,
+    json=True,
+  )
   rows = [json.loads(line) for line in out.splitlines()]
   assert len({row['completion'] for row in rows}) == 1
   assert all(row['logprob'] == 0 for row in rows)
-  out = _main(monkeypatch,
-              capsys,
-              workdir,
-              samples=4,
-              max_new_tokens=2,
-              json=True)
+  out = _main(
+    monkeypatch, capsys, workdir, samples=4, max_new_tokens=2, json=True
+  )
   assert all(len(json.loads(x)['drafted']) <= 2 for x in out.splitlines())
 
 
@@ -121,7 +124,6 @@ def test_text_is_plain_without_a_terminal(monkeypatch, capsys, workdir):
 
 
 class _Terminal(io.StringIO):
-
   def isatty(self):
     return True
 
@@ -134,10 +136,20 @@ def test_text_is_coloured_on_a_terminal(monkeypatch):
   monkeypatch.setenv('TERM', 'xterm-256color')
   monkeypatch.delenv('NO_COLOR', raising=False)
   stream = _Terminal()
-  sample.write_text([
-      sample.Completion('p', 'x[b]y', False, -1.0, [False, True, False], 1.5,
-                        [('x', False), ('[b]', True), ('y', False)])
-  ], stream)
+  sample.write_text(
+    [
+      sample.Completion(
+        'p',
+        'x[b]y',
+        False,
+        -1.0,
+        [False, True, False],
+        1.5,
+        [('x', False), ('[b]', True), ('y', False)],
+      )
+    ],
+    stream,
+  )
   out = stream.getvalue()
   assert 'accepted drafts' in out.splitlines()[0]
   assert re.search(r'x\x1b\[1;32m\[b\]\x1b\[0my', out), repr(out)
@@ -152,8 +164,9 @@ def test_pieces_join_to_the_text():
   """
   tokenizer = tokenizers.Tokenizer()
   tokens = tokenizer.encode('aéb') + [tokenizers.EOS]
-  pieces = sample.split_pieces(tokenizer, tokens,
-                               [False, False, True, True, False])
+  pieces = sample.split_pieces(
+    tokenizer, tokens, [False, False, True, True, False]
+  )
   assert pieces == [('aé', False), ('b', True)]
   assert sample.split_pieces(tokenizer, [], []) == []
   rng = np.random.default_rng(0)
@@ -173,9 +186,9 @@ def test_drafting_changes_no_token(trained):
   both = sample.sample_texts(run, params, ['a', 'b'], samples=2)
   alone = sample.sample_texts(run, params, ['a'], samples=2)
   assert [c.completion for c in alone] == [c.completion for c in both[:2]]
-  greedy = sample.sample_texts(run,
-                               params, ['a', 'a'],
-                               sampling=Sampling(temperature=0))
+  greedy = sample.sample_texts(
+    run, params, ['a', 'a'], sampling=Sampling(temperature=0)
+  )
   assert greedy[0].completion == greedy[1].completion
 
 
@@ -205,14 +218,14 @@ def test_errors(monkeypatch, capsys, workdir, trained, tmp_path):
   with pytest.raises(ConfigError, match='holds no checkpoint'):
     _main(monkeypatch, capsys, str(empty))
   for flags, words in [
-      (dict(prompt=['abcd']), "'abcd' has 5 tokens.*prompt_length=4.*shorten"),
-      (dict(prompt=['ax']), "'x' is not in the alphabet"),
-      (dict(prompt=[]), '--prompt is missing'),
-      (dict(samples=0), 'samples=0 must be at least 1'),
-      (dict(temperature=-1.0), 'temperature=-1.0'),
-      (dict(top_p=0.0), r'top_p=0.0 must be in \(0, 1\]'),
-      (dict(max_new_tokens=0), 'max_new_tokens=0 must be at least 1'),
-      (dict(max_new_tokens=999), 'exceed model.max_positions=256'),
+    (dict(prompt=['abcd']), "'abcd' has 5 tokens.*prompt_length=4.*shorten"),
+    (dict(prompt=['ax']), "'x' is not in the alphabet"),
+    (dict(prompt=[]), '--prompt is missing'),
+    (dict(samples=0), 'samples=0 must be at least 1'),
+    (dict(temperature=-1.0), 'temperature=-1.0'),
+    (dict(top_p=0.0), r'top_p=0.0 must be in \(0, 1\]'),
+    (dict(max_new_tokens=0), 'max_new_tokens=0 must be at least 1'),
+    (dict(max_new_tokens=999), 'exceed model.max_positions=256'),
   ]:
     with pytest.raises(ConfigError, match=words) as caught:
       _main(monkeypatch, capsys, workdir, **flags)

@@ -16,9 +16,10 @@ from rlax_llm.ops.sampling import Sampling
 ORACLE = pathlib.Path(__file__).parent / 'oracles' / 'entropy_logprob.json'
 LEAST_P = 1e-4  # fixed seeds: a p-value below this is a defect
 LAWS = [
-    Sampling(temperature, top_k, top_p, min_p)
-    for temperature, top_k, top_p, min_p in itertools.product((1.0, 0.7, 1.5), (
-        0, 1, 3), (1.0, 0.9, 0.4), (0.0, 0.2))
+  Sampling(temperature, top_k, top_p, min_p)
+  for temperature, top_k, top_p, min_p in itertools.product(
+    (1.0, 0.7, 1.5), (0, 1, 3), (1.0, 0.9, 0.4), (0.0, 0.2)
+  )
 ]
 
 
@@ -89,8 +90,9 @@ def test_greedy_race_is_argmax():
   rows = logits_rows()
   law = sampling.log_law(jnp.asarray(rows), Sampling(0.0))
   for position in range(3):
-    got = jax.vmap(sampling.race, (None, None, 0))(_key(position),
-                                                   jnp.int32(position), law)
+    got = jax.vmap(sampling.race, (None, None, 0))(
+      _key(position), jnp.int32(position), law
+    )
     np.testing.assert_array_equal(got, rows.argmax(-1))
 
 
@@ -105,15 +107,17 @@ def test_oracle():
   expected = oracle['expected']
   for temperature, suffix in ((1.0, ''), (0.7, '_T0_7')):
     law = sampling.log_law(logits, Sampling(temperature))
-    np.testing.assert_allclose(np.take_along_axis(np.asarray(law), tokens,
-                                                  -1)[..., 0],
-                               expected['logprob' + (suffix or '_T1')],
-                               atol=1e-5)
-    np.testing.assert_allclose(sampling.entropy(law),
-                               expected['entropy' + suffix],
-                               atol=1e-5)
+    np.testing.assert_allclose(
+      np.take_along_axis(np.asarray(law), tokens, -1)[..., 0],
+      expected['logprob' + (suffix or '_T1')],
+      atol=1e-5,
+    )
+    np.testing.assert_allclose(
+      sampling.entropy(law), expected['entropy' + suffix], atol=1e-5
+    )
   gradient = jax.grad(
-      lambda x: sampling.entropy(sampling.log_law(x, Sampling())).sum())(logits)
+    lambda x: sampling.entropy(sampling.log_law(x, Sampling())).sum()
+  )(logits)
   np.testing.assert_allclose(gradient, expected['dH_dlogits'], atol=1e-5)
 
 
@@ -188,8 +192,8 @@ def test_neighbours_are_independent():
   u = _grid_u(_keys(64, 1))
   for dt, dv in itertools.product(range(4), range(-4, 5)):
     if (dt, dv) > (0, 0):
-      a = u[:, :40 - dt, max(0, -dv):96 - max(0, dv)]
-      b = u[:, dt:, max(0, dv):96 - max(0, -dv)]
+      a = u[:, : 40 - dt, max(0, -dv) : 96 - max(0, dv)]
+      b = u[:, dt:, max(0, dv) : 96 - max(0, -dv)]
       _assert_independent(a, b, (dt, dv))
 
 
@@ -197,7 +201,9 @@ def _words(first, second):
   return jnp.asarray([[first, second]], jnp.uint32)
 
 
-@pytest.mark.parametrize('other', [
+@pytest.mark.parametrize(
+  'other',
+  [
     lambda k: k + _words(1, 0),
     lambda k: k + _words(0, 1),
     lambda k: k + _words(1, 1),
@@ -206,11 +212,9 @@ def _words(first, second):
     lambda k: k[:, ::-1],
     lambda k: k + _words(0x9E3779B9, 0),
     lambda k: k + _words(0, 0x85EBCA6B),
-],
-                         ids=[
-                             'word0', 'word1', 'both', 'top0', 'top1',
-                             'swapped', 'golden0', 'weyl1'
-                         ])
+  ],
+  ids=['word0', 'word1', 'both', 'top0', 'top1', 'swapped', 'golden0', 'weyl1'],
+)
 def test_related_keys_are_independent(other):
   """Clocks of keys that differ by a structured step are independent.
 
@@ -247,8 +251,9 @@ def test_small_clocks_are_resolved():
   e = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(256))).reshape(-1)
   small = e[e < 2.0**-19]
   mean = e.size * 2.0**-19  # 64
-  assert stats.poisson(mean).ppf(1e-4) < len(small) < stats.poisson(mean).isf(
-      1e-4)
+  assert (
+    stats.poisson(mean).ppf(1e-4) < len(small) < stats.poisson(mean).isf(1e-4)
+  )
   assert len(set(small)) >= len(small) - 2
   assert e.min() > 0 and np.isfinite(e).all()
   least = e.reshape(256, -1).min(-1) * (1 << 17)
@@ -262,12 +267,12 @@ def _races(keys, positions, law):
 
 
 RACES = {
-    'uniform': np.full(8, 1 / 8),
-    'skewed': np.asarray([0.9, 0.05, 0.03, 0.01, 0.01]),
-    'with zeros': np.asarray([0, 0.5, 0, 0.3, 0.2, 0]),
-    'certain': np.asarray([0, 0, 1.0]),
-    'geometric': 2.0**-np.arange(1, 12) / (1 - 2.0**-11),
-    'many': np.random.default_rng(3).dirichlet(np.full(300, 0.3)),
+  'uniform': np.full(8, 1 / 8),
+  'skewed': np.asarray([0.9, 0.05, 0.03, 0.01, 0.01]),
+  'with zeros': np.asarray([0, 0.5, 0, 0.3, 0.2, 0]),
+  'certain': np.asarray([0, 0, 1.0]),
+  'geometric': 2.0 ** -np.arange(1, 12) / (1 - 2.0**-11),
+  'many': np.random.default_rng(3).dirichlet(np.full(300, 0.3)),
 }
 
 
@@ -279,8 +284,8 @@ def test_race_samples_the_law(name):
   """
   p = RACES[name]
   tokens = np.asarray(
-      _races(_keys(1000, 4), jnp.arange(60),
-             jnp.log(jnp.asarray(p, jnp.float32))))
+    _races(_keys(1000, 4), jnp.arange(60), jnp.log(jnp.asarray(p, jnp.float32)))
+  )
   counts = np.bincount(tokens.reshape(-1), minlength=len(p))
   expected = p * tokens.size
   assert (counts[p == 0] == 0).all()
@@ -304,7 +309,8 @@ def test_race_of_a_large_vocabulary():
   law = jnp.log(jnp.asarray(p, jnp.float32))
   race = jax.jit(sampling.race)
   tokens = np.asarray(
-      [race(key, jnp.int32(t), law) for key in _keys(50, 5) for t in range(30)])
+    [race(key, jnp.int32(t), law) for key in _keys(50, 5) for t in range(30)]
+  )
   wins = np.isin(tokens, special)
   assert stats.binomtest(int(wins.sum()), len(tokens), 0.1).pvalue > LEAST_P
   assert stats.kstest(tokens[~wins] / vocabulary, 'uniform').pvalue > LEAST_P
@@ -317,8 +323,9 @@ def test_race_is_invariant_to_shifts_of_the_law():
   """
   law = jnp.log(jnp.asarray(RACES['many'], jnp.float32))
   keys, positions = _keys(30, 6), jnp.arange(10)
-  np.testing.assert_array_equal(_races(keys, positions, law),
-                                _races(keys, positions, law + 4.0))
+  np.testing.assert_array_equal(
+    _races(keys, positions, law), _races(keys, positions, law + 4.0)
+  )
 
 
 @pytest.mark.parametrize('mix', [0.02, 0.2, 0.6, 1.0])
@@ -335,7 +342,8 @@ def test_race_of_a_draft_law_matches(mix):
   log = lambda x: jnp.log(jnp.asarray(x, jnp.float32))
   keys, positions = _keys(400, 8), jnp.arange(50)
   same = np.asarray(
-      _races(keys, positions, log(p)) == _races(keys, positions, log(q)))
+    _races(keys, positions, log(p)) == _races(keys, positions, log(q))
+  )
   sigma = np.sqrt(bound * (1 - bound) / same.size)
   assert same.mean() > bound - 4 * sigma
   # Not by being blind to the law: q != p must part somewhere.
@@ -349,14 +357,18 @@ def test_sample_keys_are_distinct():
   the domain or the index left out; the values folded in as their sum.
   """
   grid = np.stack(
-      np.meshgrid(np.arange(2),
-                  np.r_[np.arange(12), 255, 65536],
-                  np.arange(12),
-                  np.arange(12),
-                  indexing='ij'), -1).reshape(-1, 4)
+    np.meshgrid(
+      np.arange(2),
+      np.r_[np.arange(12), 255, 65536],
+      np.arange(12),
+      np.arange(12),
+      indexing='ij',
+    ),
+    -1,
+  ).reshape(-1, 4)
   columns = [jnp.asarray(c, jnp.int32) for c in grid.T]
   keys = [
-      np.asarray(sampling.sample_keys(seed, *columns)) for seed in (0, 1, 17)
+    np.asarray(sampling.sample_keys(seed, *columns)) for seed in (0, 1, 17)
   ]
   rows = np.concatenate(keys)
   assert len(np.unique(rows, axis=0)) == len(rows)
@@ -372,13 +384,14 @@ def test_neighbouring_samples_are_independent(field):
   Mutant: the key is (seed, a linear sum of the fields).
   """
   base = np.stack(
-      np.meshgrid([0], np.arange(4), np.arange(4), np.arange(4), indexing='ij'),
-      -1).reshape(-1, 4)
+    np.meshgrid([0], np.arange(4), np.arange(4), np.arange(4), indexing='ij'),
+    -1,
+  ).reshape(-1, 4)
   after = base.copy()
   after[:, field] += 1
-  u, w = (_grid_u(
-      sampling.sample_keys(0, *(jnp.asarray(c, jnp.int32)
-                                for c in x.T)))
-          for x in (base, after))
+  u, w = (
+    _grid_u(sampling.sample_keys(0, *(jnp.asarray(c, jnp.int32) for c in x.T)))
+    for x in (base, after)
+  )
   _assert_independent(u, w, field)
   _assert_independent(u[:, 1:], w[:, :-1], field)

@@ -16,11 +16,11 @@ from rlax_llm.rollout import segment as segments
 from rlax_llm.rollout import slots as slot_ops
 
 DRAFTERS = {
-    'none': drafting.no_drafter(),
-    'chain': drafting.prompt_lookup(4),
-    'tree': helpers.random_tree(5, 6),
-    'cache': helpers.tree_cache(4),
-    'cache tree': helpers.tree_cache(6, branching=3),
+  'none': drafting.no_drafter(),
+  'chain': drafting.prompt_lookup(4),
+  'tree': helpers.random_tree(5, 6),
+  'cache': helpers.tree_cache(4),
+  'cache tree': helpers.tree_cache(6, branching=3),
 }
 MODEL = testing.tiny_model(layers=1)
 CONFIG = segments.SegmentConfig(Sampling(), (6,))
@@ -31,13 +31,9 @@ def _function(drafter, config=CONFIG):
 
   def run(params, slots, limits):
     state = drafter.init(params, slots)
-    return segments.segment(params,
-                            slots,
-                            state,
-                            limits,
-                            model=MODEL,
-                            drafter=drafter,
-                            config=config)
+    return segments.segment(
+      params, slots, state, limits, model=MODEL, drafter=drafter, config=config
+    )
 
   return run
 
@@ -48,8 +44,9 @@ def _compiled(name):
 
 
 def _limits(forwards, done_rows, rows=4):
-  return segments.Limits(jnp.int32(forwards), jnp.int32(done_rows),
-                         jnp.ones(rows, bool))
+  return segments.Limits(
+    jnp.int32(forwards), jnp.int32(done_rows), jnp.ones(rows, bool)
+  )
 
 
 def _shapes(rows=4, capacity=32):
@@ -64,16 +61,23 @@ def _slots(prompts, capacity, limit):
   tokens = np.zeros((rows, 6), np.int32)
   length = np.ones(rows, np.int32)
   for row, prompt in enumerate(prompts):
-    tokens[row, :len(prompt)] = prompt
+    tokens[row, : len(prompt)] = prompt
     length[row] = len(prompt)
   params = jax.jit(MODEL.init)(jax.random.key(0))
   prefill = functools.partial(slot_ops.prefill, model=MODEL)
   block = jax.jit(prefill)(params, jnp.asarray(tokens), jnp.asarray(length))
   order = jnp.arange(rows, dtype=jnp.int32)
-  admission = slot_ops.Admission(order < len(prompts), order,
-                                 jnp.asarray(length),
-                                 jnp.full(rows, limit, jnp.int32), order * 0,
-                                 order * 0, order, order * 0, order)
+  admission = slot_ops.Admission(
+    order < len(prompts),
+    order,
+    jnp.asarray(length),
+    jnp.full(rows, limit, jnp.int32),
+    order * 0,
+    order * 0,
+    order,
+    order * 0,
+    order,
+  )
   empty = slot_ops.empty_slots(MODEL, rows, capacity)
   admit = jax.jit(functools.partial(slot_ops.admit, seed=0))
   return params, admit(empty, block, admission)
@@ -90,8 +94,9 @@ def test_no_host_in_the_loop(name):
   names = list(helpers.all_primitives(jaxpr.jaxpr))
   assert len(names) > 100 and 'dot_general' in names
   assert not [
-      n for n in names
-      if any(word in n for word in ('callback', 'feed', 'debug', 'print'))
+    n
+    for n in names
+    if any(word in n for word in ('callback', 'feed', 'debug', 'print'))
   ]
   assert [e.primitive.name for e in jaxpr.jaxpr.eqns].count('while') == 1
 
@@ -121,8 +126,9 @@ def test_lowers_for_accelerators(name, platform):
 
   Mutant: an operation of CPU only (a callback, an FFI call) in the loop.
   """
-  exported = export.export(jax.jit(_function(DRAFTERS[name])),
-                           platforms=[platform])(*_shapes())
+  exported = export.export(
+    jax.jit(_function(DRAFTERS[name])), platforms=[platform]
+  )(*_shapes())
   assert exported.platforms == (platform,)
   assert 'while' in exported.mlir_module()
 
@@ -188,10 +194,13 @@ def test_segments_are_transparent(name):
   whole, _, _ = run(params, slots, _limits(99, 4))
   while not bool(slots.done.all()):
     beyond = jnp.arange(16)[None] >= slots.length[:, None]
-    slots, _, _ = run(params,
-                      slots.replace(text=jnp.where(beyond, 5, slots.text)),
-                      _limits(1, 4))
+    slots, _, _ = run(
+      params,
+      slots.replace(text=jnp.where(beyond, 5, slots.text)),
+      _limits(1, 4),
+    )
   np.testing.assert_array_equal(slots.length, whole.length)
   for row, length in enumerate(np.asarray(whole.length)):
-    np.testing.assert_array_equal(slots.text[row, :length],
-                                  whole.text[row, :length])
+    np.testing.assert_array_equal(
+      slots.text[row, :length], whole.text[row, :length]
+    )

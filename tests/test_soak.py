@@ -15,16 +15,26 @@ import jax
 import pytest
 
 from rlax_llm import testing
-from rlax_llm.progress import Progress
+from rlax_llm.workdir.progress import Progress
 
 _LIBC = ctypes.CDLL(None)
 
 
 class _Mallinfo(ctypes.Structure):
   _fields_ = [
-      (name, ctypes.c_size_t)
-      for name in ('arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks',
-                   'fsmblks', 'uordblks', 'fordblks', 'keepcost')
+    (name, ctypes.c_size_t)
+    for name in (
+      'arena',
+      'ordblks',
+      'smblks',
+      'hblks',
+      'hblkhd',
+      'usmblks',
+      'fsmblks',
+      'uordblks',
+      'fordblks',
+      'keepcost',
+    )
   ]
 
 
@@ -58,8 +68,9 @@ class _Watch(Progress):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(_LIBC, 'mallinfo2'),
-                    reason='host memory is counted by glibc 2.33')
+@pytest.mark.skipif(
+  not hasattr(_LIBC, 'mallinfo2'), reason='host memory is counted by glibc 2.33'
+)
 def test_memory_and_step_time_stay_flat(tmp_path, request):
   """Law: after a fifth of a run host memory grows by less than 1 %, after a
   half device memory does not, nothing is traced, and steps do not slow down.
@@ -83,12 +94,12 @@ def test_memory_and_step_time_stay_flat(tmp_path, request):
   # goes; the median of growths, for now and then the checkpoint library keeps
   # one more compressor (3.6 MB) over several saves, at most one for each core.
   least = [
-      min(watch.allocated[i:i + 50])
-      for i in range(config.num_steps // 5, config.num_steps, 50)
+    min(watch.allocated[i : i + 50])
+    for i in range(config.num_steps // 5, config.num_steps, 50)
   ]
   growth = statistics.median(b - a for a, b in itertools.pairwise(least))
   assert growth * (len(least) - 1) < 0.01 * least[0]
   assert least[-1] < 1.01 * least[0] + 3.7e6 * (os.cpu_count() or 1)
-  assert min(watch.arrays[-50:]) == min(watch.arrays[half:half + 50])
-  late = statistics.median(watch.seconds[-half // 2:])
-  assert late < 1.5 * statistics.median(watch.seconds[half // 2:half])
+  assert min(watch.arrays[-50:]) == min(watch.arrays[half : half + 50])
+  late = statistics.median(watch.seconds[-half // 2 :])
+  assert late < 1.5 * statistics.median(watch.seconds[half // 2 : half])

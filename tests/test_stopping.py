@@ -19,21 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlax_llm import executables
-from rlax_llm import guards
 from rlax_llm import testing
 from rlax_llm import trainer
+from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
 from rlax_llm.config import LearningConfig
-from rlax_llm.progress import Progress
-from rlax_llm.run import make_run
-from rlax_llm.stopping import Diverged
-from rlax_llm.stopping import Stopped
-from rlax_llm.workdir_lock import lock_workdir
+from rlax_llm.runtime import executables
+from rlax_llm.runtime import monitor
+from rlax_llm.runtime.stopping import Diverged
+from rlax_llm.runtime.stopping import Stopped
+from rlax_llm.workdir.lock import lock_workdir
+from rlax_llm.workdir.progress import Progress
 
-VALUES = ('tokens_sha256', 'parameters_sha256', 'reward_last',
-          'accuracy_before', 'accuracy_after')
+VALUES = (
+  'tokens_sha256',
+  'parameters_sha256',
+  'reward_last',
+  'accuracy_before',
+  'accuracy_after',
+)
 
 
 def _config(**learning):
@@ -50,11 +55,9 @@ def _config(**learning):
 def _train(folder, clock=time.perf_counter, **options):
   shown = io.StringIO()
   learning = options.pop('learning', {})
-  summary = train_quietly(_config(**learning),
-                          folder,
-                          clock=clock,
-                          display=Progress(shown),
-                          **options)
+  summary = train_quietly(
+    _config(**learning), folder, clock=clock, display=Progress(shown), **options
+  )
   return summary, shown.getvalue()
 
 
@@ -123,29 +126,35 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path):
 
   Mutant: `Stopped` not caught in `main`.
   """
-  (tmp_path / 'c.py').write_text('from rlax_llm import testing\n'
-                                 'def get_config():\n'
-                                 '  config = testing.tiny_config()\n'
-                                 '  config.mesh.data = 1\n'
-                                 '  config.num_steps = 100000\n'
-                                 '  return config\n')
+  (tmp_path / 'c.py').write_text(
+    'from rlax_llm import testing\n'
+    'def get_config():\n'
+    '  config = testing.tiny_config()\n'
+    '  config.mesh.data = 1\n'
+    '  config.num_steps = 100000\n'
+    '  return config\n'
+  )
   command = [
-      sys.executable, '-m', 'rlax_llm.train', f'--config={tmp_path / "c.py"}',
-      f'--workdir={tmp_path / "run"}'
+    sys.executable,
+    '-m',
+    'rlax_llm.train',
+    f'--config={tmp_path / "c.py"}',
+    f'--workdir={tmp_path / "run"}',
   ]
-  with subprocess.Popen(command,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.DEVNULL,
-                        text=True) as process:
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+  ) as process:
     metrics = tmp_path / 'run' / 'metrics.jsonl'
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
       assert process.poll() is None
       time.sleep(0.05)
-    refused = subprocess.run(command,
-                             stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE,
-                             text=True,
-                             check=False)
+    refused = subprocess.run(
+      command,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      check=False,
+    )
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
   assert process.returncode == 0
@@ -160,17 +169,18 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path):
 
 def test_the_second_signal_ends_the_process():
   """Mutant: the second signal noted like the first."""
-  code = ('import os, signal\n'
-          'from rlax_llm.stopping import StopRequest\n'
-          'with StopRequest():\n'
-          '  os.kill(os.getpid(), signal.SIGTERM)\n'
-          '  print("alive", flush=True)\n'
-          '  os.kill(os.getpid(), signal.SIGINT)\n'
-          '  print("still alive", flush=True)\n')
-  done = subprocess.run([sys.executable, '-c', code],
-                        stdout=subprocess.PIPE,
-                        text=True,
-                        check=False)
+  code = (
+    'import os, signal\n'
+    'from rlax_llm.stopping import StopRequest\n'
+    'with StopRequest():\n'
+    '  os.kill(os.getpid(), signal.SIGTERM)\n'
+    '  print("alive", flush=True)\n'
+    '  os.kill(os.getpid(), signal.SIGINT)\n'
+    '  print("still alive", flush=True)\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, check=False
+  )
   assert done.returncode == 128 + signal.SIGINT
   assert done.stdout == 'alive\n'
 
@@ -180,15 +190,18 @@ def test_a_killed_process_frees_its_lock(tmp_path):
 
   Mutant: a lock file whose existence is the lock.
   """
-  code = ('import sys, time\n'
-          'from rlax_llm.workdir_lock import lock_workdir\n'
-          'with lock_workdir(sys.argv[1]):\n'
-          '  print("held", flush=True)\n'
-          '  time.sleep(60)\n')
+  code = (
+    'import sys, time\n'
+    'from rlax_llm.workdir_lock import lock_workdir\n'
+    'with lock_workdir(sys.argv[1]):\n'
+    '  print("held", flush=True)\n'
+    '  time.sleep(60)\n'
+  )
   with subprocess.Popen(
-      [sys.executable, '-c', code, str(tmp_path)],
-      stdout=subprocess.PIPE,
-      text=True) as process:
+    [sys.executable, '-c', code, str(tmp_path)],
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
     assert process.stdout.readline() == 'held\n'
     with pytest.raises(ConfigError, match=f'in use by process {process.pid}'):
       with lock_workdir(tmp_path):
@@ -208,33 +221,38 @@ def test_updates_that_are_not_finite_are_skipped(tmp_path):
   with pytest.raises(Diverged, match='2 updates in a row were not finite'):
     _train(tmp_path, learning=learning)
   rows = [
-      json.loads(r)
-      for r in (tmp_path / 'metrics.jsonl').read_text().split('\n')
-      if r
+    json.loads(r)
+    for r in (tmp_path / 'metrics.jsonl').read_text().split('\n')
+    if r
   ]
   assert [r['learning/skipped'] for r in rows] == [0, 1, 1]
   states = make_run(_config(**learning)).states
-  two, three = (file_helpers.read_states(states, str(tmp_path), i)[1]['policy']
-                for i in (2, 3))
+  two, three = (
+    file_helpers.read_states(states, str(tmp_path), i)[1]['policy']
+    for i in (2, 3)
+  )
   assert (two.step, three.step) == (2, 3)
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(three.params))
-  jax.tree.map(np.testing.assert_array_equal, (two.params, two.opt_state),
-               (three.params, three.opt_state))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (two.params, two.opt_state),
+    (three.params, three.opt_state),
+  )
 
 
 def _rails(**learning):
   lines = []
   pool = executables.ExecutablePool(time.perf_counter)
   config = freeze(LearningConfig(**learning))
-  return guards.Rails(pool, config, lines.append), lines, pool
+  return monitor.Rails(pool, config, lines.append), lines, pool
 
 
 def _values(**changes):
   values = {
-      'learning/skipped': 0.0,
-      'learning/loss': 1.0,
-      'learning/grad_norm': 1.0,
-      'policy/behaviour_gap_max': 1e-5
+    'learning/skipped': 0.0,
+    'learning/loss': 1.0,
+    'learning/grad_norm': 1.0,
+    'policy/behaviour_gap_max': 1e-5,
   }
   return values | {k.replace('__', '/'): v for k, v in changes.items()}
 
@@ -275,7 +293,7 @@ def test_no_surprises():
   """Mutant: an empty `no_surprises`."""
   with jax.numpy_rank_promotion('allow'):
     assert (jnp.ones((2, 3)) + jnp.ones(3)).shape == (2, 3)
-    with guards.no_surprises():
+    with monitor.no_surprises():
       with pytest.raises(ValueError, match='rank'):
         jnp.ones((2, 3)) + jnp.ones(3)
 
@@ -317,8 +335,15 @@ def test_a_step_reads_the_device_explicitly(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax_array.ArrayImpl, name, watched)
 
-  for name in ('__array__', '__float__', '__int__', '__index__', '__bool__',
-               'item', 'tolist'):
+  for name in (
+    '__array__',
+    '__float__',
+    '__int__',
+    '__index__',
+    '__bool__',
+    'item',
+    'tolist',
+  ):
     watch(name)
   monkeypatch.setattr(trainer, 'train_step', step)
   monkeypatch.setattr(jax, 'device_get', get)

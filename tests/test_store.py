@@ -21,8 +21,17 @@ def _request(prompt, *, step=0, request=0, samples=2):
 
 def _rollout(prompt, tokens, index=0):
   tokens = np.asarray(tokens, np.int32)
-  return Rollout(tokens, len(tokens), True, tokens, tokens, tokens, 1,
-                 _request(prompt), index)
+  return Rollout(
+    tokens,
+    len(tokens),
+    True,
+    tokens,
+    tokens,
+    tokens,
+    1,
+    _request(prompt),
+    index,
+  )
 
 
 def _store(history=3, megabytes=1, tokenizer='abc'):
@@ -71,9 +80,12 @@ def test_the_budget_is_kept_and_the_least_recent_leave():
   assert 50 < len(store) < 135
   assert store.history(_request([0])) and store.history(_request([399]))
   assert not store.history(_request([1]))
-  counted = sum(4 * len(k) + 200
-                for i in range(400)
-                for k in store.history(_request([i]))) + len(store) * 204
+  counted = (
+    sum(
+      4 * len(k) + 200 for i in range(400) for k in store.history(_request([i]))
+    )
+    + len(store) * 204
+  )
   assert store.bytes == counted
 
 
@@ -126,18 +138,24 @@ def test_another_tokenizers_cache_is_refused():
   store.add([_rollout([1], [2, 3])])
   with pytest.raises(ConfigError, match="'xyz'.*'abc'.*workdir"):
     _store().restore(
-        json.dumps(json.loads(store.dump()) | {'tokenizer': 'xyz'}))
+      json.dumps(json.loads(store.dump()) | {'tokenizer': 'xyz'})
+    )
 
 
-@pytest.mark.parametrize('change', [
+@pytest.mark.parametrize(
+  'change',
+  [
     dict(prompts=['AAAA', 'AAAA']),
     dict(hints=['no base64!', '']),
     dict(counts=[]),
     dict(counts=store_module._pack([np.asarray([3, -2], '<i4')])),
-    dict(hint_keys=store_module._pack([np.asarray([3], '<i4')]),
-         hints=store_module._pack([np.asarray([3], '<i4')])),
+    dict(
+      hint_keys=store_module._pack([np.asarray([3], '<i4')]),
+      hints=store_module._pack([np.asarray([3], '<i4')]),
+    ),
     None,
-])
+  ],
+)
 def test_a_damaged_cache_is_told_apart(change):
   """Damage is a ValueError and leaves the store as it was.
 

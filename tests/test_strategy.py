@@ -12,8 +12,9 @@ from strategy_helpers import Machine
 
 from rlax_llm.config import Config
 from rlax_llm.config import freeze
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
+from rlax_llm.config.rollout_validation import validate_rollout
 from rlax_llm.drafting.strategy import table
 from rlax_llm.drafting.strategy.accept_curve import AcceptCurve
 from rlax_llm.drafting.strategy.bandit import Bandit
@@ -21,7 +22,6 @@ from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
 from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.drafting.strategy.make import make_strategy
-from rlax_llm.rollout_validation import validate_rollout
 
 COMPUTE_BOUND = lambda n, arm: 1e-4 + 2e-5 * n * arm.width
 MEMORY_BOUND = lambda n, arm: 1e-3 + 1e-6 * n * arm.width
@@ -32,13 +32,9 @@ def _equal(accept, width=4):
   return [(accept - 1) / (width - 1)] * (width - 1)
 
 
-def _simulate(cost,
-              accept,
-              *,
-              rows=(32, 16, 8),
-              steps=40,
-              widths=(1, 4),
-              noise=0.0):
+def _simulate(
+  cost, accept, *, rows=(32, 16, 8), steps=40, widths=(1, 4), noise=0.0
+):
   """Runs whole rollouts; returns (machine, strategy).
 
   Args:
@@ -86,11 +82,13 @@ def test_dear_probes_are_rarer():
   A probe of 8 forwards costs three segments: 2 % of the time are for probes.
   Mutants: probes have no budget; what a probe gave is counted for one row.
   """
-  machine, _ = _simulate(lambda n, arm: 1e-3 * (1 + 0.8 * (arm.width - 1)),
-                         lambda t: [0.0] * 15,
-                         rows=(32,),
-                         steps=200,
-                         widths=(1, 16))
+  machine, _ = _simulate(
+    lambda n, arm: 1e-3 * (1 + 0.8 * (arm.width - 1)),
+    lambda t: [0.0] * 15,
+    rows=(32,),
+    steps=200,
+    widths=(1, 16),
+  )
   assert machine.plain < machine.spent < 1.03 * machine.plain
 
 
@@ -101,15 +99,16 @@ def test_what_cannot_pay_is_never_run():
   And four nodes at more than four times the cost are run until that is known.
   Mutants: an unknown cost is no cost; every arm that is due is probed.
   """
-  machine, _ = _simulate(COMPUTE_BOUND,
-                         lambda t: _equal(1.0),
-                         rows=(32, 16),
-                         steps=4)
+  machine, _ = _simulate(
+    COMPUTE_BOUND, lambda t: _equal(1.0), rows=(32, 16), steps=4
+  )
   assert {n for n, arm, _, _ in machine.used if arm != PLAIN} == {32}
-  machine, _ = _simulate(lambda n, arm: 1e-3 * arm.width,
-                         lambda t: _equal(1.0),
-                         rows=(32,),
-                         steps=100)
+  machine, _ = _simulate(
+    lambda n, arm: 1e-3 * arm.width,
+    lambda t: _equal(1.0),
+    rows=(32,),
+    steps=100,
+  )
   assert sum(arm != PLAIN for _, arm, _, _ in machine.used) <= 4
 
 
@@ -129,9 +128,9 @@ def test_it_is_found_later_when_drafts_get_better():
   Where nothing is drafted a probe comes every 16 segments. Mutant: a failed
   probe is never repeated.
   """
-  machine, _ = _simulate(MEMORY_BOUND,
-                         lambda t: _equal(3.2 if t >= 60 else 1.0),
-                         steps=60)
+  machine, _ = _simulate(
+    MEMORY_BOUND, lambda t: _equal(3.2 if t >= 60 else 1.0), steps=60
+  )
   used = [arm for _, arm, _, _ in machine.used]
   probes = sum(arm != PLAIN for arm in used[:60])
   assert 3 <= probes <= 12
@@ -147,10 +146,12 @@ def test_a_cold_executable_tells_nothing_of_its_cost():
   Mutant: a probe is one segment, and timed.
   """
   arms = chains(1, 4)
-  machine = Machine(lambda n, arm: 1e-3 * (1 if arm == PLAIN else 2.88),
-                    lambda t, n: _equal(1.3 if t < 300 else 3.45),
-                    noise=0.02,
-                    cold=1.5e-3)
+  machine = Machine(
+    lambda n, arm: 1e-3 * (1 if arm == PLAIN else 2.88),
+    lambda t, n: _equal(1.3 if t < 300 else 3.45),
+    noise=0.02,
+    cold=1.5e-3,
+  )
   strategy = CostModel(arms)
   for _ in range(300):
     machine.run(strategy, 32, arms, forwards=8)
@@ -192,29 +193,31 @@ def test_drafts_that_become_good_are_believed_soon(rows):
 def test_few_rows_draft_and_many_do_not():
   """The arm follows N, the counts are shared. Mutant: one cost for every N."""
   machine, _ = _simulate(
-      lambda n, arm: 1e-3 + 4e-5 * max(n * arm.width - 40, 0),
-      lambda t: _equal(2.5),
-      rows=(128, 8))
+    lambda n, arm: 1e-3 + 4e-5 * max(n * arm.width - 40, 0),
+    lambda t: _equal(2.5),
+    rows=(128, 8),
+  )
   assert _favourite(machine, 8) == chain(4)
   assert _favourite(machine, 128) == PLAIN
 
 
-@pytest.mark.parametrize('cost, best', [
-    (lambda n, arm: 1e-3 * (1 + 0.1 * (arm.width - 1)**1.6), 4),
+@pytest.mark.parametrize(
+  'cost, best',
+  [
+    (lambda n, arm: 1e-3 * (1 + 0.1 * (arm.width - 1) ** 1.6), 4),
     (lambda n, arm: 1e-3 * (1 + 0.02 * arm.width), 16),
     (lambda n, arm: 1e-3 * arm.width**1.5, 1),
-])
+  ],
+)
 def test_the_best_of_several_widths_wins(cost, best):
   """Costs decide among widths of one curve, the middle or either end.
 
   Mutants: the widest wins; the first that pays is kept.
   """
   nodes = [0.9**d for d in range(1, 16)]
-  machine, _ = _simulate(cost,
-                         lambda t: nodes,
-                         rows=(8,),
-                         steps=100,
-                         widths=(1, 4, 16))
+  machine, _ = _simulate(
+    cost, lambda t: nodes, rows=(8,), steps=100, widths=(1, 4, 16)
+  )
   assert _favourite(machine, 8) == chain(best)
 
 
@@ -232,14 +235,18 @@ def test_the_shape_is_chosen_too():
     occupancy = Occupancy(8, 8, 64)
     arm, most, _ = strategy.choose(occupancy, 32)
     used.append(arm)
-    nodes = _equal(2.8 if arm.branching == 2 else 2.0)[:arm.width - 1]
+    nodes = _equal(2.8 if arm.branching == 2 else 2.0)[: arm.width - 1]
     strategy.observe(
-        occupancy, arm,
-        Spent(seconds=most * 1e-3,
-              preparation=0.0,
-              forwards=most,
-              row_forwards=8 * most,
-              accepted=[8 * most, *(int(8 * most * p) for p in nodes)]))
+      occupancy,
+      arm,
+      Spent(
+        seconds=most * 1e-3,
+        preparation=0.0,
+        forwards=most,
+        row_forwards=8 * most,
+        accepted=[8 * most, *(int(8 * most * p) for p in nodes)],
+      ),
+    )
   assert used[-20:].count(arms[2]) >= 17
 
 
@@ -288,7 +295,7 @@ def test_a_narrow_draft_goes_on_where_a_wide_one_broke_off():
     for row in right:
       at = 0
       while at < len(row):
-        run = row[at:at + width - 1]
+        run = row[at : at + width - 1]
         taken = 1 + int(np.argmin([*run, False]))
         taken = min(taken, len(row) - at)
         accepted[:taken] += 1
@@ -299,8 +306,9 @@ def test_a_narrow_draft_goes_on_where_a_wide_one_broke_off():
   curve.add(32, decode(8), 1)
   for width in (2, 4, 8):
     own = decode(width)
-    assert curve.length(32, width, 1) == pytest.approx(sum(own) / own[0],
-                                                       rel=0.01)
+    assert curve.length(32, width, 1) == pytest.approx(
+      sum(own) / own[0], rel=0.01
+    )
 
 
 def test_a_tree_tells_of_its_first_nodes():
@@ -367,8 +375,9 @@ def test_each_number_of_rows_has_its_own_curve():
   assert curve.length(32, 2, 200) < 1.3
   for now in range(3, 203):
     curve.add(32, (), now)  # nothing is drafted
-  assert curve.length(32, 2, 203) == pytest.approx(curve.length(16, 2, 203),
-                                                   rel=0.01)
+  assert curve.length(32, 2, 203) == pytest.approx(
+    curve.length(16, 2, 203), rel=0.01
+  )
   curve.add(32, [1000, 200], 203)
   assert curve.length(32, 2, 203) < 1.3 < curve.length(16, 2, 203) - 0.05
 
@@ -379,15 +388,19 @@ def test_a_small_gain_needs_much_evidence():
 
   Mutants: one margin of 1.1, for drafts in use too; no margin.
   """
-  machine, _ = _simulate(lambda n, arm: 1e-3 * (1 if arm == PLAIN else 2.0),
-                         lambda t: _equal(2.1),
-                         rows=(32,),
-                         steps=400,
-                         noise=0.02)
+  machine, _ = _simulate(
+    lambda n, arm: 1e-3 * (1 if arm == PLAIN else 2.0),
+    lambda t: _equal(2.1),
+    rows=(32,),
+    steps=400,
+    noise=0.02,
+  )
   used = [(arm, most) for _, arm, most, _ in machine.used]
-  told = sum(32 * most
-             for arm, most in used[:used.index((chain(4), 32))]
-             if arm == chain(4))
+  told = sum(
+    32 * most
+    for arm, most in used[: used.index((chain(4), 32))]
+    if arm == chain(4)
+  )
   assert 1024 < told < 2500
   assert used.index((chain(4), 32)) < 60
   assert [arm for arm, _ in used[-100:]].count(chain(4)) > 80
@@ -400,11 +413,13 @@ def test_probes_end_when_nothing_is_to_be_gained(accept):
   Mutants: probes go on as long as they are cheap; as long as they promise more
   than W = 1, however little.
   """
-  machine, _ = _simulate(lambda n, arm: 1e-3 * (1 if arm == PLAIN else 2.0),
-                         lambda t: _equal(accept),
-                         rows=(32,),
-                         steps=600,
-                         noise=0.02)
+  machine, _ = _simulate(
+    lambda n, arm: 1e-3 * (1 if arm == PLAIN else 2.0),
+    lambda t: _equal(accept),
+    rows=(32,),
+    steps=600,
+    noise=0.02,
+  )
   used = [arm for _, arm, _, _ in machine.used[300:]]
   assert used.count(chain(4)) < 0.2 * len(used)
 
@@ -445,8 +460,15 @@ def test_seconds_belong_to_forwards():
   Mutants: the mean over segments, 5 / 3 ms; all of them.
   """
   strategy, occupancy = CostModel(chains(1, 4)), Occupancy(8, 8, 64)
-  segments = [(1.0, 1), (9e-3, 3), (7e-3, 7), (9e-3, 3), (2e-3, 1), (9e-3, 3),
-              (2e-3, 1)]
+  segments = [
+    (1.0, 1),
+    (9e-3, 3),
+    (7e-3, 7),
+    (9e-3, 3),
+    (2e-3, 1),
+    (9e-3, 3),
+    (2e-3, 1),
+  ]
   for seconds, n in segments:
     strategy.observe(occupancy, PLAIN, Spent(seconds, 0.0, n, 8 * n, [8 * n]))
   cost = strategy._site(occupancy).costs[PLAIN]
@@ -491,8 +513,9 @@ def test_a_machine_that_changes_is_measured_again():
   ever.
   """
   state = {'dear': False}
-  cost = lambda n, arm: 1e-3 * (1 if arm == PLAIN else 4
-                                if state['dear'] else 1.2)
+  cost = lambda n, arm: (
+    1e-3 * (1 if arm == PLAIN else 4 if state['dear'] else 1.2)
+  )
   arms = chains(1, 4)
   machine = Machine(cost, lambda t, n: _equal(3.0))
   strategy = CostModel(arms)
@@ -515,12 +538,16 @@ def test_what_drafts_make_necessary_is_counted():
       arm, most, _ = strategy.choose(occupancy, 32)
       used.append(arm)
       strategy.observe(
-          occupancy, arm,
-          Spent(seconds=most * 1e-3,
-                preparation=preparation if arm != PLAIN else 0.0,
-                forwards=most,
-                row_forwards=8 * most,
-                accepted=[8 * most] + [6 * most] * (arm.width - 1)))
+        occupancy,
+        arm,
+        Spent(
+          seconds=most * 1e-3,
+          preparation=preparation if arm != PLAIN else 0.0,
+          forwards=most,
+          row_forwards=8 * most,
+          accepted=[8 * most] + [6 * most] * (arm.width - 1),
+        ),
+      )
     assert max(set(used[-50:]), key=used[-50:].count) == want
 
 
@@ -529,24 +556,24 @@ def test_the_clock_is_rarely_asked():
 
   Mutant: every segment is timed.
   """
-  machine, _ = _simulate(MEMORY_BOUND,
-                         lambda t: _equal(3.2),
-                         rows=(8,),
-                         steps=200)
+  machine, _ = _simulate(
+    MEMORY_BOUND, lambda t: _equal(3.2), rows=(8,), steps=200
+  )
   late = [timed for _, _, _, timed in machine.used[-200:]]
   assert sum(late) < 0.2 * len(late)
 
 
 def test_a_stopped_clock_is_no_error():
   """Zero seconds tell nothing. Mutant: a division by the cost."""
-  machine, _ = _simulate(lambda n, arm: 0.0 * n + 1e-300,
-                         lambda t: _equal(2.0),
-                         steps=2)
+  machine, _ = _simulate(
+    lambda n, arm: 0.0 * n + 1e-300, lambda t: _equal(2.0), steps=2
+  )
   strategy = CostModel(chains(1, 4))
   for seconds in (0.0, -1.0, None):
     occupancy = Occupancy(8, 8, 64)
-    strategy.observe(occupancy, chain(4),
-                     Spent(seconds, 0.0, 4, 32, [32, 0, 0, 0]))
+    strategy.observe(
+      occupancy, chain(4), Spent(seconds, 0.0, 4, 32, [32, 0, 0, 0])
+    )
     strategy.observe(occupancy, PLAIN, Spent(seconds, 0.0, 4, 32, [32]))
     assert strategy.choose(occupancy, 32)[:2] == (PLAIN, 32)
   assert machine.used
@@ -558,7 +585,7 @@ def test_what_an_earlier_version_saved_is_left_out():
   saved = json.loads(json.dumps(old.dump()))
   del saved['format']
   saved['curves'] = [
-      [family, [curve[0], [[8, curve[0]]]]] for family, curve in saved['curves']
+    [family, [curve[0], [[8, curve[0]]]]] for family, curve in saved['curves']
   ]
   strategy = CostModel(chains(1, 4))
   strategy.restore(saved)
@@ -616,21 +643,20 @@ def test_the_sources_of_the_hybrid_are_chosen():
   fixed = dict(strategy='table', buckets=((32, 4),))
   drawn = dict(strategy='bandit', buckets=((32, 4),))
   for control, sources, want in (
-      (widths, both, [('tree_cache',), ('model',), both]),
-      (widths, ('model',), [('model',)]),
-      (drawn, both, [('tree_cache',), ('model',), both]),
-      (fixed, both, [both]),
-      (fixed, ('tree_cache',), [('tree_cache',)]),
+    (widths, both, [('tree_cache',), ('model',), both]),
+    (widths, ('model',), [('model',)]),
+    (drawn, both, [('tree_cache',), ('model',), both]),
+    (fixed, both, [both]),
+    (fixed, ('tree_cache',), [('tree_cache',)]),
   ):
     config = Config()
     config.rollout.drafter, config.drafter.sources = 'hybrid', sources
     for name, value in control.items():
       setattr(config.control, name, value)
     validate_rollout(config)
-    strategy = make_strategy(freeze(config.rollout),
-                             freeze(config.control),
-                             seed=0,
-                             sources=sources)
+    strategy = make_strategy(
+      freeze(config.rollout), freeze(config.control), seed=0, sources=sources
+    )
     found = {arm for arm in strategy.reachable(1, 32) if arm != PLAIN}
     assert found == {Arm(4, 1, each) for each in want}
 
@@ -641,11 +667,13 @@ BUCKETS = ((8, 1, 4), (32, 1, 4))
 
 
 def _bandit(seed=0, epsilon=0.1, window=30):
-  return _make(seed,
-               strategy='bandit',
-               buckets=BUCKETS,
-               bandit_epsilon=epsilon,
-               bandit_window=window)
+  return _make(
+    seed,
+    strategy='bandit',
+    buckets=BUCKETS,
+    bandit_epsilon=epsilon,
+    bandit_window=window,
+  )
 
 
 def test_the_bandit_finds_the_arm_of_each_bucket():
@@ -654,8 +682,10 @@ def test_the_bandit_finds_the_arm_of_each_bucket():
   Mutants: one set of rewards for all buckets; the least median wins; the
   reward is the accept length.
   """
-  machine = Machine(lambda n, arm: 1e-3 + 4e-5 * max(n * arm.width - 40, 0),
-                    lambda t, n: _equal(2.0))
+  machine = Machine(
+    lambda n, arm: 1e-3 + 4e-5 * max(n * arm.width - 40, 0),
+    lambda t, n: _equal(2.0),
+  )
   strategy = _bandit()
   for _ in range(400):
     for rows in (32, 8):
@@ -703,9 +733,9 @@ def test_the_bandit_draws_from_the_seed():
 # --- All of them.
 
 STRATEGIES = {
-    'cost_model': lambda: _make(strategy='cost_model', widths=(1, 4)),
-    'table': lambda: _make(strategy='table', buckets=((8, 4), (32, 1))),
-    'bandit': _bandit,
+  'cost_model': lambda: _make(strategy='cost_model', widths=(1, 4)),
+  'table': lambda: _make(strategy='table', buckets=((8, 4), (32, 1))),
+  'bandit': _bandit,
 }
 
 
@@ -731,9 +761,10 @@ def test_what_was_learned_survives_as_json(name):
   if name == 'cost_model':
     assert dumped['curves'] == saved['curves']
     for (_, _, before), (_, _, after) in zip(saved['sites'], dumped['sites']):
-      assert [[arm, kept, min(times, 1), *rest]
-              for arm, (kept, times, *rest) in before
-             ] == [[arm, *cost] for arm, cost in after]
+      assert [
+        [arm, kept, min(times, 1), *rest]
+        for arm, (kept, times, *rest) in before
+      ] == [[arm, *cost] for arm, cost in after]
   else:
     assert dumped == saved
   ways = []
@@ -775,11 +806,11 @@ def test_a_dump_of_another_strategy_says_nothing():
 # https://arxiv.org/abs/2511.16665: Qwen2.5-32B on four devices.
 ROWS = (1, 4, 16, 32)
 SPEEDUPS = {
-    16: (3.22, 3.01, 2.67, 2.48),
-    32: (3.46, 3.09, 2.52, 2.23),
-    64: (3.62, 2.98, 1.91, 1.70),
+  16: (3.22, 3.01, 2.67, 2.48),
+  32: (3.46, 3.09, 2.52, 2.23),
+  64: (3.62, 2.98, 1.91, 1.70),
 }
-REACH = 0.97 * 0.82**np.arange(1, 64)
+REACH = 0.97 * 0.82 ** np.arange(1, 64)
 
 
 def _published_cost(rows, arm):
@@ -787,7 +818,7 @@ def _published_cost(rows, arm):
   plain = 1e-3 * (1 + rows / 64)
   if arm == PLAIN:
     return plain
-  length = 1 + REACH[:arm.width - 1].sum()
+  length = 1 + REACH[: arm.width - 1].sum()
   return plain * length / SPEEDUPS[arm.width][ROWS.index(rows)]
 
 
@@ -826,10 +857,14 @@ def test_regret_on_the_published_table():
     cost_model = _regrets(CostModel(arms), seed)
     fixed = _regrets(table.Table(table.make_buckets(limits)), seed)
     bandit = _regrets(
-        Bandit(table.make_buckets([(rows, arms) for rows in ROWS]),
-               epsilon=0.1,
-               window=30,
-               seed=seed), seed)
+      Bandit(
+        table.make_buckets([(rows, arms) for rows in ROWS]),
+        epsilon=0.1,
+        window=30,
+        seed=seed,
+      ),
+      seed,
+    )
     plain = _regrets(table.fixed(PLAIN), seed)
     assert cost_model < 0.03
     assert cost_model < fixed < 0.08

@@ -6,24 +6,23 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollout_helpers import World
 import rollout_helpers as helpers
+from rollout_helpers import World
 
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.rollout import segment as segments
 from rlax_llm.types import Path
 
 STRATEGIES = {
-    'cost_model':
-        dict(strategy='cost_model', widths=(1, 3, 4)),
-    'table':
-        dict(strategy='table', buckets=((3, 6), (8, 4), (12, 1), (14, 3))),
-    'bandit':
-        dict(strategy='bandit',
-             buckets=((4, 1, 4), (8, 1, 4), (16, 1, 3)),
-             bandit_epsilon=0.5),
+  'cost_model': dict(strategy='cost_model', widths=(1, 3, 4)),
+  'table': dict(strategy='table', buckets=((3, 6), (8, 4), (12, 1), (14, 3))),
+  'bandit': dict(
+    strategy='bandit',
+    buckets=((4, 1, 4), (8, 1, 4), (16, 1, 3)),
+    bandit_epsilon=0.5,
+  ),
 }
 
 
@@ -49,15 +48,17 @@ def _run(name, seed, **options):
   rng = np.random.default_rng(seed)
   world = _world()
   control = dict(min_slots=4) | STRATEGIES[name]
-  engine = world.engine(width=0,
-                        control=control,
-                        min_capacity=32,
-                        clock=lambda: float(rng.normal()),
-                        **options)
+  engine = world.engine(
+    width=0,
+    control=control,
+    min_capacity=32,
+    clock=lambda: float(rng.normal()),
+    **options,
+  )
   state = helpers.RolloutState()
   return [
-      engine.generate(world.params, helpers.make_requests(), state)[0]
-      for _ in range(3)
+    engine.generate(world.params, helpers.make_requests(), state)[0]
+    for _ in range(3)
   ], engine
 
 
@@ -88,8 +89,8 @@ def test_a_bucket_compiles_its_own_arms_only(name):
   _, engine = _run(name, 2)
   keys = engine.reachable_keys()
   arms = {
-      rows: sorted({a.width for n, _, a in keys if n == rows})
-      for rows in (16, 8, 4)
+    rows: sorted({a.width for n, _, a in keys if n == rows})
+    for rows in (16, 8, 4)
   }
   if name == 'table':
     assert arms == {16: [1, 3], 8: [4], 4: [4, 6]}
@@ -100,8 +101,9 @@ def test_a_bucket_compiles_its_own_arms_only(name):
   held = engine.segment_bytes()
   assert engine._parts[0].warm <= set(held) and all(held.values())
   assert engine.stats.executables == len(held)
-  engine = _world().engine(width=0,
-                           control=dict(compact=False) | STRATEGIES[name])
+  engine = _world().engine(
+    width=0, control=dict(compact=False) | STRATEGIES[name]
+  )
   widths = {a.width for _, _, a in engine.reachable_keys()}
   assert widths == ({1, 3, 4, 6} if name == 'table' else {1, 3, 4})
 
@@ -110,8 +112,9 @@ def test_a_given_strategy_is_asked():
   """The engine takes a strategy of yours. Mutant: the config's is used."""
   engine = _world().engine(width=0, strategy=_Fails())
   with pytest.raises(AssertionError, match='choose'):
-    engine.generate(_world().params, helpers.make_requests(),
-                    helpers.RolloutState())
+    engine.generate(
+      _world().params, helpers.make_requests(), helpers.RolloutState()
+    )
 
 
 class _Recorder:
@@ -129,8 +132,9 @@ class _Recorder:
     self.seen.append(seen)
 
 
-@pytest.mark.parametrize('branching',
-                         [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'branching', [1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_counters_add_up(branching):
   """Law: every committed token stands behind a node that was reached; the root
   is reached in every row forward; n and N are those of the table.
@@ -142,16 +146,19 @@ def test_counters_add_up(branching):
   world = _world()
   ticks = iter(range(10**6))
   recorder = _Recorder(Arm(4, branching, ('tree_cache',)))
-  engine = world.engine(width=4,
-                        branching=branching,
-                        strategy=recorder,
-                        control=dict(min_slots=4),
-                        min_capacity=32,
-                        clock=lambda: float(next(ticks)))
+  engine = world.engine(
+    width=4,
+    branching=branching,
+    strategy=recorder,
+    control=dict(min_slots=4),
+    min_capacity=32,
+    clock=lambda: float(next(ticks)),
+  )
   tokens = row_forwards = 0
   for _ in range(2):
-    engine.generate(world.params, helpers.make_requests(),
-                    helpers.RolloutState())
+    engine.generate(
+      world.params, helpers.make_requests(), helpers.RolloutState()
+    )
     tokens += engine.stats.tokens
     row_forwards += engine.stats.row_forwards
   warm = set()
@@ -176,13 +183,15 @@ def test_nodes_are_counted_along_the_path():
   Mutants: the place on the path is counted, not the node; what lies beyond the
   path's length counts.
   """
-  path = Path(nodes=jnp.asarray([[0, 2, 3, 0], [0, 1, 0, 0], [0, 0, 0, 0],
-                                 [0, 3, 0, 0]]),
-              tokens=jnp.zeros((4, 4), jnp.int32),
-              length=jnp.asarray([3, 2, 0, 2]))
+  path = Path(
+    nodes=jnp.asarray([[0, 2, 3, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 3, 0, 0]]),
+    tokens=jnp.zeros((4, 4), jnp.int32),
+    length=jnp.asarray([3, 2, 0, 2]),
+  )
   counted = jnp.asarray([True, True, True, False])
-  np.testing.assert_array_equal(segments.count_nodes(path, counted),
-                                [2, 1, 1, 1])
+  np.testing.assert_array_equal(
+    segments.count_nodes(path, counted), [2, 1, 1, 1]
+  )
 
 
 def test_a_fixed_width_is_one_arm():

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from rlax_llm import tokenizer as tokenizer_lib
+from rlax_llm.tokenizers import tokenizer as tokenizer_lib
 
 ALPHABET = '0123456789+-*/=() \n'
 
@@ -68,10 +68,10 @@ def test_sampled_ids_never_raise():
   assert tokenizer_lib.make_tokenizer('bytes').decode([2 + 0xC3]) == '�'
 
 
-@pytest.mark.parametrize('name, words', [
-    ('', ['model.tokenizer', 'empty']),
-    ('abca', ["'a'", 'twice']),
-])
+@pytest.mark.parametrize(
+  'name, words',
+  [('', ['model.tokenizer', 'empty']), ('abca', ["'a'", 'twice'])],
+)
 def test_bad_alphabets(name, words):
   with pytest.raises(ValueError) as error:
     tokenizer_lib.make_tokenizer(name)

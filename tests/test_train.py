@@ -15,34 +15,40 @@ import numpy as np
 import pytest
 
 from rlax_llm import evaluate
-from rlax_llm import executables
 from rlax_llm import report
 from rlax_llm import train
 from rlax_llm import trainer
 from rlax_llm.config import ConfigError
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.drafting.strategy.cost_model import CostModel
-from rlax_llm.files import WriteError
 from rlax_llm.learning import algorithms
-from rlax_llm.progress import Progress
 from rlax_llm.rollout.engine import RolloutEngine
-from rlax_llm.tasks.verifier import Judged
+from rlax_llm.runtime import executables
+from rlax_llm.runtime.files import WriteError
+from rlax_llm.tasks.verifier.verifier import Judged
 from rlax_llm.types import EVALUATE
+from rlax_llm.workdir.progress import Progress
 
-VALUES = ('tokens_sampled', 'tokens_sha256', 'parameters_sha256',
-          'reward_first', 'reward_last', 'accuracy_before', 'accuracy_after')
+VALUES = (
+  'tokens_sampled',
+  'tokens_sha256',
+  'parameters_sha256',
+  'reward_first',
+  'reward_last',
+  'accuracy_before',
+  'accuracy_after',
+)
 
 
 def _train(folder, clock=None, **changes):
   """Returns (summary, what was shown)."""
   shown = io.StringIO()
   clocks = {'clock': clock} if clock else {}
-  summary = train_quietly(tiny_config(**changes),
-                          folder,
-                          display=Progress(shown),
-                          **clocks)
+  summary = train_quietly(
+    tiny_config(**changes), folder, display=Progress(shown), **clocks
+  )
   return summary, shown.getvalue()
 
 
@@ -57,8 +63,9 @@ def _assert_same_run(folder, summary, base):
   for name in VALUES:
     assert summary[name] == base_summary[name], name
   for name in ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl'):
-    assert ((pathlib.Path(folder) /
-             name).read_text() == (base_folder / name).read_text()), name
+    assert (pathlib.Path(folder) / name).read_text() == (
+      base_folder / name
+    ).read_text(), name
 
 
 @pytest.fixture(name='base', scope='module')
@@ -76,9 +83,15 @@ def test_files(base):
   """
   folder, summary, shown = base
   assert {p.name for p in folder.iterdir()} >= {
-      'metrics.jsonl', 'evaluations.jsonl', 'timing.jsonl', 'samples.jsonl',
-      'summary.json', 'manifest.json', 'report.html', 'checkpoints',
-      'tensorboard'
+    'metrics.jsonl',
+    'evaluations.jsonl',
+    'timing.jsonl',
+    'samples.jsonl',
+    'summary.json',
+    'manifest.json',
+    'report.html',
+    'checkpoints',
+    'tensorboard',
   }
   written = json.loads((folder / 'summary.json').read_text())
   assert written == summary
@@ -92,13 +105,18 @@ def test_files(base):
   assert evaluations[1]['evaluate/accuracy'] == summary['accuracy_after']
   assert rows[0]['reward/mean'] == summary['reward_first']
   assert rows[-1]['reward/mean'] == summary['reward_last']
-  assert sum(
-      row['rollout/tokens'] for row in rows) == (summary['tokens_sampled'])
+  assert (
+    sum(row['rollout/tokens'] for row in rows) == (summary['tokens_sampled'])
+  )
   for row in rows:
     assert {
-        'reward/std', 'rollout/truncated_fraction', 'rollout/length_p95',
-        'policy/entropy', 'policy/clip_fraction', 'policy/ratio_max',
-        'policy/staleness_mean'
+      'reward/std',
+      'rollout/truncated_fraction',
+      'rollout/length_p95',
+      'policy/entropy',
+      'policy/clip_fraction',
+      'policy/ratio_max',
+      'policy/staleness_mean',
     } <= set(row)
     assert row['policy/staleness_mean'] == 0
     # After the update to before it.
@@ -108,9 +126,15 @@ def test_files(base):
   assert [row['step'] for row in steps] == [1, 2, 3, 4]
   for row in steps:
     assert {
-        'rollout/tokens_per_second', 'rollout/accept_length',
-        'rollout/forwards', 'rollout/occupancy', 'time/rollout', 'time/reward',
-        'time/update', 'compile/count', 'compile/seconds'
+      'rollout/tokens_per_second',
+      'rollout/accept_length',
+      'rollout/forwards',
+      'rollout/occupancy',
+      'time/rollout',
+      'time/reward',
+      'time/update',
+      'compile/count',
+      'compile/seconds',
     } <= set(row)
     assert row['policy/behaviour_gap_max'] < 1e-4
     assert row['rollout/accept_length'] >= 1
@@ -133,22 +157,29 @@ def test_a_run_repeats_bit_for_bit(base, tmp_path):
   assert other['tokens_sha256'] != summary['tokens_sha256']
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     dict(rollout__width=1),
-    dict(rollout__width=5,
-         rollout__slots=4,
-         rollout__segment_forwards=2,
-         rollout__min_capacity=16,
-         control__min_slots=1,
-         control__refill_threshold=1.0,
-         clock=random.Random(0).random),
-    dict(rollout__slots=16,
-         rollout__drafter='prompt_lookup',
-         rollout__width=4,
-         control__compact=False,
-         task__verifier_processes=2),
-],
-                         ids=['off', 'small', 'large'])
+    dict(
+      rollout__width=5,
+      rollout__slots=4,
+      rollout__segment_forwards=2,
+      rollout__min_capacity=16,
+      control__min_slots=1,
+      control__refill_threshold=1.0,
+      clock=random.Random(0).random,
+    ),
+    dict(
+      rollout__slots=16,
+      rollout__drafter='prompt_lookup',
+      rollout__width=4,
+      control__compact=False,
+      task__verifier_processes=2,
+    ),
+  ],
+  ids=['off', 'small', 'large'],
+)
 def test_speculation_and_speed_change_nothing(base, tmp_path, changes):
   """Law: width, slots, segments, compaction, clocks and workers are speed
   values: tokens, parameters and metrics are bit-equal.
@@ -160,13 +191,15 @@ def test_speculation_and_speed_change_nothing(base, tmp_path, changes):
   _assert_same_run(tmp_path, summary, base)
 
 
-LONG = dict(num_steps=32,
-            evaluate__every=0,
-            checkpoint__every=0,
-            rollout__max_new_tokens=12,
-            rollout__slots=8,
-            control__min_slots=2,
-            rollout__segment_forwards=3)
+LONG = dict(
+  num_steps=32,
+  evaluate__every=0,
+  checkpoint__every=0,
+  rollout__max_new_tokens=12,
+  rollout__slots=8,
+  control__min_slots=2,
+  rollout__segment_forwards=3,
+)
 
 
 @pytest.fixture(name='plain', scope='module')
@@ -174,20 +207,28 @@ def _plain(tmp_path_factory):
   """32 steps without speculation, every prompt in every step."""
   folder = tmp_path_factory.mktemp('plain')
   return folder, *_train(
-      folder, rollout__width=1, rollout__drafter='none', **LONG)
+    folder, rollout__width=1, rollout__drafter='none', **LONG
+  )
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     pytest.param(dict(rollout__width=4), marks=pytest.mark.slow, id='chain'),
-    pytest.param(dict(
-        rollout__width=6, rollout__branching=3, control__run_ahead_rows=4),
-                 marks=pytest.mark.slow,
-                 id='tree'),
-    pytest.param(dict(
-        rollout__width=0, control__run_ahead_rows=4, control__widths=(1, 3, 4)),
-                 marks=pytest.mark.slow,
-                 id='random'),
-])
+    pytest.param(
+      dict(rollout__width=6, rollout__branching=3, control__run_ahead_rows=4),
+      marks=pytest.mark.slow,
+      id='tree',
+    ),
+    pytest.param(
+      dict(
+        rollout__width=0, control__run_ahead_rows=4, control__widths=(1, 3, 4)
+      ),
+      marks=pytest.mark.slow,
+      id='random',
+    ),
+  ],
+)
 def test_the_tree_cache_changes_nothing(plain, tmp_path, monkeypatch, changes):
   """Law: 32 steps over recurring prompts, drafted from the tree cache, with
   run-ahead, and in one case with a random clock, width and segment length at
@@ -201,8 +242,12 @@ def test_the_tree_cache_changes_nothing(plain, tmp_path, monkeypatch, changes):
     rng = random.Random(0)
     arms = [PLAIN, *(Arm(w, 1, ('tree_cache',)) for w in (3, 4))]
     monkeypatch.setattr(
-        CostModel, 'choose', lambda self, occupancy, forwards: Choice(
-            rng.choice(arms), rng.randint(1, 5), True))
+      CostModel,
+      'choose',
+      lambda self, occupancy, forwards: Choice(
+        rng.choice(arms), rng.randint(1, 5), True
+      ),
+    )
     clock = rng.random
   summary, _ = _train(tmp_path, clock=clock, **(LONG | changes))
   _assert_same_run(tmp_path, summary, plain)
@@ -296,7 +341,7 @@ def test_a_corrupt_checkpoint_is_passed_over(base, tmp_path):
   for path in (folder / 'checkpoints' / '4' / 'policy').rglob('*'):
     if path.is_file() and path.parent.name == 'd':
       data = bytearray(path.read_bytes())
-      data[len(data) // 2] ^= 0xff
+      data[len(data) // 2] ^= 0xFF
       path.write_bytes(bytes(data))
   summary, shown = _train(folder)
   warned = [line for line in shown.splitlines() if 'unreadable' in line]
@@ -320,7 +365,8 @@ class _FillingUp(Progress):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
-    'ignore::pytest.PytestUnhandledThreadExceptionWarning')
+  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
+)
 @pytest.mark.parametrize('name', ['samples.jsonl', 'checkpoints'])
 def test_a_full_disk_stops_a_run_that_goes_on(base, tmp_path, name):
   """Law: where a file fits no more the run stops and names it; with room again
@@ -329,8 +375,8 @@ def test_a_full_disk_stops_a_run_that_goes_on(base, tmp_path, name):
   Mutants: a torn line kept; what Orbax raises passed on.
   """
   size = {
-      'samples.jsonl': lambda: (tmp_path / name).stat().st_size + 9,
-      'checkpoints': lambda: 2**14,
+    'samples.jsonl': lambda: (tmp_path / name).stat().st_size + 9,
+    'checkpoints': lambda: 2**14,
   }[name]
   with contextlib.ExitStack() as stack:
     with pytest.raises(WriteError, match=f'{name} cannot be written'):
@@ -347,8 +393,9 @@ def test_another_configs_run_is_refused(base):
   """
   before = executables.compile_totals()
   metrics = (base[0] / 'metrics.jsonl').read_bytes()
-  with pytest.raises(ConfigError,
-                     match=r'learning.learning_rate \(0.003 there, 0.5 now\)'):
+  with pytest.raises(
+    ConfigError, match=r'learning.learning_rate \(0.003 there, 0.5 now\)'
+  ):
     _train(base[0], learning__learning_rate=0.5)
   assert executables.compile_totals() == before
   assert (base[0] / 'metrics.jsonl').read_bytes() == metrics
@@ -361,8 +408,9 @@ def test_the_reference_is_that_of_the_start(tmp_path, divergence):
 
   Mutant: the restored policy taken as the reference.
   """
-  changes = dict(algorithm__kl_coefficient=0.5,
-                 algorithm__divergence=divergence)
+  changes = dict(
+    algorithm__kl_coefficient=0.5, algorithm__divergence=divergence
+  )
   whole, _ = _train(tmp_path / 'whole', **changes)
   rows = _rows(tmp_path / 'whole', 'metrics.jsonl')
   assert abs(rows[0]['policy/kl_reference']) < 1e-6
@@ -383,28 +431,29 @@ def test_impossible_tasks_are_refused_before_any_work(tmp_path):
   Mutant: prompts checked when they are first sampled.
   """
   before = executables.compile_totals()
-  arithmetic = dict(task__name='chain_sum',
-                    task__prompt_format='short',
-                    task__answer_format='after_equals',
-                    model__tokenizer='0123456789+-*/=() ')
+  arithmetic = dict(
+    task__name='chain_sum',
+    task__prompt_format='short',
+    task__answer_format='after_equals',
+    model__tokenizer='0123456789+-*/=() ',
+  )
   with pytest.raises(ConfigError, match='task.epoch_prompts'):
-    _train(tmp_path,
-           task__epoch_prompts=300,
-           task__options=dict(min_terms=2,
-                              max_terms=2,
-                              min_digits=1,
-                              max_digits=1),
-           rollout__prompt_length=16,
-           **arithmetic)
+    _train(
+      tmp_path,
+      task__epoch_prompts=300,
+      task__options=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1),
+      rollout__prompt_length=16,
+      **arithmetic,
+    )
   with pytest.raises(ConfigError, match='rollout.prompt_length=4: raise it'):
     _train(tmp_path, **arithmetic)
   with pytest.raises(ConfigError, match='a prompt of 2 and a trace of 4'):
-    _train(tmp_path,
-           sft__steps=5,
-           sft__warmup_steps=5,
-           rollout__max_new_tokens=1)
-  with pytest.raises(ConfigError,
-                     match='2 different held_out problems; 3 are wanted'):
+    _train(
+      tmp_path, sft__steps=5, sft__warmup_steps=5, rollout__max_new_tokens=1
+    )
+  with pytest.raises(
+    ConfigError, match='2 different held_out problems; 3 are wanted'
+  ):
     _train(tmp_path, evaluate__problems=3)
   assert executables.compile_totals() == before
   assert not list(tmp_path.iterdir())
@@ -416,21 +465,20 @@ def test_the_warm_start_learns(tmp_path):
 
   Mutant: RL started from fresh parameters: accuracy_before would be 0.
   """
-  config = dict(task__name='chain_sum',
-                task__prompt_format='short',
-                task__answer_format='after_equals',
-                task__options=dict(min_terms=2,
-                                   max_terms=2,
-                                   min_digits=1,
-                                   max_digits=1),
-                model__tokenizer='0123456789+-*/=() ',
-                model__width=32,
-                sft__steps=200,
-                sft__sequences_per_step=64,
-                sft__learning_rate=1e-2,
-                evaluate__problems=32,
-                rollout__prompt_length=8,
-                num_steps=0)
+  config = dict(
+    task__name='chain_sum',
+    task__prompt_format='short',
+    task__answer_format='after_equals',
+    task__options=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1),
+    model__tokenizer='0123456789+-*/=() ',
+    model__width=32,
+    sft__steps=200,
+    sft__sequences_per_step=64,
+    sft__learning_rate=1e-2,
+    evaluate__problems=32,
+    rollout__prompt_length=8,
+    num_steps=0,
+  )
   summary, shown = _train(tmp_path, **config)
   rows = _rows(tmp_path, 'metrics.jsonl')
   assert [row['step'] for row in rows] == [*range(-191, 0, 10)]
@@ -443,10 +491,9 @@ def test_the_warm_start_learns(tmp_path):
 # ---- evaluate ---------------------------------------------------------------
 def _evaluate(monkeypatch, capsys, folder, **changes):
   flag = lambda value: types.SimpleNamespace(value=value)
-  monkeypatch.setattr(evaluate,
-                      '_CONFIG',
-                      flag(tiny_config(**changes)),
-                      raising=False)
+  monkeypatch.setattr(
+    evaluate, '_CONFIG', flag(tiny_config(**changes)), raising=False
+  )
   monkeypatch.setattr(evaluate, '_WORKDIR', flag(str(folder)), raising=False)
   evaluate.main([])
   return json.loads(capsys.readouterr().out)
@@ -470,19 +517,23 @@ def test_evaluate_prints_the_accuracy(base, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(RolloutEngine, 'generate', spy)
   values = _evaluate(monkeypatch, capsys, base[0])
   assert values == {
-      'step': 4,
-      'evaluate/accuracy': base[1]['accuracy_after'],
-      'evaluate/unscorable': 0,
-      'evaluate/tokens_mean': np.mean([len(t) for t in sampled[-1]])
+    'step': 4,
+    'evaluate/accuracy': base[1]['accuracy_after'],
+    'evaluate/unscorable': 0,
+    'evaluate/tokens_mean': np.mean([len(t) for t in sampled[-1]]),
   }
   many = [
-      _evaluate(monkeypatch, capsys, base[0], evaluate__samples=4)
-      for _ in range(2)
+    _evaluate(monkeypatch, capsys, base[0], evaluate__samples=4)
+    for _ in range(2)
   ]
   assert many[0] == many[1] and sampled[1] == sampled[2]
   assert set(many[0]) == {
-      'step', 'evaluate/accuracy', 'evaluate/unscorable',
-      'evaluate/tokens_mean', 'evaluate/pass_at_2', 'evaluate/pass_at_4'
+    'step',
+    'evaluate/accuracy',
+    'evaluate/unscorable',
+    'evaluate/tokens_mean',
+    'evaluate/pass_at_2',
+    'evaluate/pass_at_4',
   }
   with pytest.raises(ConfigError, match='holds no checkpoint'):
     _evaluate(monkeypatch, capsys, tmp_path / 'nowhere')
@@ -501,10 +552,10 @@ def test_summarize_by_hand():
   known = np.array([[True] * 4, [True, False, True, False]])
   values = evaluate.summarize(Judged(correct, known))
   assert values == {
-      'evaluate/accuracy': 0.25,
-      'evaluate/unscorable': 2,
-      'evaluate/pass_at_2': pytest.approx(5 / 12),
-      'evaluate/pass_at_4': 0.5
+    'evaluate/accuracy': 0.25,
+    'evaluate/unscorable': 2,
+    'evaluate/pass_at_2': pytest.approx(5 / 12),
+    'evaluate/pass_at_4': 0.5,
   }
 
 
@@ -519,24 +570,28 @@ def test_main_prints_one_line(base, monkeypatch, capsys):
   monkeypatch.setattr(train, '_PROFILE', flag(None), raising=False)
   train.main([])
   out = capsys.readouterr().out
-  assert out.startswith(f'held-out accuracy {base[1]["accuracy_before"]:.3f} '
-                        f'-> {base[1]["accuracy_after"]:.3f}')
+  assert out.startswith(
+    f'held-out accuracy {base[1]["accuracy_before"]:.3f} '
+    f'-> {base[1]["accuracy_after"]:.3f}'
+  )
   assert f'{base[0]}/report.html' in out
 
 
 # ---- Learning ---------------------------------------------------------------
 def _rewards(folder, **changes):
-  _train(folder,
-         num_steps=30,
-         checkpoint__every=0,
-         learning__learning_rate=1e-2,
-         task__prompts_per_step=8,
-         rollout__slots=32,
-         **changes)
+  _train(
+    folder,
+    num_steps=30,
+    checkpoint__every=0,
+    learning__learning_rate=1e-2,
+    task__prompts_per_step=8,
+    rollout__slots=32,
+    **changes,
+  )
   return [
-      row['reward/mean']
-      for row in _rows(folder, 'metrics.jsonl')
-      if 'reward/mean' in row
+    row['reward/mean']
+    for row in _rows(folder, 'metrics.jsonl')
+    if 'reward/mean' in row
   ]
 
 
@@ -545,15 +600,15 @@ def _rewards(folder, **changes):
 # The initial policy solves next to nothing, of two problems; samples are short.
 _REHEARSED = dict(algorithm__rehearsal_least=0.0, algorithm__filter='none')
 _CHANGES = {
-    'dph_forward_kl': _REHEARSED,
-    'dph_jensen_shannon': _REHEARSED,
-    'mrt': dict(algorithm__progress_tokens=2),
+  'dph_forward_kl': _REHEARSED,
+  'dph_jensen_shannon': _REHEARSED,
+  'mrt': dict(algorithm__progress_tokens=2),
 }
 _FLOORS = {
-    'best_of_group': 0.6,
-    'dco': 0.65,
-    'echo': 0.55,
-    'dph_jensen_shannon': 0.7
+  'best_of_group': 0.6,
+  'dco': 0.65,
+  'echo': 0.55,
+  'dph_jensen_shannon': 0.7,
 }
 
 
@@ -578,18 +633,18 @@ def test_every_preset_learns(tmp_path, request, name, seed):
   changes = dict(_CHANGES.get(name, {}))
   if algorithms.PRESETS[name].credit == 'distillation':
     changes['algorithm__teacher'] = request.getfixturevalue('teacher')
-  rewards = _rewards(tmp_path / name,
-                     seed=seed,
-                     algorithm__name=name,
-                     **changes)
+  rewards = _rewards(
+    tmp_path / name, seed=seed, algorithm__name=name, **changes
+  )
   assert rewards[0] < 0.4
   assert np.mean(rewards[-5:]) > _FLOORS.get(name, 0.85)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
-@pytest.mark.parametrize('name, floor', [('decoupled_ppo', 0.85),
-                                         ('vcpo', 0.75)])
+@pytest.mark.parametrize(
+  'name, floor', [('decoupled_ppo', 0.85), ('vcpo', 0.75)]
+)
 def test_stale_rollouts_teach(tmp_path, name, floor, seed):
   """Law: with rollouts of the parameters of four steps before, scored under
   them, the toy task is still learned, and the weights are seen to spread.
@@ -597,10 +652,9 @@ def test_stale_rollouts_teach(tmp_path, name, floor, seed):
   Measured: 0.97 to 0.99, and 0.89 to 0.94 with the steps of VCPO scaled down
   to 0.28. Mutant: the sign of the advantage (0.00 for both).
   """
-  rewards = _rewards(tmp_path,
-                     seed=seed,
-                     algorithm__name=name,
-                     control__staleness=4)
+  rewards = _rewards(
+    tmp_path, seed=seed, algorithm__name=name, control__staleness=4
+  )
   assert np.mean(rewards[-5:]) > floor
   rows = _rows(tmp_path, 'metrics.jsonl')
   assert min(row.get('policy/effective_tokens', 1) for row in rows[5:]) < 0.9
@@ -629,9 +683,9 @@ def test_minibatches_and_the_samplers_logprobs_learn(tmp_path):
   Mutant: the second minibatch's samples never used.
   """
   for source in ('recompute', 'sampler'):
-    rewards = _rewards(tmp_path / source,
-                       learning__minibatches=2,
-                       learning__old_logprobs=source)
+    rewards = _rewards(
+      tmp_path / source, learning__minibatches=2, learning__old_logprobs=source
+    )
     assert np.mean(rewards[-5:]) > 0.85
     rows = _rows(tmp_path / source, 'metrics.jsonl')
     assert max(row.get('policy/ratio_max', 0) for row in rows) > 1
@@ -656,8 +710,10 @@ def test_a_run_with_a_critic_continues(tmp_path):
   parts, _ = _train(tmp_path / 'parts', **changes)
   for name in VALUES:
     assert parts[name] == whole[name], name
-  assert _rows(tmp_path / 'parts',
-               'metrics.jsonl')[-1]['critic/loss'] == (rows[-1]['critic/loss'])
+  assert (
+    _rows(tmp_path / 'parts', 'metrics.jsonl')[-1]['critic/loss']
+    == (rows[-1]['critic/loss'])
+  )
 
 
 @pytest.mark.slow
@@ -673,15 +729,17 @@ def test_a_run_is_distilled_from_another(base, tmp_path):
   assert rows[0]['learning/grad_norm'] > 1e-3
   start, _ = _train(tmp_path / 'start', num_steps=0)
   assert start['steps'] == 0
-  _train(tmp_path / 'self',
-         algorithm__teacher=str(tmp_path / 'start'),
-         **changes)
+  _train(
+    tmp_path / 'self', algorithm__teacher=str(tmp_path / 'start'), **changes
+  )
   rows = _rows(tmp_path / 'self', 'metrics.jsonl')
   assert rows[0]['learning/grad_norm'] < 1e-4
   with pytest.raises(ConfigError, match=r'has no manifest.json'):
     _train(tmp_path / 'x', algorithm__teacher=str(tmp_path), **changes)
   with pytest.raises(ConfigError, match=r"reads the tokens of 'abcd.'"):
-    _train(tmp_path / 'y',
-           algorithm__teacher=str(base[0]),
-           model__tokenizer='abcde.',
-           **changes)
+    _train(
+      tmp_path / 'y',
+      algorithm__teacher=str(base[0]),
+      model__tokenizer='abcde.',
+      **changes,
+    )

@@ -26,16 +26,18 @@ def test_match_lengths_are_those_of_a_comparison():
   texts = rng.integers(0, 3, (5, 40))
   for end in (0, 2, 3, 4, 11, 39):
     query = corpora.pack_words(jnp.asarray(texts[0]))
-    query = jnp.stack([
-        query[end - 4 * i] if end >= 4 * i else query[0] * 0 for i in range(3)
-    ])
+    query = jnp.stack(
+      [query[end - 4 * i] if end >= 4 * i else query[0] * 0 for i in range(3)]
+    )
     got = trees.match_lengths(corpora.pack_words(jnp.asarray(texts)), query)
     padded = np.pad(texts, ((0, 0), (12, 0)))
     for text in range(5):
       for place in range(40):
         want = 0
-        while (want < 12 and
-               padded[text, 12 + place - want] == padded[0, 12 + end - want]):
+        while (
+          want < 12
+          and padded[text, 12 + place - want] == padded[0, 12 + end - want]
+        ):
           want += 1
         assert got[text, place] == want, (text, place)
 
@@ -44,11 +46,11 @@ def _candidates(seed, count=9, depth=5, vocabulary=3):
   rng = np.random.default_rng(seed)
   known = rng.integers(0, depth + 1, count)
   return trees.Candidates(
-      tokens=jnp.asarray(rng.integers(0, vocabulary, (count, depth)),
-                         jnp.int32),
-      exists=jnp.asarray(np.arange(depth)[None] < known[:, None]),
-      match=jnp.asarray(rng.integers(0, 5, count), jnp.int32),
-      weight=jnp.asarray(rng.integers(1, 4, count), jnp.int32))
+    tokens=jnp.asarray(rng.integers(0, vocabulary, (count, depth)), jnp.int32),
+    exists=jnp.asarray(np.arange(depth)[None] < known[:, None]),
+    match=jnp.asarray(rng.integers(0, 5, count), jnp.int32),
+    weight=jnp.asarray(rng.integers(1, 4, count), jnp.int32),
+  )
 
 
 def _trie(candidates, least_match):
@@ -58,7 +60,7 @@ def _trie(candidates, least_match):
   for i in range(len(match)):
     if match[i] >= least_match:
       for d in range(int(exists[i].sum())):
-        counts[tuple(tokens[i, :d + 1])] += int(weight[i])
+        counts[tuple(tokens[i, : d + 1])] += int(weight[i])
   return counts
 
 
@@ -88,11 +90,13 @@ def test_probabilities_are_those_of_a_trie(seed):
     want = _probabilities(_trie(candidates, least))
     for i in range(9):
       for d in range(5):
-        prefix = tuple(np.asarray(candidates.tokens[i, :d + 1]))
-        there = (bool(candidates.exists[i, d]) and
-                 int(candidates.match[i]) >= least)
+        prefix = tuple(np.asarray(candidates.tokens[i, : d + 1]))
+        there = (
+          bool(candidates.exists[i, d]) and int(candidates.match[i]) >= least
+        )
         assert float(found[d][m, i]) == pytest.approx(
-            want[prefix] if there else 0.0, abs=1e-6)
+          want[prefix] if there else 0.0, abs=1e-6
+        )
 
 
 SETTINGS = dict(max_match=4, factor=2.0, least=0.1)
@@ -113,7 +117,7 @@ def test_the_chain_has_the_most_expected_tokens(seed):
       if int(candidates.match[i]) >= m:
         line = tuple(np.asarray(candidates.tokens[i]))
         depth = min(int(candidates.exists[i].sum()), 2 * m)
-        values = [known[line[:d + 1]] for d in range(depth)]
+        values = [known[line[: d + 1]] for d in range(depth)]
         score = sum(v for v in values if v >= 0.1)
         scores[line] = max(score, scores.get(line, 0.0))
   assert scores[tuple(chain)] == pytest.approx(max(scores.values()), abs=1e-5)
@@ -124,12 +128,12 @@ def test_a_short_match_is_not_trusted_far():
 
   Mutant: the sum goes beyond the budget of the match length.
   """
-  candidates = trees.Candidates(tokens=jnp.asarray([[1] * 5, [2] * 5],
-                                                   jnp.int32),
-                                exists=jnp.arange(5)[None] < jnp.asarray([[5],
-                                                                          [3]]),
-                                match=jnp.asarray([1, 2]),
-                                weight=jnp.asarray([8, 1]))
+  candidates = trees.Candidates(
+    tokens=jnp.asarray([[1] * 5, [2] * 5], jnp.int32),
+    exists=jnp.arange(5)[None] < jnp.asarray([[5], [3]]),
+    match=jnp.asarray([1, 2]),
+    weight=jnp.asarray([8, 1]),
+  )
   chain = trees.draft_chain(candidates, **SETTINGS)
   assert np.asarray(chain).tolist() == [2] * 5
 
@@ -144,9 +148,9 @@ def test_the_tree_has_the_most_probable_nodes(seed, branching):
   """
   candidates, nodes = _candidates(seed, count=12), 6
   tokens, parents, chances = map(
-      np.asarray,
-      trees.draft_tree(candidates, nodes=nodes, branching=branching,
-                       **SETTINGS))
+    np.asarray,
+    trees.draft_tree(candidates, nodes=nodes, branching=branching, **SETTINGS),
+  )
   lines = {0: ()}
   for i in range(nodes):
     if parents[i] != UNUSED:
@@ -161,15 +165,14 @@ def test_the_tree_has_the_most_probable_nodes(seed, branching):
   for m in (1, 2, 3, 4):
     known = _probabilities(_trie(candidates, m))
     grown = _best_first(known, nodes, branching)
-    options.append((sum(known[g] for g in grown[:2 * m]), grown, known))
+    options.append((sum(known[g] for g in grown[: 2 * m]), grown, known))
   best = max(score for score, _, _ in options)
   assert any(
-      sum(known.get(d, 0.0)
-          for d in drafted) == pytest.approx(sum(known[g]
-                                                 for g in grown),
-                                             abs=1e-5)
-      for score, grown, known in options
-      if score == pytest.approx(best, abs=1e-6))
+    sum(known.get(d, 0.0) for d in drafted)
+    == pytest.approx(sum(known[g] for g in grown), abs=1e-5)
+    for score, grown, known in options
+    if score == pytest.approx(best, abs=1e-6)
+  )
 
 
 def test_twins_of_a_kept_node_keep_their_children():
@@ -178,15 +181,17 @@ def test_twins_of_a_kept_node_keep_their_children():
   Mutant: ties are broken by the candidate instead of by its node.
   """
   tokens = np.asarray([[7, 1], [8, 2], [9, 2], [7, 3], [8, 3], [9, 3]])
-  candidates = trees.Candidates(jnp.asarray(tokens, jnp.int32),
-                                jnp.ones((6, 2), bool), jnp.full(6, 4),
-                                jnp.ones(6, jnp.int32))
-  tokens, parents, _ = trees.draft_tree(candidates,
-                                        nodes=6,
-                                        branching=2,
-                                        **SETTINGS)
+  candidates = trees.Candidates(
+    jnp.asarray(tokens, jnp.int32),
+    jnp.ones((6, 2), bool),
+    jnp.full(6, 4),
+    jnp.ones(6, jnp.int32),
+  )
+  tokens, parents, _ = trees.draft_tree(
+    candidates, nodes=6, branching=2, **SETTINGS
+  )
   lines = [
-      (int(tokens[p - 1]), int(t)) for t, p in zip(tokens, parents) if p > 0
+    (int(tokens[p - 1]), int(t)) for t, p in zip(tokens, parents) if p > 0
   ]
   assert sorted(lines) == [(7, 1), (7, 3), (8, 2), (8, 3)]
 
@@ -229,8 +234,10 @@ class _Plan:
     text, phrase = [], 0
     while len(text) < tokens:
       line = np.where(
-          rng.random(self.length) < 0.04,
-          rng.integers(0, self.vocabulary, self.length), self.body[phrase])
+        rng.random(self.length) < 0.04,
+        rng.integers(0, self.vocabulary, self.length),
+        self.body[phrase],
+      )
       text.extend(line)
       phrase = self.next[phrase, rng.choice(3, p=self.weights[phrase])]
     return np.asarray(text[:tokens], np.int32)
@@ -247,7 +254,7 @@ class _Trie:
     """Adds the substrings that end at or after `start`."""
     for end in range(start, len(text)):
       for first in range(max(0, end - 23), end + 1):
-        key = tuple(text[first:end + 1])
+        key = tuple(text[first : end + 1])
         self.count[key] += 1
         self.children[key[:-1]].add(key[-1])
 
@@ -255,14 +262,15 @@ class _Trie:
     """SRT's rule: at every match length a chain; the largest sum wins."""
     best, chain = -1.0, []
     for m in range(1, min(len(text), 23) + 1):
-      node = tuple(text[len(text) - m:])
+      node = tuple(text[len(text) - m :])
       if node not in self.count:
         break
       line, total, probability = [], 0.0, 1.0
       while len(line) < min(budget, 2 * m) and self.children[node]:
         token = max(self.children[node], key=lambda t: self.count[(*node, t)])
         probability *= self.count[(*node, token)] / sum(
-            self.count[(*node, t)] for t in self.children[node])
+          self.count[(*node, t)] for t in self.children[node]
+        )
         if probability < 0.05:
           break
         line, total, node = [*line, token], total + probability, (*node, token)
@@ -274,8 +282,11 @@ class _Trie:
 def _accepted(draft, text, place):
   """Returns the tokens that one forward commits."""
   count = 0
-  while (count < len(draft) and place + count < len(text) and
-         draft[count] == text[place + count]):
+  while (
+    count < len(draft)
+    and place + count < len(text)
+    and draft[count] == text[place + count]
+  ):
     count += 1
   return min(count + 1, len(text) - place)
 
@@ -329,22 +340,30 @@ def _device(width, *, group, capacity, branching=1, history=16):
 
   @jax.jit
   def draft(texts, length):
-    corpus = corpora.load(corpora.empty_corpus(shape), jnp.zeros(1, jnp.int32),
-                          texts[None], length[None])
+    corpus = corpora.load(
+      corpora.empty_corpus(shape),
+      jnp.zeros(1, jnp.int32),
+      texts[None],
+      length[None],
+    )
     rows, ends = texts[history:], length[history:]
 
     def one(row, end):
       words = corpora.pack_words(row)
       query = words[jnp.maximum(end - 1 - 4 * jnp.arange(2), 0)]
-      return trees.draft_chain(trees.find_candidates(corpus,
-                                                     query,
-                                                     jnp.int32(0),
-                                                     jnp.int32(shape.texts),
-                                                     end,
-                                                     depth=width - 1),
-                               max_match=config.max_match,
-                               factor=config.budget_factor,
-                               least=config.min_probability)
+      return trees.draft_chain(
+        trees.find_candidates(
+          corpus,
+          query,
+          jnp.int32(0),
+          jnp.int32(shape.texts),
+          end,
+          depth=width - 1,
+        ),
+        max_match=config.max_match,
+        factor=config.budget_factor,
+        least=config.min_probability,
+      )
 
     return jax.vmap(one)(rows, ends)
 
@@ -356,10 +375,10 @@ def _device(width, *, group, capacity, branching=1, history=16):
     texts = np.zeros((shape.texts, capacity), np.int32)
     length = np.zeros(shape.texts, np.int32)
     for i, text in [
-        *enumerate(propose.latest),
-        *((history + i, text) for i, text in enumerate(known))
+      *enumerate(propose.latest),
+      *((history + i, text) for i, text in enumerate(known)),
     ]:
-      texts[i, 0], texts[i, 1:1 + len(text)] = 255, text  # a prompt of one
+      texts[i, 0], texts[i, 1 : 1 + len(text)] = 255, text  # a prompt of one
       length[i] = 1 + len(text)
     return np.asarray(draft(texts, length)).tolist()
 
@@ -369,16 +388,15 @@ def _device(width, *, group, capacity, branching=1, history=16):
 def _workload(prompts, group, tokens, epochs):
   rng = np.random.default_rng(7)
   plans = [_Plan(p) for p in range(prompts)]
-  return [[[plan.sample(rng, tokens)
-            for _ in range(group)]
-           for plan in plans]
-          for _ in range(epochs)]
+  return [
+    [[plan.sample(rng, tokens) for _ in range(group)] for plan in plans]
+    for _ in range(epochs)
+  ]
 
 
-@pytest.mark.parametrize('size', [
-    (2, 4, 80, 2),
-    pytest.param((6, 8, 200, 3), marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+  'size', [(2, 4, 80, 2), pytest.param((6, 8, 200, 3), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('width', [5, 9, 17])
 def test_drafts_are_as_good_as_an_exact_trie(width, size):
   """Tokens per forward on text of phrases: within 3 % of exact tries.

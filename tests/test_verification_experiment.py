@@ -31,7 +31,8 @@ def test_a_drafter_that_is_the_target_is_always_right():
   params = model.init(jax.random.key(0))
   rng = np.random.default_rng(0)
   words = np.random.SeedSequence(1).generate_state(6 * ROWS)
-  decode = jax.jit(lambda rule: decoding.decode(
+  decode = jax.jit(
+    lambda rule: decoding.decode(
       Pair(params, params),
       jnp.asarray(rng.integers(0, 7, (ROWS, 6)), jnp.int32),
       jnp.asarray(rng.integers(1, 7, ROWS), jnp.int32),
@@ -41,7 +42,9 @@ def test_a_drafter_that_is_the_target_is_always_right():
       models=Pair(model, model),
       branching=(1,) * (WIDTH - 1),
       max_new_tokens=LONGEST,
-      eos_id=-1))
+      eos_id=-1,
+    )
+  )
   for name in ('follow, race', 'chain rejection', 'block'):
     rows = decode(rules.number(name))
     np.testing.assert_array_equal(rows.tokens, LONGEST)
@@ -82,16 +85,17 @@ def test_the_experiment_runs_tiny(tmp_path):
   tokens = {}
   for row in efficiency:
     assert 1 <= float(row['block_efficiency']) <= 5
-    assert float(row['block_efficiency']) == pytest.approx(int(row['tokens']) /
-                                                           int(row['forwards']),
-                                                           abs=1e-4)
+    assert float(row['block_efficiency']) == pytest.approx(
+      int(row['tokens']) / int(row['forwards']), abs=1e-4
+    )
     if row['rule'].startswith('follow'):
       tokens.setdefault(row['temperature'], set()).add(row['tokens'])
   assert len(tokens) == len(settings.TEMPERATURES)
   assert all(len(counts) == 1 for counts in tokens.values())
   for row in read('acceptance.csv'):
     bound, race, most = (
-        float(row[name]) for name in ('race_bound', 'race', 'one_minus_tv'))
+      float(row[name]) for name in ('race_bound', 'race', 'one_minus_tv')
+    )
     assert bound <= race <= most < 1
   assert read('claims.csv')
   assert (tmp_path / 'efficiency.png').stat().st_size > 10_000

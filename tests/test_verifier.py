@@ -12,16 +12,32 @@ import pytest
 from reasoning_gym import factory
 
 from rlax_llm import config as config_lib
-from rlax_llm.tasks import reasoning_gym_task
+from rlax_llm.tasks import registry
 from rlax_llm.tasks import task as task_lib
-from rlax_llm.tasks import verifier as verifier_lib
+from rlax_llm.tasks.reasoning_gym import task as reasoning_gym_task
+from rlax_llm.tasks.verifier import verifier as verifier_lib
 
 NAMES = sorted(set(factory.DATASETS) - {'composite'})
-SLOW = ('knight_swap', 'quantum_lock', 'sokoban', 'futoshiki', 'zebra_puzzles',
-        'sudoku', 'intermediate_integration')
-EVALUATING = ('countdown', 'puzzle24', 'simple_integration',
-              'intermediate_integration', 'polynomial_multiplication',
-              'string_insertion', 'spiral_matrix', 'binary_matrix', 'n_queens')
+SLOW = (
+  'knight_swap',
+  'quantum_lock',
+  'sokoban',
+  'futoshiki',
+  'zebra_puzzles',
+  'sudoku',
+  'intermediate_integration',
+)
+EVALUATING = (
+  'countdown',
+  'puzzle24',
+  'simple_integration',
+  'intermediate_integration',
+  'polynomial_multiplication',
+  'string_insertion',
+  'spiral_matrix',
+  'binary_matrix',
+  'n_queens',
+)
 
 
 def tag(answer):
@@ -33,25 +49,22 @@ def problems():
   """A few problems of every task, as a mixture of all of them has them."""
   made = {}
   for name in NAMES:
-    task = reasoning_gym_task.ReasoningGymTask(config_lib.TaskConfig(name=name),
-                                               seed=0)
+    task = reasoning_gym_task.ReasoningGymTask(
+      config_lib.TaskConfig(name=name), seed=0
+    )
     count = 1 if name in SLOW else 3
     made[name] = [
-        dataclasses.replace(problem,
-                            entry={
-                                'task': name,
-                                'entry': problem.entry
-                            })
-        for problem in (task.problem('train', i) for i in range(count))
+      dataclasses.replace(problem, entry={'task': name, 'entry': problem.entry})
+      for problem in (task.problem('train', i) for i in range(count))
     ]
   return made
 
 
 @pytest.fixture(scope='module')
 def verifier():
-  config = config_lib.TaskConfig(name='mixture',
-                                 mixture={name: 1.0 for name in NAMES},
-                                 verifier_seconds=2.0)
+  config = config_lib.TaskConfig(
+    name='mixture', mixture={name: 1.0 for name in NAMES}, verifier_seconds=2.0
+  )
   with verifier_lib.Verifier(config, seed=0) as made:
     yield made
 
@@ -59,32 +72,32 @@ def verifier():
 def hostile_answers(path):
   touch = f'open({str(path)!r},"w")'
   return {
-      'empty': '',
-      'blank': ' \n ',
-      'tower': '9**9**9**9',
-      'spaced tower': '9 ** 9 ** 9 ** 9',
-      'factorial': 'factorial(factorial(99))',
-      'import': f'__import__("builtins").{touch}',
-      'list import': f'[__import__("os").system("touch {path}")]',
-      'lambda': f'(lambda: {touch})()',
-      'comprehension': f'[{touch} for x in [1]]',
-      'attribute': 'x.__class__.__mro__[1].__subclasses__()',
-      'symbol call': 'Symbol("x").evalf(999999999)',
-      'huge': '1' * 100_000,
-      'huge letters': 'A' * 100_000,
-      'huge words': 'a b ' * 25_000,
-      'nested': '(' * 5000 + '1' + ')' * 5000,
-      'nested lists': '[' * 5000 + ']' * 5000,
-      'unicode digits': '４２',
-      'nul': '1\0',
-      'nan': 'NaN',
-      'infinity': 'Infinity',
-      'exponent': '1e999999999',
-      'shift': '1<<99999999999',
-      'json bomb': '{"a":' * 2000 + '1' + '}' * 2000,
-      'minus': '-' * 3000 + '1',
-      'surrogate': '\ud800',
-      'markup': '<answer>' * 1000,
+    'empty': '',
+    'blank': ' \n ',
+    'tower': '9**9**9**9',
+    'spaced tower': '9 ** 9 ** 9 ** 9',
+    'factorial': 'factorial(factorial(99))',
+    'import': f'__import__("builtins").{touch}',
+    'list import': f'[__import__("os").system("touch {path}")]',
+    'lambda': f'(lambda: {touch})()',
+    'comprehension': f'[{touch} for x in [1]]',
+    'attribute': 'x.__class__.__mro__[1].__subclasses__()',
+    'symbol call': 'Symbol("x").evalf(999999999)',
+    'huge': '1' * 100_000,
+    'huge letters': 'A' * 100_000,
+    'huge words': 'a b ' * 25_000,
+    'nested': '(' * 5000 + '1' + ')' * 5000,
+    'nested lists': '[' * 5000 + ']' * 5000,
+    'unicode digits': '４２',
+    'nul': '1\0',
+    'nan': 'NaN',
+    'infinity': 'Infinity',
+    'exponent': '1e999999999',
+    'shift': '1<<99999999999',
+    'json bomb': '{"a":' * 2000 + '1' + '}' * 2000,
+    'minus': '-' * 3000 + '1',
+    'surrogate': '\ud800',
+    'markup': '<answer>' * 1000,
   }
 
 
@@ -94,7 +107,7 @@ def test_oracles_score_one(problems, verifier):
   guards too tight for the task's own answers.
   """
   samples = [
-      p for group in problems.values() for p in group if p.answer is not None
+    p for group in problems.values() for p in group if p.answer is not None
   ]
   assert len({p.source for p in samples}) > 95
   scores = verifier.score(samples, ['So: ' + tag(p.answer) for p in samples])
@@ -103,8 +116,9 @@ def test_oracles_score_one(problems, verifier):
   assert not wrong
 
 
-def test_hostile_answers_score_zero_and_run_no_code(problems, verifier,
-                                                    tmp_path):
+def test_hostile_answers_score_zero_and_run_no_code(
+  problems, verifier, tmp_path
+):
   """Mutant: `guard.admit` that returns True lets these run and hang."""
   path = tmp_path / 'executed'
   hostile = hostile_answers(path)
@@ -141,16 +155,18 @@ def test_evaluating_scorers_refuse_near_misses(problems, verifier):
   numbers = puzzle.entry['entry']['metadata']['numbers']
   other = '6*4*1*1' if sorted(numbers) != [1, 1, 4, 6] else '8*3*1*1'
   cases = [
-      (countdown, str(metadata['target'])),
-      (countdown, f'{countdown.answer} = {metadata["target"]}'),
-      (countdown, f'{countdown.answer}+0.001'),
-      (countdown, f'Max({countdown.answer}, 0)'),
-      (puzzle, other),
-      (puzzle, f'{puzzle.answer}+0/5'),
-      (problems['intermediate_integration'][0],
-       f'Integral({_integrand(problems["intermediate_integration"][0])}, x)'),
-      (problems['simple_integration'][0], '(9)**99'),
-      (problems['polynomial_multiplication'][0], '((x)**99)**99'),
+    (countdown, str(metadata['target'])),
+    (countdown, f'{countdown.answer} = {metadata["target"]}'),
+    (countdown, f'{countdown.answer}+0.001'),
+    (countdown, f'Max({countdown.answer}, 0)'),
+    (puzzle, other),
+    (puzzle, f'{puzzle.answer}+0/5'),
+    (
+      problems['intermediate_integration'][0],
+      f'Integral({_integrand(problems["intermediate_integration"][0])}, x)',
+    ),
+    (problems['simple_integration'][0], '(9)**99'),
+    (problems['polynomial_multiplication'][0], '((x)**99)**99'),
   ]
   scores = verifier.score([p for p, _ in cases], [tag(a) for _, a in cases])
   assert not scores.rewards.any()
@@ -163,7 +179,7 @@ def _integrand(problem):
 
 # ---- Tasks of the user's own --------------------------------------------
 
-OWN_TASK = textwrap.dedent('''\
+OWN_TASK = textwrap.dedent("""\
     import os
     import sys
     import time
@@ -214,7 +230,7 @@ OWN_TASK = textwrap.dedent('''\
     class Lacking:
       def problem(self, split, index):
         pass
-    ''')
+    """)
 
 
 @pytest.fixture(scope='module')
@@ -228,11 +244,9 @@ def own_module(tmp_path_factory):
 
 def own_config(own_module, **changes):
   values = {
-      'name': 'own_task_module:Own',
-      'verifier_seconds': 0.2,
-      'options': {
-          'path': str(own_module / 'crashed')
-      },
+    'name': 'own_task_module:Own',
+    'verifier_seconds': 0.2,
+    'options': {'path': str(own_module / 'crashed')},
   }
   return config_lib.TaskConfig(**{**values, **changes})
 
@@ -245,16 +259,16 @@ def test_hangs_and_crashes_cost_only_themselves(own_module, processes, capfd):
   """
   config = own_config(own_module, verifier_processes=processes)
   (own_module / 'crashed').unlink(missing_ok=True)
-  task = task_lib.make_task(config, 0)
+  task = registry.make_task(config, 0)
   bad = {
-      3: 'spin',
-      40: 'exit',
-      41: 'exit',
-      50: 'once',
-      60: 'raise',
-      61: 'nan',
-      62: 'memory',
-      63: 'sys.exit'
+    3: 'spin',
+    40: 'exit',
+    41: 'exit',
+    50: 'once',
+    60: 'raise',
+    61: 'nan',
+    62: 'memory',
+    63: 'sys.exit',
   }
   if processes == 2:
     bad[7] = 'sleep'
@@ -279,7 +293,7 @@ def test_hangs_and_crashes_cost_only_themselves(own_module, processes, capfd):
 
 def test_worker_killed_between_calls_is_replaced(own_module):
   config = own_config(own_module)
-  problem = task_lib.make_task(config, 0).problem('train', 1)
+  problem = registry.make_task(config, 0).problem('train', 1)
   with verifier_lib.Verifier(config, 0) as verifier:
     assert verifier.score([problem], ['fine']).rewards[0] == 1.5
     for worker in verifier._workers:  # pylint: disable=protected-access
@@ -291,7 +305,7 @@ def test_worker_killed_between_calls_is_replaced(own_module):
 def test_many_long_completions_do_not_deadlock(own_module):
   """Mutant: blocking writes: both ends wait for the other to read."""
   config = own_config(own_module, verifier_processes=2)
-  problem = task_lib.make_task(config, 0).problem('train', 2)
+  problem = registry.make_task(config, 0).problem('train', 2)
   with verifier_lib.Verifier(config, 0) as verifier:
     scores = verifier.score([problem] * 2000, ['é' * 20_000] * 2000)
   assert (scores.rewards == 2.5).all()
@@ -326,28 +340,28 @@ def test_empty_batch_and_lengths(own_module):
       verifier.score([], ['x'])
 
 
-@pytest.mark.parametrize('changes, words', [
-    ({
-        'verifier_processes': 0
-    }, 'task.verifier_processes=0'),
-    ({
-        'verifier_seconds': 0.0
-    }, 'task.verifier_seconds=0.0'),
-    ({
-        'verifier_seconds': math.nan
-    }, 'task.verifier_seconds=nan'),
-])
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'verifier_processes': 0}, 'task.verifier_processes=0'),
+    ({'verifier_seconds': 0.0}, 'task.verifier_seconds=0.0'),
+    ({'verifier_seconds': math.nan}, 'task.verifier_seconds=nan'),
+  ],
+)
 def test_bad_limits(changes, words):
   config = config_lib.TaskConfig(**changes)
   with pytest.raises(ValueError, match=words):
     verifier_lib.Verifier(config, 0)
 
 
-@pytest.mark.parametrize('name, words', [
+@pytest.mark.parametrize(
+  'name, words',
+  [
     ('own_task_module:Lacking', 'lacks score, num_problems'),
     ('own_task_module:Absent', 'cannot be imported'),
     ('no_such_module:Own', 'PYTHONPATH'),
-])
+  ],
+)
 def test_bad_import_paths(own_module, name, words):
   with pytest.raises(ValueError, match=words):
-    task_lib.make_task(config_lib.TaskConfig(name=name), 0)
+    registry.make_task(config_lib.TaskConfig(name=name), 0)

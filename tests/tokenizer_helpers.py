@@ -11,12 +11,20 @@ from tokenizers import pre_tokenizers
 from tokenizers import processors
 from tokenizers import trainers
 
-_TEXTS = ['How many legs have three cats? The answer is 12.', 'naïve → ✅ 1+1='
-         ] * 4
+_TEXTS = [
+  'How many legs have three cats? The answer is 12.',
+  'naïve → ✅ 1+1=',
+] * 4
 
 QWEN_SPECIALS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
-LLAMA_SPECIALS = ('<|begin_of_text|>', '<|end_of_text|>', '<|start_header_id|>',
-                  '<|end_header_id|>', '<|eom_id|>', '<|eot_id|>')
+LLAMA_SPECIALS = (
+  '<|begin_of_text|>',
+  '<|end_of_text|>',
+  '<|start_header_id|>',
+  '<|end_header_id|>',
+  '<|eom_id|>',
+  '<|eot_id|>',
+)
 
 QWEN_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' %}
@@ -78,21 +86,24 @@ def _byte_level(specials, plain=()):
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()
   backend.train_from_iterator(
-      _TEXTS,
-      trainers.BpeTrainer(vocab_size=300,
-                          show_progress=False,
-                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    _TEXTS,
+    trainers.BpeTrainer(
+      vocab_size=300,
+      show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
   backend.add_special_tokens(list(specials))
   backend.add_tokens(list(plain))
   return backend
 
 
 def _begin_with(token, backend):
-  return processors.TemplateProcessing(single=f'{token} $A',
-                                       pair=f'{token} $A $B',
-                                       special_tokens=[
-                                           (token, backend.token_to_id(token))
-                                       ])
+  return processors.TemplateProcessing(
+    single=f'{token} $A',
+    pair=f'{token} $A $B',
+    special_tokens=[(token, backend.token_to_id(token))],
+  )
 
 
 def qwen():
@@ -101,64 +112,69 @@ def qwen():
   backend.normalizer = normalizers.NFC()
   backend.post_processor = processors.ByteLevel(trim_offsets=False)
   return backend, {
-      'add_bos_token': False,
-      'bos_token': None,
-      'eos_token': '<|im_end|>',
-      'pad_token': '<|endoftext|>',
-      'chat_template': QWEN_TEMPLATE
+    'add_bos_token': False,
+    'bos_token': None,
+    'eos_token': '<|im_end|>',
+    'pad_token': '<|endoftext|>',
+    'chat_template': QWEN_TEMPLATE,
   }
 
 
 def llama():
   """Returns (tokenizer, tokenizer_config): the post-processor adds BOS."""
   backend = _byte_level(LLAMA_SPECIALS)
-  backend.post_processor = processors.Sequence([
+  backend.post_processor = processors.Sequence(
+    [
       processors.ByteLevel(trim_offsets=False),
-      _begin_with('<|begin_of_text|>', backend)
-  ])
+      _begin_with('<|begin_of_text|>', backend),
+    ]
+  )
   return backend, {
-      'bos_token': '<|begin_of_text|>',
-      'eos_token': '<|eot_id|>',
-      'clean_up_tokenization_spaces': True,
-      'chat_template': LLAMA_TEMPLATE
+    'bos_token': '<|begin_of_text|>',
+    'eos_token': '<|eot_id|>',
+    'clean_up_tokenization_spaces': True,
+    'chat_template': LLAMA_TEMPLATE,
   }
 
 
 def mistral():
   """Returns (tokenizer, tokenizer_config): words with '▁', byte fallback."""
   backend = tokenizers.Tokenizer(
-      models.BPE(unk_token='<unk>', byte_fallback=True, fuse_unk=True))
+    models.BPE(unk_token='<unk>', byte_fallback=True, fuse_unk=True)
+  )
   backend.normalizer = normalizers.Sequence(
-      [normalizers.Prepend('▁'),
-       normalizers.Replace(' ', '▁')])
-  backend.decoder = decoders.Sequence([
+    [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+  )
+  backend.decoder = decoders.Sequence(
+    [
       decoders.Replace('▁', ' '),
       decoders.ByteFallback(),
       decoders.Fuse(),
-      decoders.Strip(content=' ', left=1)
-  ])
+      decoders.Strip(content=' ', left=1),
+    ]
+  )
   letters = sorted(set(''.join(_TEXTS)) | {'▁', '[', ']', '/', 'I', 'S', 'T'})
   backend.train_from_iterator(
-      _TEXTS,
-      trainers.BpeTrainer(vocab_size=400,
-                          show_progress=False,
-                          initial_alphabet=letters,
-                          special_tokens=['<unk>', '<s>', '</s>'] +
-                          [f'<0x{i:02X}>' for i in range(256)]))
+    _TEXTS,
+    trainers.BpeTrainer(
+      vocab_size=400,
+      show_progress=False,
+      initial_alphabet=letters,
+      special_tokens=['<unk>', '<s>', '</s>']
+      + [f'<0x{i:02X}>' for i in range(256)],
+    ),
+  )
   # The trainer made the bytes special; in published models they are not.
   state = json.loads(backend.to_str())
   state['added_tokens'] = state['added_tokens'][:3]
   backend = tokenizers.Tokenizer.from_str(json.dumps(state))
   backend.post_processor = _begin_with('<s>', backend)
   return backend, {
-      'add_bos_token': True,
-      'bos_token': {
-          '__type': 'AddedToken',
-          'content': '<s>'
-      },
-      'eos_token': '</s>',
-      'unk_token': '<unk>',
-      'chat_template': MISTRAL_TEMPLATE
+    'add_bos_token': True,
+    'bos_token': {'__type': 'AddedToken', 'content': '<s>'},
+    'eos_token': '</s>',
+    'unk_token': '<unk>',
+    'chat_template': MISTRAL_TEMPLATE,
   }
 
 

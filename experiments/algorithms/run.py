@@ -12,12 +12,13 @@ that is there, and algorithms.png. --collect writes them from the finished runs
 and starts nothing.
 """
 
+from collections.abc import Sequence
 import json
 import pathlib
 import statistics
 import subprocess
 import sys
-from typing import Any, Sequence
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -29,8 +30,7 @@ from experiments.algorithms import settings
 from experiments.algorithms import single
 
 matplotlib.use('Agg')
-from matplotlib import \
-    pyplot  # noqa: E402  pylint: disable=wrong-import-position
+from matplotlib import pyplot  # noqa: E402  pylint: disable=wrong-import-position
 
 _PRESETS = flags.DEFINE_list('presets', [], 'Which; none given: all.')
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
@@ -50,24 +50,35 @@ def start(seed: int, arm: settings.Arm | None) -> bool:
     found = json.loads(path.read_text())
     made = {name: found.get(name) for name in wanted}
     if made != wanted:
-      sys.exit(f'{folder} was made with {made} and {wanted} is wanted; give '
-               'another --runs')
+      sys.exit(
+        f'{folder} was made with {made} and {wanted} is wanted; give '
+        'another --runs'
+      )
     return True
-  options = [f'--preset={arm.preset}', f'--staleness={arm.staleness}'
-            ] if arm else []
-  done = subprocess.run([
-      sys.executable, '-m', 'experiments.algorithms.single',
-      f'--runs={flags.FLAGS.runs}', f'--seed={seed}',
-      f'--steps={flags.FLAGS.steps}', f'--size={flags.FLAGS.size}',
+  options = (
+    [f'--preset={arm.preset}', f'--staleness={arm.staleness}'] if arm else []
+  )
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'experiments.algorithms.single',
+      f'--runs={flags.FLAGS.runs}',
+      f'--seed={seed}',
+      f'--steps={flags.FLAGS.steps}',
+      f'--size={flags.FLAGS.size}',
       f'--minibatches={flags.FLAGS.minibatches}',
-      f'--device={common.DEVICE.value}', *options
-  ],
-                        check=False)
+      f'--device={common.DEVICE.value}',
+      *options,
+    ],
+    check=False,
+  )
   return done.returncode == 0
 
 
-def read(seeds: Sequence[int],
-         arms: Sequence[settings.Arm]) -> list[dict[str, Any]]:
+def read(
+  seeds: Sequence[int], arms: Sequence[settings.Arm]
+) -> list[dict[str, Any]]:
   """Returns the results of the runs that are finished, by arm and seed."""
   found = []
   for arm in arms:
@@ -77,13 +88,15 @@ def read(seeds: Sequence[int],
       if not path.exists():
         continue
       before = json.loads((folder / 'warm' / single.RESULT).read_text())
-      found.append({
+      found.append(
+        {
           'arm': arm.name,
           'seed': seed,
           'pass_at_1_before': before['pass_at_1'],
           f'{_MOST}_before': before[_MOST],
-          **json.loads(path.read_text())
-      })
+          **json.loads(path.read_text()),
+        }
+      )
   return found
 
 
@@ -96,38 +109,46 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for column in ('pass_at_1_before', 'pass_at_1', f'{_MOST}_before', _MOST):
       values = [r[column] for r in mine]
       row[column] = round(statistics.mean(values), 4)
-      row[f'{column}_sd'] = round(statistics.stdev(values),
-                                  4) if len(values) > 1 else ''
+      row[f'{column}_sd'] = (
+        round(statistics.stdev(values), 4) if len(values) > 1 else ''
+      )
     row['seconds'] = round(statistics.mean(r['seconds'] for r in mine), 1)
     rows.append(row)
   return rows
 
 
-def draw(results: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]],
-         path: pathlib.Path) -> None:
+def draw(
+  results: Sequence[dict[str, Any]],
+  table: Sequence[dict[str, Any]],
+  path: pathlib.Path,
+) -> None:
   """Draws accuracy against samples, and pass@1 and pass@8 at the end."""
-  figure, (left, right) = pyplot.subplots(1,
-                                          2,
-                                          figsize=(14, 9),
-                                          layout='constrained')
+  figure, (left, right) = pyplot.subplots(
+    1, 2, figsize=(14, 9), layout='constrained'
+  )
   colours = pyplot.get_cmap('tab20')
   for i, row in enumerate(table):
     curves = [r['curve'] for r in results if r['arm'] == row['arm']]
     means = np.mean([[p['accuracy'] for p in curve] for curve in curves], 0)
-    left.plot([p['samples'] for p in curves[0]],
-              means,
-              color=colours(i % 20),
-              linestyle='-' if i < 20 else '--',
-              label=row['arm'])
+    left.plot(
+      [p['samples'] for p in curves[0]],
+      means,
+      color=colours(i % 20),
+      linestyle='-' if i < 20 else '--',
+      label=row['arm'],
+    )
   left.set_xlabel('samples trained on')
   left.set_ylabel('held-out accuracy, mean over seeds')
   left.legend(frameon=False, fontsize=7, ncols=2)
   places = np.arange(len(table))
   for shift, name in ((-0.2, 'pass_at_1'), (0.2, _MOST)):
-    right.barh(places + shift, [r[name] for r in table],
-               height=0.38,
-               xerr=[r[f'{name}_sd'] or 0 for r in table],
-               label=name.replace('pass_at_', 'pass@'))
+    right.barh(
+      places + shift,
+      [r[name] for r in table],
+      height=0.38,
+      xerr=[r[f'{name}_sd'] or 0 for r in table],
+      label=name.replace('pass_at_', 'pass@'),
+    )
   right.set_yticks(places, [r['arm'] for r in table], fontsize=8)
   right.invert_yaxis()
   right.legend(frameon=False, fontsize=8, loc='lower left')
@@ -143,16 +164,19 @@ def to_markdown(table: Sequence[dict[str, Any]]) -> str:
     return f'{row[name]:.3f}' + (f' ± {spread:.3f}' if spread != '' else '')
 
   lines = [
-      f'| objective | seeds | pass@1 | pass@{settings.SAMPLES} | seconds |',
-      '|---|---|---|---|---|'
+    f'| objective | seeds | pass@1 | pass@{settings.SAMPLES} | seconds |',
+    '|---|---|---|---|---|',
   ]
   first = table[0]
-  lines.append(f'| (warm start) | {first["seeds"]} | '
-               f'{cell(first, "pass_at_1_before")} | '
-               f'{cell(first, f"{_MOST}_before")} | |')
+  lines.append(
+    f'| (warm start) | {first["seeds"]} | '
+    f'{cell(first, "pass_at_1_before")} | '
+    f'{cell(first, f"{_MOST}_before")} | |'
+  )
   lines += [
-      f'| {row["arm"]} | {row["seeds"]} | {cell(row, "pass_at_1")} | '
-      f'{cell(row, _MOST)} | {row["seconds"]:.0f} |' for row in table
+    f'| {row["arm"]} | {row["seeds"]} | {cell(row, "pass_at_1")} | '
+    f'{cell(row, _MOST)} | {row["seconds"]:.0f} |'
+    for row in table
   ]
   return '\n'.join(lines)
 
@@ -164,16 +188,25 @@ def collect(seeds: Sequence[int], arms: Sequence[settings.Arm]) -> None:
     return
   out, table = pathlib.Path(_OUT.value), summarize(results)
   rounded = lambda x: round(x, 4) if isinstance(x, float) else x
-  common.write_csv(out / 'final.csv', [{
-      name: rounded(value) for name, value in r.items() if name != 'curve'
-  } for r in results])
-  common.write_csv(out / 'curve.csv', [{
-      'arm': r['arm'],
-      'seed': r['seed'],
-      **{
-          name: rounded(value) for name, value in point.items()
+  common.write_csv(
+    out / 'final.csv',
+    [
+      {name: rounded(value) for name, value in r.items() if name != 'curve'}
+      for r in results
+    ],
+  )
+  common.write_csv(
+    out / 'curve.csv',
+    [
+      {
+        'arm': r['arm'],
+        'seed': r['seed'],
+        **{name: rounded(value) for name, value in point.items()},
       }
-  } for r in results for point in r['curve']])
+      for r in results
+      for point in r['curve']
+    ],
+  )
   common.write_csv(out / 'table.csv', table)
   draw(results, table, out / 'algorithms.png')
   readme = out / 'README.md'
@@ -188,8 +221,9 @@ def main(argv: list[str]) -> None:
   del argv
   seeds = [int(seed) for seed in _SEEDS.value]
   arms = [
-      arm for arm in settings.list_arms()
-      if not _PRESETS.value or arm.preset in _PRESETS.value
+    arm
+    for arm in settings.list_arms()
+    if not _PRESETS.value or arm.preset in _PRESETS.value
   ]
   failed = []
   for seed in [] if _COLLECT.value else seeds:

@@ -16,13 +16,15 @@ EVALUATIONS = 4  # during RL
 
 class Arm(NamedTuple):
   """What distinguishes runs of one seed."""
+
   preset: str
   staleness: int = 0
 
   @property
   def name(self) -> str:
     return self.preset + f', {self.staleness} steps stale' * bool(
-        self.staleness)
+      self.staleness
+    )
 
   @property
   def folder(self) -> str:
@@ -64,8 +66,15 @@ def make_warm_config(seed: int, size: str) -> Config:
   return config
 
 
-def make_config(arm: Arm, seed: int, size: str, steps: int, minibatches: int,
-                warm: str, teacher: str) -> Config:
+def make_config(
+  arm: Arm,
+  seed: int,
+  size: str,
+  steps: int,
+  minibatches: int,
+  warm: str,
+  teacher: str,
+) -> Config:
   """Returns the config of a run; runs of a seed differ in the arm alone.
 
   Args:

@@ -23,10 +23,10 @@ from experiments.algorithms import settings
 from rlax_llm import evaluate as evaluation
 from rlax_llm import export
 from rlax_llm import train
+from rlax_llm.components import make_run
 from rlax_llm.config import Config
-from rlax_llm.metrics import read_jsonl
-from rlax_llm.run import make_run
-from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.tasks.verifier.verifier import Verifier
+from rlax_llm.workdir.metrics import read_jsonl
 
 _RUNS = flags.DEFINE_string('runs', 'runs/algorithms', 'Where runs are kept.')
 _PRESET = flags.DEFINE_string('preset', '', "Which; '': the warm start.")
@@ -53,30 +53,36 @@ def judge(config: Config, workdir: str) -> dict[str, float]:
   run = make_run(config)
   _, params, _ = run.states.restore_params(workdir)
   with Verifier(run.config.task, run.config.seed) as verifier:
-    return evaluation.evaluate(run,
-                               run.engine(evaluation.evaluation_sampling(run)),
-                               params, verifier,
-                               evaluation.held_out_problems(run))
+    return evaluation.evaluate(
+      run,
+      run.engine(evaluation.evaluation_sampling(run)),
+      params,
+      verifier,
+      evaluation.held_out_problems(run),
+    )
 
 
-def write_result(config: Config, workdir: pathlib.Path, seconds: float,
-                 made: dict[str, Any]) -> dict[str, Any]:
+def write_result(
+  config: Config, workdir: pathlib.Path, seconds: float, made: dict[str, Any]
+) -> dict[str, Any]:
   """Evaluates a run that is trained, and writes its result.json."""
   values = judge(config, str(workdir))
   each = config.task.prompts_per_step * config.rollout.samples_per_prompt
   result = {
-      **made,
-      'pass_at_1':
-          values['evaluate/accuracy'],
-      f'pass_at_{settings.SAMPLES}':
-          values[f'evaluate/pass_at_{settings.SAMPLES}'],
-      'seconds':
-          seconds,
-      'curve': [{
-          'step': row['step'],
-          'samples': row['step'] * each,
-          'accuracy': row['evaluate/accuracy']
-      } for row in read_jsonl(workdir / 'evaluations.jsonl')],
+    **made,
+    'pass_at_1': values['evaluate/accuracy'],
+    f'pass_at_{settings.SAMPLES}': values[
+      f'evaluate/pass_at_{settings.SAMPLES}'
+    ],
+    'seconds': seconds,
+    'curve': [
+      {
+        'step': row['step'],
+        'samples': row['step'] * each,
+        'accuracy': row['evaluate/accuracy'],
+      }
+      for row in read_jsonl(workdir / 'evaluations.jsonl')
+    ],
   }
   temporary = workdir / f'{RESULT}.partial'
   temporary.write_text(json.dumps(result), encoding='utf-8')
@@ -95,9 +101,15 @@ def main(argv: list[str]) -> None:
   if _PRESET.value:
     arm = settings.Arm(_PRESET.value, _STALENESS.value)
     workdir = runs / arm.folder
-    config = settings.make_config(arm, _SEED.value, _SIZE.value, _STEPS.value,
-                                  _MINIBATCHES.value, str(warm / 'weights'),
-                                  str(teacher))
+    config = settings.make_config(
+      arm,
+      _SEED.value,
+      _SIZE.value,
+      _STEPS.value,
+      _MINIBATCHES.value,
+      str(warm / 'weights'),
+      str(teacher),
+    )
   else:
     workdir = warm
     config = settings.make_warm_config(_SEED.value, _SIZE.value)

@@ -15,10 +15,12 @@ trained.csv is written: the throughput of its rollouts, and its accuracy. With
 trained_idle_rows.csv.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
 import pathlib
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -26,8 +28,8 @@ import numpy as np
 
 from experiments import common
 from experiments import long_tail
-from rlax_llm import executables
 from rlax_llm.rollout import control
+from rlax_llm.runtime import executables
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
@@ -37,11 +39,16 @@ _STEPS = flags.DEFINE_integer('steps', 60, 'Steps of a run.')
 _TRAINED = flags.DEFINE_boolean('trained', False, 'Train a model.')
 _SIZE = flags.DEFINE_string('size', 'small', 'Of the model, with --trained.')
 _COMPACT = flags.DEFINE_boolean(
-    'compact', True, 'Whether idle rows are given up, with --trained.')
-_PROBLEMS = flags.DEFINE_integer('problems', 512,
-                                 'Held-out problems, with --trained.')
-_RATIOS = flags.DEFINE_list('ratios', ['1', '1.25', '1.5', '2'],
-                            'Values of over_provision; the first is 1.')
+  'compact', True, 'Whether idle rows are given up, with --trained.'
+)
+_PROBLEMS = flags.DEFINE_integer(
+  'problems', 512, 'Held-out problems, with --trained.'
+)
+_RATIOS = flags.DEFINE_list(
+  'ratios',
+  ['1', '1.25', '1.5', '2'],
+  'Values of over_provision; the first is 1.',
+)
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of a setting.')
 
 _PROMPTS, _SAMPLES, _SLOTS = 16, 8, 64
@@ -52,6 +59,7 @@ _FIXED, _BY_ROW = 1.0, 1 / 128  # of a tick: memory-bound, as on accelerators
 @dataclasses.dataclass
 class _Group:
   """A group on its way: the tokens that its samples still need."""
+
   request: Request
   left: np.ndarray  # int[G]
   taken: np.ndarray  # int[G], tokens it has
@@ -68,8 +76,9 @@ def _seconds(time: control.LogicalTime, end: int) -> tuple[float, float]:
   return float(np.sum(_FIXED + _BY_ROW * decoding)), float(decoding.mean())
 
 
-def simulate(ratio: float, sigma: float, max_staleness: int, seed: int,
-             steps: int) -> dict[str, Any]:
+def simulate(
+  ratio: float, sigma: float, max_staleness: int, seed: int, steps: int
+) -> dict[str, Any]:
   """Returns what a run of `steps` steps comes to.
 
   Args:
@@ -96,15 +105,19 @@ def simulate(ratio: float, sigma: float, max_staleness: int, seed: int,
       request = Request(np.zeros(1, np.int32), _SAMPLES, TRAIN, step, i)
       new.append(_Group(request, lengths, np.zeros(_SAMPLES, int)))
     groups = [*pending, *new]
-    open_samples = [(g, s)
-                    for g, group in enumerate(groups)
-                    for s in range(_SAMPLES)
-                    if group.left[s]]
-    time = control.LogicalTime([g.request for g in groups],
-                               [g for g, _ in open_samples], _SLOTS)
+    open_samples = [
+      (g, s)
+      for g, group in enumerate(groups)
+      for s in range(_SAMPLES)
+      if group.left[s]
+    ]
+    time = control.LogicalTime(
+      [g.request for g in groups], [g for g, _ in open_samples], _SLOTS
+    )
     needed = [int(groups[g].left[s]) for g, s in open_samples]
-    stop = control.stop_at_groups(min(wanted, len(groups)),
-                                  step + 1 - max_staleness)
+    stop = control.stop_at_groups(
+      min(wanted, len(groups)), step + 1 - max_staleness
+    )
     for view in time.advance(needed, [True] * len(needed)):
       if stop(view):
         break
@@ -128,11 +141,11 @@ def simulate(ratio: float, sigma: float, max_staleness: int, seed: int,
       ages += [step - g.request.step for g in batch]
       spans += [g.versions for g in batch]
   return {
-      'tokens_per_cost': tokens / cost,
-      'occupancy': float(np.mean(occupancy)),
-      'put_off': float(np.mean(np.array(ages) > 0)),
-      'age_max': max(ages),
-      'versions_max': max(spans),
+    'tokens_per_cost': tokens / cost,
+    'occupancy': float(np.mean(occupancy)),
+    'put_off': float(np.mean(np.array(ages) > 0)),
+    'age_max': max(ages),
+    'versions_max': max(spans),
   }
 
 
@@ -144,40 +157,39 @@ def train(ratio: float, seed: int, warm: Params) -> dict[str, float]:
     seed: of the run.
     warm: the policy before.
   """
-  config = long_tail.make_config(seed,
-                                 _SIZE.value,
-                                 num_steps=_STEPS.value,
-                                 rollout__slots=64,
-                                 rollout__segment_forwards=8,
-                                 control__over_provision=ratio,
-                                 control__compact=_COMPACT.value,
-                                 learning__old_logprobs='scored',
-                                 evaluate__problems=_PROBLEMS.value)
+  config = long_tail.make_config(
+    seed,
+    _SIZE.value,
+    num_steps=_STEPS.value,
+    rollout__slots=64,
+    rollout__segment_forwards=8,
+    control__over_provision=ratio,
+    control__compact=_COMPACT.value,
+    learning__old_logprobs='scored',
+    evaluate__problems=_PROBLEMS.value,
+  )
   steps = list(long_tail.train(config, warm))
   total = lambda name: float(sum(s[name] for s in steps))
   # What is put off at the end is not trained on, and not counted.
   tokens = total('rollout/trained_tokens')
-  cost = (_FIXED * total('rollout/forwards') +
-          _BY_ROW * total('rollout/sampled_tokens'))
-  seconds = sum((s['rollout/sampled_tokens'] + s['rollout/discarded_tokens']) /
-                s['rollout/tokens_per_second'] for s in steps)
+  cost = _FIXED * total('rollout/forwards') + _BY_ROW * total(
+    'rollout/sampled_tokens'
+  )
+  seconds = sum(
+    (s['rollout/sampled_tokens'] + s['rollout/discarded_tokens'])
+    / s['rollout/tokens_per_second']
+    for s in steps
+  )
   return {
-      'tokens_per_second':
-          tokens / seconds,
-      'tokens_per_cost':
-          tokens / cost,
-      'occupancy':
-          total('rollout/occupancy') / len(steps),
-      'tail':
-          total('rollout/length_max') / total('rollout/length_mean'),
-      'stale_tokens':
-          total('policy/staleness_mean') / len(steps),
-      'age_max':
-          max(s['policy/staleness_max'] for s in steps),
-      'discarded':
-          total('rollout/discarded_tokens') / total('rollout/sampled_tokens'),
-      'accuracy':
-          steps[-1]['evaluate/accuracy'],
+    'tokens_per_second': tokens / seconds,
+    'tokens_per_cost': tokens / cost,
+    'occupancy': total('rollout/occupancy') / len(steps),
+    'tail': total('rollout/length_max') / total('rollout/length_mean'),
+    'stale_tokens': total('policy/staleness_mean') / len(steps),
+    'age_max': max(s['policy/staleness_max'] for s in steps),
+    'discarded': total('rollout/discarded_tokens')
+    / total('rollout/sampled_tokens'),
+    'accuracy': steps[-1]['evaluate/accuracy'],
   }
 
 
@@ -198,8 +210,9 @@ def sweep_trained() -> None:
       print(row, flush=True)
 
 
-def _table(found: Sequence[Mapping[float, Mapping[str, float]]],
-           ratios: Sequence[float]) -> list[dict[str, Any]]:
+def _table(
+  found: Sequence[Mapping[float, Mapping[str, float]]], ratios: Sequence[float]
+) -> list[dict[str, Any]]:
   """Returns a row for each ratio, from what runs came to by seed."""
   rows = []
   for ratio in ratios:
@@ -207,16 +220,27 @@ def _table(found: Sequence[Mapping[float, Mapping[str, float]]],
     row: dict[str, Any] = {'ratio': ratio, 'seeds': len(found)}
     for name in ('tokens_per_second', 'tokens_per_cost'):
       row[name] = round(
-          float(np.mean([m[name] / b[name] for m, b in zip(mine, base)])), 3)
+        float(np.mean([m[name] / b[name] for m, b in zip(mine, base)])), 3
+      )
     low, middle = common.lower_bound(
-        [m['accuracy'] - b['accuracy'] for m, b in zip(mine, base)])
-    for name in ('occupancy', 'tail', 'stale_tokens', 'age_max', 'discarded',
-                 'accuracy'):
+      [m['accuracy'] - b['accuracy'] for m, b in zip(mine, base)]
+    )
+    for name in (
+      'occupancy',
+      'tail',
+      'stale_tokens',
+      'age_max',
+      'discarded',
+      'accuracy',
+    ):
       row[name] = round(float(np.mean([m[name] for m in mine])), 3)
-    rows.append(row | {
+    rows.append(
+      row
+      | {
         'accuracy_change': round(middle, 4),
-        'accuracy_change_low': round(low, 4)
-    })
+        'accuracy_change_low': round(low, 4),
+      }
+    )
   return rows
 
 
@@ -231,12 +255,13 @@ def main(argv: list[str]) -> None:
     base = None
     for ratio in map(float, _RATIOS.value):
       found = [
-          simulate(ratio, sigma, 4, seed, _STEPS.value)
-          for seed in range(_SEEDS.value)
+        simulate(ratio, sigma, 4, seed, _STEPS.value)
+        for seed in range(_SEEDS.value)
       ]
       mean = {k: float(np.mean([f[k] for f in found])) for k in found[0]}
       base = base or mean['tokens_per_cost']
-      rows.append({
+      rows.append(
+        {
           'sigma': sigma,
           'ratio': ratio,
           'throughput': round(mean['tokens_per_cost'] / base, 3),
@@ -244,7 +269,8 @@ def main(argv: list[str]) -> None:
           'put_off': round(mean['put_off'], 3),
           'age_max': max(f['age_max'] for f in found),
           'versions_max': max(f['versions_max'] for f in found),
-      })
+        }
+      )
       print(rows[-1], flush=True)
   common.write_csv(pathlib.Path(_OUT.value) / 'sweep.csv', rows)
 

@@ -20,12 +20,12 @@ import jax
 from experiments.benchmarks import common
 from experiments.common import constant_drafter
 from experiments.common import use_device
-from rlax_llm import executables
 from rlax_llm.config import freeze
 from rlax_llm.drafting.drafters import Learned
 from rlax_llm.models.draft_model import make_draft_model
 from rlax_llm.models.transformer import make_transformer
 from rlax_llm.rollout.state import RolloutState
+from rlax_llm.runtime import executables
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32'], 'Rows decoded together.')
 _WIDTH = flags.DEFINE_integer('width', 8, 'Nodes verified in one forward.')
@@ -42,17 +42,17 @@ def list_ways(width: int, depth: int) -> dict[str, dict[str, Any]]:
   """
   wide: dict[str, Any] = dict(width=width)
   return {
-      'W = 1': dict(width=1),
-      'wrong chain': wide | dict(own_drafter=constant_drafter(width)),
-      'past rollouts': wide | dict(drafter='tree_cache'),
-      'past rollouts (tree)': wide | dict(drafter='tree_cache', branching=2),
-      'network': wide | dict(drafter='model', depth=width - 1),
-      # Both choose W - 1 nodes of fewer: what is between them is drafting.
-      'network (short)': wide | dict(drafter='model', depth=1),
-      'network (long)': wide | dict(drafter='model', depth=width - 2),
-      'network (tree)': wide | dict(drafter='model', depth=depth, branching=2),
-      'hybrid': wide | dict(drafter='hybrid', depth=depth),
-      'hybrid (tree)': wide | dict(drafter='hybrid', depth=depth, branching=2),
+    'W = 1': dict(width=1),
+    'wrong chain': wide | dict(own_drafter=constant_drafter(width)),
+    'past rollouts': wide | dict(drafter='tree_cache'),
+    'past rollouts (tree)': wide | dict(drafter='tree_cache', branching=2),
+    'network': wide | dict(drafter='model', depth=width - 1),
+    # Both choose W - 1 nodes of fewer: what is between them is drafting.
+    'network (short)': wide | dict(drafter='model', depth=1),
+    'network (long)': wide | dict(drafter='model', depth=width - 2),
+    'network (tree)': wide | dict(drafter='model', depth=depth, branching=2),
+    'hybrid': wide | dict(drafter='hybrid', depth=depth),
+    'hybrid (tree)': wide | dict(drafter='hybrid', depth=depth, branching=2),
   }
 
 
@@ -80,34 +80,38 @@ def main(argv: list[str]) -> None:
         continue
       depth = options.pop('depth', None)
       learned = None if depth is None else Learned(draft_model, depth)
-      engine = common.make_engine(model,
-                                  rows,
-                                  samples,
-                                  learned=learned,
-                                  **options)
+      engine = common.make_engine(
+        model, rows, samples, learned=learned, **options
+      )
       seconds = []
       for _ in range(common.REPEATS.value + 1):
-        engine.generate(params,
-                        requests,
-                        RolloutState(),
-                        drafter_params=own if learned else ())
+        engine.generate(
+          params,
+          requests,
+          RolloutState(),
+          drafter_params=own if learned else (),
+        )
         stats = engine.stats
         seconds.append(stats.segment_seconds / stats.forwards)
       forward[name] = statistics.median(seconds[1:])
-      over = {
-          'over_w1': round(forward[name] / forward['W = 1'], 3)
-      } if 'W = 1' in forward else {}
+      over = (
+        {'over_w1': round(forward[name] / forward['W = 1'], 3)}
+        if 'W = 1' in forward
+        else {}
+      )
       compared = {'W = 1', 'network (short)', 'network (long)'}
       if name == 'network (long)' and compared <= set(forward):
         more = (forward[name] - forward['network (short)']) / (width - 3)
         over['step'] = round(more / forward['W = 1'], 3)
-      common.emit(rows=rows,
-                  drafts=name,
-                  width=options['width'],
-                  milliseconds=round(1e3 * forward[name], 4),
-                  accept_length=round(stats.tokens / stats.row_forwards, 3),
-                  compile_seconds=round(engine.pool.seconds, 1),
-                  **over)
+      common.emit(
+        rows=rows,
+        drafts=name,
+        width=options['width'],
+        milliseconds=round(1e3 * forward[name], 4),
+        accept_length=round(stats.tokens / stats.row_forwards, 3),
+        compile_seconds=round(engine.pool.seconds, 1),
+        **over,
+      )
 
 
 if __name__ == '__main__':

@@ -23,22 +23,27 @@ import numpy as np
 
 from experiments.benchmarks import common
 from experiments.common import use_device
-from rlax_llm import pretrained
-from rlax_llm import safetensors_files
-from rlax_llm import sharding
 from rlax_llm.config import freeze
 from rlax_llm.config import MeshConfig
 from rlax_llm.config import PrecisionConfig
-from rlax_llm.models import hugging_face
-from rlax_llm.models import weight_layout
+from rlax_llm.models.pretrained import config_json
+from rlax_llm.models.pretrained import loading
+from rlax_llm.models.pretrained import safetensors_files
+from rlax_llm.models.pretrained import weight_layout
 from rlax_llm.models.transformer import make_transformer
+from rlax_llm.runtime import sharding
 
 _FOLDER = flags.DEFINE_string('folder', '', 'Where to write the checkpoint.')
 _SHARDS = flags.DEFINE_integer('shards', 3, 'Weights files.')
-_PART = flags.DEFINE_enum('part', '', ['', 'write', 'read'],
-                          'Do only this, with --folder.')
-_TO = flags.DEFINE_enum('to', '', ['', 'float32', 'bfloat16'],
-                        'Dtype of the parameters; empty: as stored.')
+_PART = flags.DEFINE_enum(
+  'part', '', ['', 'write', 'read'], 'Do only this, with --folder.'
+)
+_TO = flags.DEFINE_enum(
+  'to',
+  '',
+  ['', 'float32', 'bfloat16'],
+  'Dtype of the parameters; empty: as stored.',
+)
 
 
 def peak_bytes() -> int:
@@ -51,47 +56,54 @@ def write(folder: pathlib.Path) -> None:
   model = common.model_config()
   dtype = np.dtype(jax.numpy.dtype(common.DTYPE.value))
   shapes = {
-      piece.name: piece.shape for leaf in weight_layout.leaves(model).values()
-      for piece in leaf.pieces
+    piece.name: piece.shape
+    for leaf in weight_layout.leaves(model).values()
+    for piece in leaf.pieces
   }
   rng = np.random.default_rng(common.SEED.value)
   fetch = lambda name: rng.standard_normal(shapes[name], np.float32).astype(
-      dtype)
+    dtype
+  )
   names = list(shapes)
   where: dict[str, str] = {}
   for i in range(_SHARDS.value):
     file = f'model-{i + 1:05d}-of-{_SHARDS.value:05d}.safetensors'
-    part = names[i * len(names) // _SHARDS.value:(i + 1) * len(names) //
-                 _SHARDS.value]
-    safetensors_files.write_file(folder / file, {n: shapes[n] for n in part},
-                                 dtype, fetch)
+    part = names[
+      i * len(names) // _SHARDS.value : (i + 1) * len(names) // _SHARDS.value
+    ]
+    safetensors_files.write_file(
+      folder / file, {n: shapes[n] for n in part}, dtype, fetch
+    )
     where |= dict.fromkeys(part, file)
-  (folder / pretrained.INDEX_FILE).write_text(json.dumps({'weight_map': where}))
-  (folder / pretrained.CONFIG_FILE).write_text(
-      json.dumps(hugging_face.to_config_json(model, dtype.name)))
+  (folder / loading.INDEX_FILE).write_text(json.dumps({'weight_map': where}))
+  (folder / loading.CONFIG_FILE).write_text(
+    json.dumps(config_json.to_config_json(model, dtype.name))
+  )
 
 
 def read(folder: str) -> None:
   """Loads a folder and prints what it took."""
-  model = hugging_face.from_config_json(pretrained.read_config(folder), folder)
+  model = config_json.from_config_json(loading.read_config(folder), folder)
   precision = PrecisionConfig(parameters=_TO.value or common.DTYPE.value)
   init = make_transformer(freeze(model), freeze(precision)).init
   place = sharding.replicated(sharding.make_mesh(MeshConfig(data=1)))
   abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      jax.eval_shape(init, jax.random.key(0)))
-  stored = pretrained.fingerprint(folder)['weights_bytes']
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    jax.eval_shape(init, jax.random.key(0)),
+  )
+  stored = loading.fingerprint(folder)['weights_bytes']
   before = peak_bytes()
   start = time.perf_counter()
-  params = jax.block_until_ready(pretrained.load_params(folder, model,
-                                                        abstract))
+  params = jax.block_until_ready(loading.load_params(folder, model, abstract))
   seconds = time.perf_counter() - start
-  common.emit(seconds=round(seconds, 2),
-              gigabytes=round(stored / 1e9, 3),
-              parameters=precision.parameters,
-              before_over_size=round(before / stored, 2),
-              peak_over_size=round(peak_bytes() / stored, 2),
-              leaves=len(jax.tree.leaves(params)))
+  common.emit(
+    seconds=round(seconds, 2),
+    gigabytes=round(stored / 1e9, 3),
+    parameters=precision.parameters,
+    before_over_size=round(before / stored, 2),
+    peak_over_size=round(peak_bytes() / stored, 2),
+    leaves=len(jax.tree.leaves(params)),
+  )
 
 
 def main(argv: list[str]) -> None:
@@ -107,11 +119,17 @@ def main(argv: list[str]) -> None:
       folder = _FOLDER.value or temporary
       os.makedirs(folder, exist_ok=True)
       for part in ('write', *['read'] * common.REPEATS.value):
-        subprocess.run([
-            sys.executable, '-m', 'experiments.benchmarks.load', *sys.argv[1:],
-            f'--folder={folder}', f'--part={part}'
-        ],
-                       check=True)
+        subprocess.run(
+          [
+            sys.executable,
+            '-m',
+            'experiments.benchmarks.load',
+            *sys.argv[1:],
+            f'--folder={folder}',
+            f'--part={part}',
+          ],
+          check=True,
+        )
 
 
 if __name__ == '__main__':

@@ -17,38 +17,44 @@ import jax
 import numpy as np
 
 from rlax_llm import config as config_lib
-from rlax_llm import flags
-from rlax_llm import learner as learners
-from rlax_llm import sharding
+from rlax_llm.components import make_run
+from rlax_llm.components import Run
+from rlax_llm.learning import learner as learners
 from rlax_llm.learning.batch import Sample
-from rlax_llm.run import make_run
-from rlax_llm.run import Run
-from rlax_llm.states import drafter_params
+from rlax_llm.learning.train_states import drafter_params
+from rlax_llm.runtime import flags
+from rlax_llm.runtime import sharding
 from rlax_llm.types import Batch
 
-_DEVICES = absl_flags.DEFINE_integer('devices', 0,
-                                     'simulated on CPU; 0: those there are')
+_DEVICES = absl_flags.DEFINE_integer(
+  'devices', 0, 'simulated on CPU; 0: those there are'
+)
 
 
 def abstract_batch(run: Run, learner: learners.Learner) -> Batch:
   """Returns the shapes of the largest batch, of completions of T tokens."""
   rollout = run.config.rollout
   group = config_lib.largest_group(rollout, run.config.control)
-  count = (run.config.task.prompts_per_step * group //
-           run.config.learning.minibatches)
-  sample = Sample(prompt=np.zeros(rollout.prompt_length, np.int32),
-                  completion=np.zeros(rollout.max_new_tokens, np.int32),
-                  advantage=1.0,
-                  behaviour_logprobs=np.zeros(rollout.max_new_tokens,
-                                              np.float32))
+  count = (
+    run.config.task.prompts_per_step * group // run.config.learning.minibatches
+  )
+  sample = Sample(
+    prompt=np.zeros(rollout.prompt_length, np.int32),
+    completion=np.zeros(rollout.max_new_tokens, np.int32),
+    advantage=1.0,
+    behaviour_logprobs=np.zeros(rollout.max_new_tokens, np.float32),
+  )
   batch = learner.pack([sample] * count)
   rows = sharding.microbatches(run.mesh)
   anywhere = sharding.replicated(run.mesh)
   return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(np.shape(x),
-                                     np.asarray(x).dtype,
-                                     sharding=rows
-                                     if np.ndim(x) else anywhere), batch)
+    lambda x: jax.ShapeDtypeStruct(
+      np.shape(x),
+      np.asarray(x).dtype,
+      sharding=rows if np.ndim(x) else anywhere,
+    ),
+    batch,
+  )
 
 
 def measure(run: Run) -> dict[str, int]:
@@ -57,17 +63,16 @@ def measure(run: Run) -> dict[str, int]:
   state = run.states.abstract_state()
   learner.compile_update(state, abstract_batch(run, learner))
   engine = run.engine(run.sampling)
-  engine.compile_largest(state.params,
-                         drafter_params(run.states.abstract_all()))
+  engine.compile_largest(
+    state.params, drafter_params(run.states.abstract_all())
+  )
   held = sum(
-      int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-      for x in jax.tree.leaves(state))
-  return {
-      'state': held,
-      'update': run.pool.memory_bytes('update'),
-  } | {
-      f'segment, {rows} rows, W = {arm.width}': size
-      for (rows, _, arm), size in engine.segment_bytes().items()
+    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+    for x in jax.tree.leaves(state)
+  )
+  return {'state': held, 'update': run.pool.memory_bytes('update')} | {
+    f'segment, {rows} rows, W = {arm.width}': size
+    for (rows, _, arm), size in engine.segment_bytes().items()
   }
 
 
@@ -77,8 +82,9 @@ def main(argv: list[str]) -> None:
   if _DEVICES.value:
     jax.config.update('jax_platforms', 'cpu')
     os.environ['XLA_FLAGS'] = (
-        os.environ.get('XLA_FLAGS', '') +
-        f' --xla_force_host_platform_device_count={_DEVICES.value}')
+      os.environ.get('XLA_FLAGS', '')
+      + f' --xla_force_host_platform_device_count={_DEVICES.value}'
+    )
   run = make_run(_CONFIG.value)
   for name, size in measure(run).items():
     print(f'{name:24} {size / 1e9:8.2f} GB on each of {run.mesh.size} devices')

@@ -16,10 +16,10 @@ import numpy as np
 
 from experiments.benchmarks import common
 from experiments.common import use_device
-from rlax_llm import credit
-from rlax_llm import learner as learners
-from rlax_llm import run as runs
+from rlax_llm import components as runs
 from rlax_llm.config import Config
+from rlax_llm.experience import advantages as credit
+from rlax_llm.learning import learner as learners
 from rlax_llm.learning.batch import Sample
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.types import Request
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> None:
   for step in range(common.REPEATS.value + 1):
     start = time.perf_counter()
     requests = [
-        Request(prompt, common.SAMPLES.value, TRAIN, step, i)
-        for i, prompt in enumerate(prompts)
+      Request(prompt, common.SAMPLES.value, TRAIN, step, i)
+      for i, prompt in enumerate(prompts)
     ]
     rollouts, _ = engine.generate(state.params, requests, RolloutState(step))
     middle = time.perf_counter()
@@ -73,8 +73,8 @@ def main(argv: list[str]) -> None:
     lengths = np.array([r.length for r in rollouts]).reshape(shape)
     advantages = credit.group_advantages(run, rewards, lengths, rewards, None)
     samples = [
-        Sample(r.request.prompt, r.tokens, float(a), r.behaviour_logprobs)
-        for r, a in zip(rollouts, advantages.reshape(-1))
+      Sample(r.request.prompt, r.tokens, float(a), r.behaviour_logprobs)
+      for r, a in zip(rollouts, advantages.reshape(-1))
     ]
     prepared, _ = learner.prepare(state.params, samples, None)
     state, _ = learner.learn(state, prepared)
@@ -85,12 +85,14 @@ def main(argv: list[str]) -> None:
       update_seconds.append(end - middle)
   rollout = statistics.median(rollout_seconds)
   update = statistics.median(update_seconds)
-  common.emit(rows=_PROMPTS.value * common.SAMPLES.value,
-              new_tokens=common.NEW.value,
-              rollout_s=round(rollout, 3),
-              update_s=round(update, 3),
-              step_s=round(rollout + update, 3),
-              compile_seconds=round(run.pool.seconds, 2))
+  common.emit(
+    rows=_PROMPTS.value * common.SAMPLES.value,
+    new_tokens=common.NEW.value,
+    rollout_s=round(rollout, 3),
+    update_s=round(update, 3),
+    step_s=round(rollout + update, 3),
+    compile_seconds=round(run.pool.seconds, 2),
+  )
 
 
 if __name__ == '__main__':

@@ -21,10 +21,10 @@ import jax
 from experiments import common
 from experiments import long_tail
 from rlax_llm import evaluate
-from rlax_llm import executables
+from rlax_llm.components import make_run
 from rlax_llm.config import Config
-from rlax_llm.run import make_run
-from rlax_llm.tasks.verifier import Verifier
+from rlax_llm.runtime import executables
+from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import Params
 
 _OUT = flags.DEFINE_string('out', 'experiments/early_stop', 'Where results go.')
@@ -33,25 +33,29 @@ _PROBLEMS = flags.DEFINE_integer('problems', 256, 'Held-out problems.')
 _SEEDS = flags.DEFINE_integer('seeds', 2, 'Evaluations of a setting.')
 _TASKS = flags.DEFINE_list('tasks', ['hesitating', 'tally'], 'Of `TASKS`.')
 _SETTINGS = flags.DEFINE_list(
-    'settings', ['2x4', '3x4', '4x4', '5x3', '2x8', '3x8', '2x16'],
-    'Probes that must agree x tokens between two of them.')
+  'settings',
+  ['2x4', '3x4', '4x4', '5x3', '2x8', '3x8', '2x16'],
+  'Probes that must agree x tokens between two of them.',
+)
 
 TASKS = {
-    'hesitating': 'experiments.early_stop.task:Hesitating',
-    'tally': 'experiments.srt.task:LongTail',
+  'hesitating': 'experiments.early_stop.task:Hesitating',
+  'tally': 'experiments.srt.task:LongTail',
 }
 
 
 def _config(task: str, seed: int, **changes: Any) -> Config:
   """Returns the config of a task, with room for what is said again."""
-  return long_tail.make_config(seed,
-                               _SIZE.value,
-                               task__name=TASKS[task],
-                               task__answer_format='scratchpad',
-                               rollout__max_new_tokens=256,
-                               rollout__slots=64,
-                               evaluate__problems=_PROBLEMS.value,
-                               **changes)
+  return long_tail.make_config(
+    seed,
+    _SIZE.value,
+    task__name=TASKS[task],
+    task__answer_format='scratchpad',
+    rollout__max_new_tokens=256,
+    rollout__slots=64,
+    evaluate__problems=_PROBLEMS.value,
+    **changes,
+  )
 
 
 def measure(task: str, warm: Params, setting: str, seed: int) -> dict[str, Any]:
@@ -64,19 +68,33 @@ def measure(task: str, warm: Params, setting: str, seed: int) -> dict[str, Any]:
     seed: of problems and noise.
   """
   agree, _, every = setting.partition('x')
-  probes = dict(evaluate__early_stop=int(agree),
-                evaluate__probe=')',
-                evaluate__probe_every=int(every),
-                evaluate__probe_tokens=5) if setting else {}
+  probes = (
+    dict(
+      evaluate__early_stop=int(agree),
+      evaluate__probe=')',
+      evaluate__probe_every=int(every),
+      evaluate__probe_tokens=5,
+    )
+    if setting
+    else {}
+  )
   run = make_run(_config(task, seed, **probes))
   with Verifier(run.config.task, run.config.seed) as verifier:
-    return evaluate.evaluate(run, run.engine(run.sampling),
-                             jax.tree.map(jax.numpy.asarray, warm), verifier,
-                             evaluate.held_out_problems(run))
+    return evaluate.evaluate(
+      run,
+      run.engine(run.sampling),
+      jax.tree.map(jax.numpy.asarray, warm),
+      verifier,
+      evaluate.held_out_problems(run),
+    )
 
 
-def summarize(task: str, setting: str, found: list[dict[str, Any]],
-              plain: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(
+  task: str,
+  setting: str,
+  found: list[dict[str, Any]],
+  plain: list[dict[str, Any]],
+) -> dict[str, Any]:
   """Returns the row of a setting.
 
   Args:
@@ -87,23 +105,23 @@ def summarize(task: str, setting: str, found: list[dict[str, Any]],
   """
   mean = lambda name, of: statistics.mean(f.get(name, 0.0) for f in of)
   change = [
-      f['evaluate/accuracy'] - p['evaluate/accuracy']
-      for f, p in zip(found, plain)
+    f['evaluate/accuracy'] - p['evaluate/accuracy']
+    for f, p in zip(found, plain)
   ]
   tokens = mean('evaluate/tokens_mean', found)
   probes = mean('evaluate/probe_tokens_mean', found)
   whole = mean('evaluate/tokens_mean', plain)
   return {
-      'task': task,
-      'setting': setting or 'whole',
-      'accuracy': round(mean('evaluate/accuracy', found), 3),
-      'accuracy_change': round(statistics.mean(change), 4),
-      'accuracy_change_min': round(min(change), 4),
-      'tokens': round(tokens, 1),
-      'tokens_saved': round(1 - tokens / whole, 3),
-      'probe_tokens': round(probes, 1),
-      'saved_with_probes': round(1 - (tokens + probes) / whole, 3),
-      'stopped': round(mean('evaluate/stopped_fraction', found), 3),
+    'task': task,
+    'setting': setting or 'whole',
+    'accuracy': round(mean('evaluate/accuracy', found), 3),
+    'accuracy_change': round(statistics.mean(change), 4),
+    'accuracy_change_min': round(min(change), 4),
+    'tokens': round(tokens, 1),
+    'tokens_saved': round(1 - tokens / whole, 3),
+    'probe_tokens': round(probes, 1),
+    'saved_with_probes': round(1 - (tokens + probes) / whole, 3),
+    'stopped': round(mean('evaluate/stopped_fraction', found), 3),
   }
 
 

@@ -23,5 +23,10 @@ class Hesitating(LongTail):
     steps, _, last = (plain.trace or '').rpartition(')')
     free = (_LONGEST - len(plain.trace or '')) // (len(last) + 1)
     again = f'={last}' * min(int(rng.integers(0, _MOST)), max(free, 0))
-    return tasks.make_problem('hesitating', plain.prompt, plain.answer or '',
-                              f'{steps}{again}){last}', dict(plain.entry))
+    return tasks.make_problem(
+      'hesitating',
+      plain.prompt,
+      plain.answer or '',
+      f'{steps}{again}){last}',
+      dict(plain.entry),
+    )

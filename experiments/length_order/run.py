@@ -22,15 +22,16 @@ import numpy as np
 
 from experiments import common
 from experiments import long_tail
-from rlax_llm import executables
 from rlax_llm.learning import length_ranker
 from rlax_llm.rollout import control
+from rlax_llm.runtime import executables
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
 
-_OUT = flags.DEFINE_string('out', 'experiments/length_order',
-                           'Where results go.')
+_OUT = flags.DEFINE_string(
+  'out', 'experiments/length_order', 'Where results go.'
+)
 _TRAINED = flags.DEFINE_boolean('trained', False, 'Train a model.')
 _SIZE = flags.DEFINE_string('size', 'small', 'Of the model, with --trained.')
 _EPOCHS = flags.DEFINE_integer('epochs', 4, 'Times that a prompt comes.')
@@ -51,8 +52,8 @@ def _makespan(lengths: np.ndarray, order: np.ndarray) -> float:
   """
   numbers = np.repeat(np.arange(len(order)), lengths.shape[1]).tolist()
   requests = [
-      Request(np.zeros(1, np.int32), lengths.shape[1], TRAIN, 0, i)
-      for i in range(len(order))
+    Request(np.zeros(1, np.int32), lengths.shape[1], TRAIN, 0, i)
+    for i in range(len(order))
   ]
   needed = lengths[order].reshape(-1).tolist()
   time = control.LogicalTime(requests, numbers, _SLOTS)
@@ -66,33 +67,41 @@ def run(seed: int) -> list[dict[str, Any]]:
   rng = np.random.default_rng(seed)
   kinds = rng.integers(0, 8, _PROMPTS.value * _STEPS)
   # Half of what a prompt's answers have in common shows in its first token.
-  means = (np.linspace(-1, 1, 8)[kinds] * _BETWEEN * 1.1 +
-           rng.normal(size=len(kinds)) * _BETWEEN * 0.7)
+  means = (
+    np.linspace(-1, 1, 8)[kinds] * _BETWEEN * 1.1
+    + rng.normal(size=len(kinds)) * _BETWEEN * 0.7
+  )
   prompts = [
-      np.r_[kind, rng.integers(8, 40, 9)].astype(np.int32) for kind in kinds
+    np.r_[kind, rng.integers(8, 40, 9)].astype(np.int32) for kind in kinds
   ]
   history = length_ranker.LengthHistory()
   rows = []
   for epoch in range(_EPOCHS.value):
     for batch in rng.permutation(len(prompts)).reshape(_STEPS, _PROMPTS.value):
-      logs = means[batch,
-                   None] + rng.normal(size=(_PROMPTS.value, _SAMPLES)) * _WITHIN
+      logs = (
+        means[batch, None]
+        + rng.normal(size=(_PROMPTS.value, _SAMPLES)) * _WITHIN
+      )
       lengths = np.clip(_MEDIAN * np.exp(logs), 1, _LONGEST).astype(int)
       mine = [prompts[i] for i in batch]
       predicted = history.predict(mine)
       actual = lengths.mean(axis=1)
-      for name, key in (('arrival', np.zeros(_PROMPTS.value)),
-                        ('shortest_first', predicted), ('longest_first',
-                                                        -predicted),
-                        ('longest_first, true prompt mean', -means[batch]),
-                        ('longest_first, group mean known', -actual)):
+      for name, key in (
+        ('arrival', np.zeros(_PROMPTS.value)),
+        ('shortest_first', predicted),
+        ('longest_first', -predicted),
+        ('longest_first, true prompt mean', -means[batch]),
+        ('longest_first, group mean known', -actual),
+      ):
         order = np.argsort(key, kind='stable')
-        rows.append({
+        rows.append(
+          {
             'epoch': epoch + 1,
             'order': name,
             'makespan': _makespan(lengths, order),
             'tau': length_ranker.kendall_tau(predicted, actual),
-        })
+          }
+        )
       history = history.observe(mine, list(lengths), keep=0.7)
   return rows
 
@@ -108,41 +117,36 @@ def train(order: str, seed: int, warm: Params) -> list[dict[str, Any]]:
     seed: of the run.
     warm: the policy before.
   """
-  config = long_tail.make_config(seed,
-                                 _SIZE.value,
-                                 num_steps=_EPOCHS.value * _STEPS,
-                                 task__prompts_per_step=_PROMPTS.value,
-                                 task__epoch_prompts=_PROMPTS.value * _STEPS,
-                                 rollout__slots=_SLOTS,
-                                 control__order=order,
-                                 control__compact=False,
-                                 control__refill_threshold=1 / _SLOTS,
-                                 evaluate__problems=1)
+  config = long_tail.make_config(
+    seed,
+    _SIZE.value,
+    num_steps=_EPOCHS.value * _STEPS,
+    task__prompts_per_step=_PROMPTS.value,
+    task__epoch_prompts=_PROMPTS.value * _STEPS,
+    rollout__slots=_SLOTS,
+    control__order=order,
+    control__compact=False,
+    control__refill_threshold=1 / _SLOTS,
+    evaluate__problems=1,
+  )
   rows = []
   for step, values in enumerate(long_tail.train(config, warm)):
     tokens, longest = values['rollout/tokens'], values['rollout/length_max']
-    rows.append({
-        'order':
-            order,
-        'seed':
-            seed,
-        'epoch':
-            step // _STEPS + 1,
-        'forwards':
-            values['rollout/forwards'],
-        'over_bound':
-            values['rollout/forwards'] / max(tokens / _SLOTS, longest),
-        'seconds':
-            tokens / values['rollout/tokens_per_second'],
-        'occupancy':
-            values['rollout/occupancy'],
-        'tail':
-            longest / values['rollout/length_mean'],
-        'tau':
-            values.get('rollout/length_tau', 0.0),
-        'tokens':
-            tokens,
-    })
+    rows.append(
+      {
+        'order': order,
+        'seed': seed,
+        'epoch': step // _STEPS + 1,
+        'forwards': values['rollout/forwards'],
+        'over_bound': values['rollout/forwards']
+        / max(tokens / _SLOTS, longest),
+        'seconds': tokens / values['rollout/tokens_per_second'],
+        'occupancy': values['rollout/occupancy'],
+        'tail': longest / values['rollout/length_mean'],
+        'tau': values.get('rollout/length_tau', 0.0),
+        'tokens': tokens,
+      }
+    )
   return rows
 
 
@@ -161,20 +165,24 @@ def compare_trained() -> list[dict[str, Any]]:
     for order in orders:
       rows += train(order, seed, warm)
       mine = [r['tokens'] for r in rows if r['seed'] == seed]
-      if mine[:_EPOCHS.value * _STEPS] != mine[-_EPOCHS.value * _STEPS:]:
+      if mine[: _EPOCHS.value * _STEPS] != mine[-_EPOCHS.value * _STEPS :]:
         raise RuntimeError(f'{order} has other tokens than {orders[0]}')
       print(rows[-1], flush=True)
   table = []
   for name, epochs in (('first', (1,)), ('later', range(2, _EPOCHS.value + 1))):
     total = lambda order, column, epochs=epochs: sum(
-        r[column] for r in rows if r['order'] == order and r['epoch'] in epochs)
+      r[column] for r in rows if r['order'] == order and r['epoch'] in epochs
+    )
     for order in orders:
       count = sum(r['order'] == order and r['epoch'] in epochs for r in rows)
       ratio = lambda column, order=order: round(
-          total(order, column) / total('arrival', column), 3)
+        total(order, column) / total('arrival', column), 3
+      )
       mean = lambda column, order=order, count=count: round(
-          total(order, column) / count, 3)
-      table.append({
+        total(order, column) / count, 3
+      )
+      table.append(
+        {
           'epochs': name,
           'order': order,
           'seeds': _SEEDS.value,
@@ -184,7 +192,8 @@ def compare_trained() -> list[dict[str, Any]]:
           'occupancy': mean('occupancy'),
           'tail': mean('tail'),
           'tau': mean('tau'),
-      })
+        }
+      )
       print(table[-1], flush=True)
   return table
 
@@ -194,7 +203,8 @@ def main(argv: list[str]) -> None:
   del argv
   if _TRAINED.value:
     common.write_csv(
-        pathlib.Path(_OUT.value) / 'trained.csv', compare_trained())
+      pathlib.Path(_OUT.value) / 'trained.csv', compare_trained()
+    )
     return
   rows = [row for seed in range(_SEEDS.value) for row in run(seed)]
   table = []
@@ -202,13 +212,16 @@ def main(argv: list[str]) -> None:
     for order in dict.fromkeys(row['order'] for row in rows):
       mine = [r for r in rows if (r['epoch'], r['order']) == (epoch, order)]
       mean = lambda name, rows=mine: round(
-          float(np.mean([r[name] for r in rows])), 3)
-      table.append({
+        float(np.mean([r[name] for r in rows])), 3
+      )
+      table.append(
+        {
           'epoch': epoch,
           'order': order,
           'makespan_over_bound': mean('makespan'),
           'tau': mean('tau'),
-      })
+        }
+      )
       print(table[-1], flush=True)
   common.write_csv(pathlib.Path(_OUT.value) / 'orders.csv', table)
 

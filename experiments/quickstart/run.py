@@ -18,23 +18,24 @@ import matplotlib
 
 from configs import quickstart
 from rlax_llm import train
-from rlax_llm.metrics import read_jsonl
+from rlax_llm.workdir.metrics import read_jsonl
 
 matplotlib.use('Agg')
-from matplotlib import \
-    pyplot  # noqa: E402  pylint: disable=wrong-import-position
+from matplotlib import pyplot  # noqa: E402  pylint: disable=wrong-import-position
 
-_RUNS = flags.DEFINE_string('runs', 'runs/quickstart-seeds',
-                            'Where the runs are kept.')
-_OUT = flags.DEFINE_string('out', 'experiments/quickstart',
-                           'Where the table and the figure go.')
+_RUNS = flags.DEFINE_string(
+  'runs', 'runs/quickstart-seeds', 'Where the runs are kept.'
+)
+_OUT = flags.DEFINE_string(
+  'out', 'experiments/quickstart', 'Where the table and the figure go.'
+)
 
 # Name -> (seed, rewards shuffled).
 ARMS = {
-    'seed 0': (0, False),
-    'seed 1': (1, False),
-    'seed 2': (2, False),
-    'shuffled rewards': (0, True),
+  'seed 0': (0, False),
+  'seed 1': (1, False),
+  'seed 2': (2, False),
+  'shuffled rewards': (0, True),
 }
 
 
@@ -58,15 +59,19 @@ def main(argv: list[str]) -> None:
   for name in ARMS:
     workdir = run_arm(name, pathlib.Path(_RUNS.value))
     summary = json.loads((workdir / 'summary.json').read_text())
-    rows.append({
+    rows.append(
+      {
         'arm': name,
         'accuracy_before': summary['accuracy_before'],
         'accuracy_after': summary['accuracy_after'],
         'wall_seconds': round(summary['wall_seconds']),
         'tokens_sampled': summary['tokens_sampled'],
-    })
-    points = [(line['step'], line['evaluate/accuracy'])
-              for line in read_jsonl(workdir / 'evaluations.jsonl')]
+      }
+    )
+    points = [
+      (line['step'], line['evaluate/accuracy'])
+      for line in read_jsonl(workdir / 'evaluations.jsonl')
+    ]
     style = '--' if ARMS[name][1] else '-'
     axes.plot(*zip(*points), style, marker='o', markersize=4, label=name)
   axes.set_xlabel('RL step')

@@ -21,12 +21,12 @@ from absl import flags
 from configs import quickstart
 from experiments import common
 from experiments.srt import workload
-from rlax_llm import executables
+from rlax_llm.components import make_run
+from rlax_llm.components import Run
+from rlax_llm.learning.supervised import warm_start
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
-from rlax_llm.run import make_run
-from rlax_llm.run import Run
-from rlax_llm.warm_start import warm_start
+from rlax_llm.runtime import executables
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Rows decoded together.')
 _WIDTH = flags.DEFINE_integer('width', 4, 'W of the fixed arm.')
@@ -39,16 +39,17 @@ def make_engines(run: Run, rows: int, width: int) -> dict[str, RolloutEngine]:
   """Returns an engine for each arm."""
   make = functools.partial(workload.make_engine, run, rows, widths=(1, width))
   return {
-      'W = 1': make(width=1),
-      'W = 1 again': make(width=1),  # the noise of the comparison
-      'tree cache': make(width=width),
-      'cost model': make(width=0),
-      'constant': make(drafter=common.constant_drafter(width)),
+    'W = 1': make(width=1),
+    'W = 1 again': make(width=1),  # the noise of the comparison
+    'tree cache': make(width=width),
+    'cost model': make(width=0),
+    'constant': make(drafter=common.constant_drafter(width)),
   }
 
 
-def measure(run: Run, params: Any, rows: int, width: int, pairs: int,
-            steps: int) -> list[dict[str, Any]]:
+def measure(
+  run: Run, params: Any, rows: int, width: int, pairs: int, steps: int
+) -> list[dict[str, Any]]:
   """Returns a row for each (epoch, arm).
 
   Args:
@@ -69,12 +70,14 @@ def measure(run: Run, params: Any, rows: int, width: int, pairs: int,
   totals: dict[tuple[int, str], list[float]] = {}
 
   def generate(name: str, epoch: int, first: int) -> Any:
-    requests = workload.make_requests(run, rows, epoch * pairs * steps + first,
-                                      first)
+    requests = workload.make_requests(
+      run, rows, epoch * pairs * steps + first, first
+    )
     engine = engines[name]
     compiled, start = run.pool.seconds, clock()
-    rollouts, _ = engine.generate(params, requests,
-                                  RolloutState(store=stores[name]))
+    rollouts, _ = engine.generate(
+      params, requests, RolloutState(store=stores[name])
+    )
     spent = clock() - start - (run.pool.seconds - compiled)
     return spent, engine.stats, [r.tokens.tolist() for r in rollouts]
 
@@ -93,13 +96,19 @@ def measure(run: Run, params: Any, rows: int, width: int, pairs: int,
           raise RuntimeError(f'{name} changed a token in step {step}')
         seconds.setdefault((epoch, name), []).append(spent)
         total = totals.setdefault((epoch, name), [0, 0, 0, 0])
-        for i, value in enumerate((stats.tokens, stats.row_forwards,
-                                   stats.forwards, stats.segment_seconds)):
+        for i, value in enumerate(
+          (
+            stats.tokens,
+            stats.row_forwards,
+            stats.forwards,
+            stats.segment_seconds,
+          )
+        ):
           total[i] += value
   table = []
   paired = {
-      key: [sum(mine[i:i + steps]) for i in range(0, len(mine), steps)]
-      for key, mine in seconds.items()
+    key: [sum(mine[i : i + steps]) for i in range(0, len(mine), steps)]
+    for key, mine in seconds.items()
   }
   for (epoch, name), mine in sorted(paired.items()):
     plain = paired[epoch, 'W = 1']
@@ -109,37 +118,28 @@ def measure(run: Run, params: Any, rows: int, width: int, pairs: int,
     tokens, row_forwards, _, inside = totals[epoch, name]
     accept = tokens / row_forwards
     bound = accept / (forward('constant') / forward('W = 1'))
-    table.append({
-        'rows':
-            rows,
-        'epoch':
-            epoch + 1,
-        'arm':
-            name,
-        'accept_length':
-            round(accept, 3),
-        'forward_over_w1':
-            round(forward(name) / forward('W = 1'), 3),
-        'drafting_share':
-            round(1 - forward('constant') / forward(name), 3)
-            if name == 'tree cache' else '',
-        'bound':
-            round(bound, 3) if name == 'tree cache' else '',
-        'share_of_bound':
-            round(1 / middle / bound, 3) if name == 'tree cache' else '',
-        'between_segments':
-            round(1 - inside / sum(mine), 3),
-        'time_over_w1':
-            round(middle, 3),
-        'low':
-            round(low, 3),
-        'high':
-            round(high, 3),
-        'speedup':
-            round(1 / middle, 3),
-        'median_seconds':
-            round(statistics.median(mine) / steps, 4),
-    })
+    table.append(
+      {
+        'rows': rows,
+        'epoch': epoch + 1,
+        'arm': name,
+        'accept_length': round(accept, 3),
+        'forward_over_w1': round(forward(name) / forward('W = 1'), 3),
+        'drafting_share': round(1 - forward('constant') / forward(name), 3)
+        if name == 'tree cache'
+        else '',
+        'bound': round(bound, 3) if name == 'tree cache' else '',
+        'share_of_bound': round(1 / middle / bound, 3)
+        if name == 'tree cache'
+        else '',
+        'between_segments': round(1 - inside / sum(mine), 3),
+        'time_over_w1': round(middle, 3),
+        'low': round(low, 3),
+        'high': round(high, 3),
+        'speedup': round(1 / middle, 3),
+        'median_seconds': round(statistics.median(mine) / steps, 4),
+      }
+    )
   return table
 
 
@@ -154,8 +154,9 @@ def main(argv: list[str]) -> None:
   params = warm_start(run, run.states.init_params(), lambda done, loss: None)
   table: list[dict[str, Any]] = []
   for rows in map(int, _ROWS.value):
-    table += measure(run, params, rows, _WIDTH.value, _PAIRS.value,
-                     _STEPS.value)
+    table += measure(
+      run, params, rows, _WIDTH.value, _PAIRS.value, _STEPS.value
+    )
     common.write_csv(pathlib.Path(_OUT.value) / 'speed.csv', table)
 
 

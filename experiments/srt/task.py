@@ -1,6 +1,7 @@
 """Sums with a tally: a chain of thought with a long tail of lengths."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +40,13 @@ class LongTail:
     if len(terms) > 2 and rng.random() < _UNFINISHED:
       done = int(rng.integers(2, len(terms)))
     steps = ''.join(f'{written[i]}={values[i]}' for i in range(1, done))
-    return tasks.make_problem('long_tail', f'{text}=', str(values[-1]),
-                              f'({steps}){values[done - 1]}',
-                              {'answer': str(values[-1])})
+    return tasks.make_problem(
+      'long_tail',
+      f'{text}=',
+      str(values[-1]),
+      f'({steps}){values[done - 1]}',
+      {'answer': str(values[-1])},
+    )
 
   def score(self, entry: Mapping[str, Any], completion: str) -> float:
     """Returns 1 if the number behind the last parenthesis is right."""

@@ -12,9 +12,11 @@ Training with Adaptive Drafter", https://arxiv.org/abs/2511.16665. Writes
 drift.csv into --out.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import pathlib
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -23,12 +25,12 @@ import jax.numpy as jnp
 
 from experiments import common
 from experiments import long_tail
-from rlax_llm import executables
+from rlax_llm.components import Run
 from rlax_llm.config import Config
 from rlax_llm.config import freeze
-from rlax_llm.drafter_training import DrafterTraining
+from rlax_llm.learning.drafter_training import DrafterTraining
 from rlax_llm.rollout.state import RolloutState
-from rlax_llm.run import Run
+from rlax_llm.runtime import executables
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout
@@ -41,8 +43,9 @@ _STEPS = flags.DEFINE_integer('steps', 150, 'RL steps.')
 _EVERY = flags.DEFINE_integer('every', 15, 'Steps between two measurements.')
 _WARMUP = flags.DEFINE_integer('warmup', 300, 'Updates of a drafter before RL.')
 _RATE = flags.DEFINE_float('rate', 3e-4, "The policy's learning rate.")
-_SHARE = flags.DEFINE_float('share', 0.05,
-                            "Of the run's time, for training each drafter.")
+_SHARE = flags.DEFINE_float(
+  'share', 0.05, "Of the run's time, for training each drafter."
+)
 _DEPTH = flags.DEFINE_integer('depth', 7, 'Tokens that are drafted in a line.')
 
 # Name -> `drafter.every`; the first drafts the run's own rollouts.
@@ -52,17 +55,19 @@ _PROBLEMS = 16  # that are drafted at every measurement
 
 def make_config(**changes: Any) -> Config:
   """Returns the config of a run that a network drafts for."""
-  return long_tail.make_config(_SEED.value,
-                               _SIZE.value,
-                               num_steps=_STEPS.value,
-                               rollout__drafter='model',
-                               rollout__width=_DEPTH.value + 1,
-                               drafter__warmup_updates=_WARMUP.value,
-                               drafter__share=_SHARE.value,
-                               evaluate__problems=_PROBLEMS,
-                               learning__learning_rate=_RATE.value,
-                               algorithm__kl_coefficient=1e-6,
-                               **changes)
+  return long_tail.make_config(
+    _SEED.value,
+    _SIZE.value,
+    num_steps=_STEPS.value,
+    rollout__drafter='model',
+    rollout__width=_DEPTH.value + 1,
+    drafter__warmup_updates=_WARMUP.value,
+    drafter__share=_SHARE.value,
+    evaluate__problems=_PROBLEMS,
+    learning__learning_rate=_RATE.value,
+    algorithm__kl_coefficient=1e-6,
+    **changes,
+  )
 
 
 class Drafters(DrafterTraining):
@@ -74,8 +79,9 @@ class Drafters(DrafterTraining):
     for name, every in ARMS.items():
       drafter = dataclasses.replace(run.config.drafter, every=every)
       config = freeze(dataclasses.replace(run.config, drafter=drafter))
-      self._arms[name] = DrafterTraining(dataclasses.replace(run,
-                                                             config=config))
+      self._arms[name] = DrafterTraining(
+        dataclasses.replace(run, config=config)
+      )
     self._engine = run.engine(run.sampling)
     problems = [run.task.problem('held_out', i) for i in range(_PROBLEMS)]
     self._requests = run.requests(problems, samples=4, domain=EVALUATE, step=0)
@@ -84,29 +90,39 @@ class Drafters(DrafterTraining):
     self._totals = dict.fromkeys(ARMS, (0, 0.0))  # updates, seconds
     self.rows: list[dict[str, Any]] = []
 
-  def warm_up(self,
-              state: TrainState,
-              policy: Params,
-              show: Callable[[int, float], None],
-              left_out: list[str] | None = None) -> TrainState:
+  def warm_up(
+    self,
+    state: TrainState,
+    policy: Params,
+    show: Callable[[int, float], None],
+    left_out: list[str] | None = None,
+  ) -> TrainState:
     """Warms one drafter up, copies it, and measures."""
     state = super().warm_up(state, policy, show, left_out)
     self._states = {name: jax.tree.map(jnp.copy, state) for name in ARMS}
     self._measure(0, policy)
     return state
 
-  def after_step(self, state: TrainState, policy: Params, step: int,
-                 rollouts: Sequence[Rollout],
-                 seconds: float) -> tuple[TrainState, dict[str, float]]:
+  def after_step(
+    self,
+    state: TrainState,
+    policy: Params,
+    step: int,
+    rollouts: Sequence[Rollout],
+    seconds: float,
+  ) -> tuple[TrainState, dict[str, float]]:
     """Trains every arm; the run drafts with the first."""
     for name, arm in self._arms.items():
       start = self._run.clock() - self._run.pool.seconds
-      self._states[name], values = arm.after_step(self._states[name], policy,
-                                                  step, rollouts, seconds)
+      self._states[name], values = arm.after_step(
+        self._states[name], policy, step, rollouts, seconds
+      )
       took = self._run.clock() - self._run.pool.seconds - start
       updates, before = self._totals[name]
-      self._totals[name] = (updates + int(values['drafter/updates']),
-                            before + took)
+      self._totals[name] = (
+        updates + int(values['drafter/updates']),
+        before + took,
+      )
     if (step + 1) % _EVERY.value == 0:
       self._measure(step + 1, policy)
     return jax.tree.map(jnp.copy, self._states[next(iter(ARMS))]), {}
@@ -115,10 +131,9 @@ class Drafters(DrafterTraining):
     """Drafts the fixed requests with every arm."""
     row: dict[str, Any] = {'step': step, 'kl': ''}
     for name, state in self._states.items():
-      self._engine.generate(policy,
-                            self._requests,
-                            RolloutState(),
-                            drafter_params=state.params)
+      self._engine.generate(
+        policy, self._requests, RolloutState(), drafter_params=state.params
+      )
       stats = self._engine.stats
       row[name] = round(stats.tokens / stats.row_forwards, 3)
     for name, (updates, took) in self._totals.items():
@@ -131,8 +146,9 @@ def main(argv: list[str]) -> None:
   del argv
   common.use_device()
   executables.enable_compilation_cache()
-  warm = long_tail.warm_params(long_tail.make_config(_SEED.value, _SIZE.value),
-                               'tally')
+  warm = long_tail.warm_params(
+    long_tail.make_config(_SEED.value, _SIZE.value), 'tally'
+  )
   made: list[Drafters] = []
 
   def drafting(run: Run) -> DrafterTraining:
@@ -141,7 +157,8 @@ def main(argv: list[str]) -> None:
 
   seconds, shown = 0.0, 0
   for step, values in enumerate(
-      long_tail.train(make_config(), warm, drafting=drafting), 1):
+    long_tail.train(make_config(), warm, drafting=drafting), 1
+  ):
     seconds += values['time/step'] - values['compile/seconds']
     rows = made[0].rows
     if rows[-1]['step'] == step:

@@ -24,12 +24,13 @@ import numpy as np
 
 from experiments import common
 from experiments import long_tail
-from rlax_llm import executables
 from rlax_llm.config import Config
+from rlax_llm.runtime import executables
 from rlax_llm.types import Params
 
-_OUT = flags.DEFINE_string('out', 'experiments/tlt',
-                           'Where end_to_end.csv goes.')
+_OUT = flags.DEFINE_string(
+  'out', 'experiments/tlt', 'Where end_to_end.csv goes.'
+)
 _SIZE = flags.DEFINE_string('size', 'small', 'Of the model and the batch.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the runs.')
 _STEPS = flags.DEFINE_integer('steps', 24, 'RL steps.')
@@ -39,11 +40,11 @@ _WARMUP = flags.DEFINE_integer('warmup', 300, 'Updates of a drafter before RL.')
 
 # Name -> `rollout.drafter`; the first is the yardstick.
 ARMS = {
-    'none': 'none',
-    'past rollouts': 'tree_cache',
-    'network': 'model',
-    'hybrid': 'hybrid',
-    'chosen': 'hybrid',
+  'none': 'none',
+  'past rollouts': 'tree_cache',
+  'network': 'model',
+  'hybrid': 'hybrid',
+  'chosen': 'hybrid',
 }
 _ARMS = long_tail.DEFINE_arms(list(ARMS))
 
@@ -53,18 +54,23 @@ def make_config(arm: str) -> Config:
   drafter = ARMS[arm]
   drafts: dict[str, Any] = {}
   if drafter != 'none':
-    drafts |= dict(rollout__width=0 if arm == 'chosen' else _WIDTH.value,
-                   rollout__branching=_BRANCHING.value,
-                   control__widths=(1, _WIDTH.value))
+    drafts |= dict(
+      rollout__width=0 if arm == 'chosen' else _WIDTH.value,
+      rollout__branching=_BRANCHING.value,
+      control__widths=(1, _WIDTH.value),
+    )
   if drafter in ('model', 'hybrid'):
-    drafts |= dict(drafter__warmup_updates=_WARMUP.value,
-                   drafter__depth=_WIDTH.value // 2)
-  return long_tail.make_config(_SEED.value,
-                               _SIZE.value,
-                               num_steps=_STEPS.value,
-                               rollout__drafter=drafter,
-                               evaluate__problems=16,
-                               **drafts)
+    drafts |= dict(
+      drafter__warmup_updates=_WARMUP.value, drafter__depth=_WIDTH.value // 2
+    )
+  return long_tail.make_config(
+    _SEED.value,
+    _SIZE.value,
+    num_steps=_STEPS.value,
+    rollout__drafter=drafter,
+    evaluate__problems=16,
+    **drafts,
+  )
 
 
 def run_arm(arm: str, warm: Params) -> tuple[dict[str, Any], list[float]]:
@@ -79,37 +85,35 @@ def run_arm(arm: str, warm: Params) -> tuple[dict[str, Any], list[float]]:
     rows.append(values)
     seconds, tokens = values['time/rollout'], values['rollout/trained_tokens']
     print(
-        f'{arm}: step {step}  reward {values["reward/mean"]:.3f}  '
-        f'accept length {values["rollout/accept_length"]:.2f}  '
-        f'rollout {seconds:.3f} s  '
-        f'{tokens:.0f} tokens  compile {values["compile/seconds"]:.1f} s',
-        flush=True)
+      f'{arm}: step {step}  reward {values["reward/mean"]:.3f}  '
+      f'accept length {values["rollout/accept_length"]:.2f}  '
+      f'rollout {seconds:.3f} s  '
+      f'{tokens:.0f} tokens  compile {values["compile/seconds"]:.1f} s',
+      flush=True,
+    )
   column = lambda name: np.array([float(r.get(name, 0.0)) for r in rows])
   total = lambda name: float(np.sum(column(name)))
   tokens = total('rollout/trained_tokens')
   settled = column('compile/seconds') == 0
   return {
-      'trained_tokens':
-          int(tokens),
-      'reward_last':
-          round(float(column('reward/mean')[-1]), 4),
-      'forwards':
-          int(total('rollout/forwards')),
-      'forwards_per_token':
-          total('rollout/forwards') / tokens,
-      'accept_length':
-          round(float(column('rollout/accept_length').mean()), 3),
-      'rollout_seconds':
-          float(np.median(column('time/rollout')[settled])),
-      'seconds_per_token':
-          float(
-              np.median((column('time/rollout') /
-                         column('rollout/trained_tokens'))[settled])),
-      'drafter_share':
-          round(
-              float(
-                  np.sum(column('time/drafter')[settled]) /
-                  np.sum(column('time/step')[settled])), 4),
+    'trained_tokens': int(tokens),
+    'reward_last': round(float(column('reward/mean')[-1]), 4),
+    'forwards': int(total('rollout/forwards')),
+    'forwards_per_token': total('rollout/forwards') / tokens,
+    'accept_length': round(float(column('rollout/accept_length').mean()), 3),
+    'rollout_seconds': float(np.median(column('time/rollout')[settled])),
+    'seconds_per_token': float(
+      np.median(
+        (column('time/rollout') / column('rollout/trained_tokens'))[settled]
+      )
+    ),
+    'drafter_share': round(
+      float(
+        np.sum(column('time/drafter')[settled])
+        / np.sum(column('time/step')[settled])
+      ),
+      4,
+    ),
   }, [float(r['learning/loss']) for r in rows]
 
 
@@ -134,12 +138,19 @@ def main(argv: list[str]) -> None:
       raise RuntimeError(f'drafts by {name} changed the losses')
     first = rows[0] if rows else row
     ratio = lambda key: round(row[key] / first[key], 3)
-    rows.append({'drafts': name} | row | {
+    rows.append(
+      {'drafts': name}
+      | row
+      | {
         'forwards_ratio': ratio('forwards_per_token'),
-        'rollout_ratio': ratio('seconds_per_token')
-    })
-    for key, digits in (('forwards_per_token', 4), ('rollout_seconds', 4),
-                        ('seconds_per_token', 8)):
+        'rollout_ratio': ratio('seconds_per_token'),
+      }
+    )
+    for key, digits in (
+      ('forwards_per_token', 4),
+      ('rollout_seconds', 4),
+      ('seconds_per_token', 8),
+    ):
       rows[-1][key] = round(row[key], digits)
     print(rows[-1], flush=True)
   common.write_csv(pathlib.Path(_OUT.value) / 'end_to_end.csv', rows)

@@ -1,10 +1,12 @@
 """A recorded trace of segments, and what a strategy would have taken on it."""
 
 import collections
+from collections.abc import Iterable
 import csv
 import math
 import pathlib
-from typing import Any, Iterable, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from rlax_llm.drafting.strategy.base import Strategy
 
 class Record(NamedTuple):
   """One recorded segment, a line of the trace."""
+
   slots: int  # of the engine
   epoch: int
   step: int
@@ -45,10 +48,13 @@ class Trace:
       self._found[key].append(r)
       self._tokens[key] += sum(r.accepted)
     # Where the work of a step was done; every arm must have been there.
-    self.sites = sorted({
-        key[:4] for key in self._found if all((*key[:4], w) in self._found
-                                              for w in self.widths)
-    })
+    self.sites = sorted(
+      {
+        key[:4]
+        for key in self._found
+        if all((*key[:4], w) in self._found for w in self.widths)
+      }
+    )
 
   def boundary(self, where: tuple) -> float:
     """Returns the seconds that a segment takes there besides its forwards.
@@ -61,11 +67,13 @@ class Trace:
     if site not in self._boundaries:
       products = squares = 0.0
       for width in self.widths:
-        per = np.array([
+        per = np.array(
+          [
             np.array([1, r.seconds]) / r.forwards
             for r in self._records
             if (r.epoch, r.rows, r.capacity) == site and r.width == width
-        ])
+          ]
+        )
         x, y = (per - per.mean(0)).T / per[:, 1].mean()
         products += x @ y
         squares += x @ x
@@ -98,10 +106,9 @@ class Trace:
     return records[-1].running
 
 
-def replay(trace: Trace,
-           strategy: Strategy,
-           passes: int,
-           first: int = 0) -> dict[int, float]:
+def replay(
+  trace: Trace, strategy: Strategy, passes: int, first: int = 0
+) -> dict[int, float]:
   """Returns seconds by N that a strategy takes for the work of the trace.
 
   Args:
@@ -134,11 +141,13 @@ def replay(trace: Trace,
         # and might exceed what a short one took.
         boundary = min(trace.boundary(where), taken.seconds / 2)
         took = boundary + (taken.seconds - boundary) * share
-        spent = Spent(seconds=took,
-                      preparation=taken.preparation,
-                      forwards=forwards,
-                      row_forwards=round(taken.row_forwards * share),
-                      accepted=[round(n * share) for n in taken.accepted])
+        spent = Spent(
+          seconds=took,
+          preparation=taken.preparation,
+          forwards=forwards,
+          row_forwards=round(taken.row_forwards * share),
+          accepted=[round(n * share) for n in taken.accepted],
+        )
         seconds[occupancy.rows] += took + taken.preparation
         left[where[2:]] -= done * share
         known = (*occupancy[1:], arm) in warm
@@ -155,10 +164,10 @@ def read(path: pathlib.Path) -> list[Record]:
     records = []
     for row in csv.DictReader(file):
       fields: dict[str, Any] = {
-          name:
-              float(row[name])
-              if 'seconds' in name or name == 'preparation' else int(row[name])
-          for name in Record._fields[:-1]
+        name: float(row[name])
+        if 'seconds' in name or name == 'preparation'
+        else int(row[name])
+        for name in Record._fields[:-1]
       }
       fields['accepted'] = tuple(map(int, row['accepted'].split()))
       records.append(Record(**fields))
@@ -167,8 +176,10 @@ def read(path: pathlib.Path) -> list[Record]:
 
 def write(path: pathlib.Path, records: Iterable[Record]) -> None:
   """Writes one line for each segment."""
-  common.write_csv(path, [
-      r._asdict() | {
-          'accepted': ' '.join(map(str, r.accepted))
-      } for r in records
-  ])
+  common.write_csv(
+    path,
+    [
+      r._asdict() | {'accepted': ' '.join(map(str, r.accepted))}
+      for r in records
+    ],
+  )

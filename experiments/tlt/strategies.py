@@ -14,10 +14,13 @@ it --orders times, each time from another step on. Writes strategies.csv into
 arm that was best there in hindsight, and the most over the latter.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
 import functools
 import pathlib
 import statistics
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -27,37 +30,34 @@ from experiments import common
 from experiments.srt import workload
 from experiments.tlt import replay
 from experiments.tlt.replay import Record
-from rlax_llm import executables
+from rlax_llm.components import make_run
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import freeze
 from rlax_llm.config import RolloutConfig
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import list_arms
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import list_arms
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
 from rlax_llm.drafting.strategy.base import Strategy
 from rlax_llm.drafting.strategy.make import make_strategy
 from rlax_llm.drafting.strategy.table import fixed
+from rlax_llm.learning.supervised import warm_start
 from rlax_llm.rollout.state import RolloutState
-from rlax_llm.run import make_run
-from rlax_llm.warm_start import warm_start
+from rlax_llm.runtime import executables
 
 _ROWS = flags.DEFINE_list('rows', ['8', '32', '128'], 'Slots of an engine.')
 _WIDTHS = flags.DEFINE_list('widths', ['1', '2', '4', '8'], 'W of the arms.')
 _STEPS = flags.DEFINE_integer('steps', 11, 'Steps in an epoch.', lower_bound=1)
-_PASSES = flags.DEFINE_integer('passes',
-                               4,
-                               'Replays of the second epoch.',
-                               lower_bound=1)
-_ORDERS = flags.DEFINE_integer('orders',
-                               5,
-                               'Steps to begin with.',
-                               lower_bound=1)
-_TRACE = flags.DEFINE_string('trace',
-                             None,
-                             'A file that is replayed, or else recorded.',
-                             required=True)
+_PASSES = flags.DEFINE_integer(
+  'passes', 4, 'Replays of the second epoch.', lower_bound=1
+)
+_ORDERS = flags.DEFINE_integer(
+  'orders', 5, 'Steps to begin with.', lower_bound=1
+)
+_TRACE = flags.DEFINE_string(
+  'trace', None, 'A file that is replayed, or else recorded.', required=True
+)
 _OUT = flags.DEFINE_string('out', 'experiments/tlt', 'Where the table goes.')
 
 
@@ -79,9 +79,18 @@ class Recorder:
     """See `Strategy`."""
     if self.where[0] >= 0 and spent.seconds is not None and spent.forwards:
       self.records.append(
-          Record(self._slots, *self.where, arm.width, *occupancy, spent.seconds,
-                 spent.preparation, spent.forwards, spent.row_forwards,
-                 tuple(spent.accepted)))
+        Record(
+          self._slots,
+          *self.where,
+          arm.width,
+          *occupancy,
+          spent.seconds,
+          spent.preparation,
+          spent.forwards,
+          spent.row_forwards,
+          tuple(spent.accepted),
+        )
+      )
 
   def reachable(self, least: int, most: int) -> list[Arm]:
     """See `Strategy`."""
@@ -96,8 +105,9 @@ class Recorder:
     """See `Strategy`."""
 
 
-def record(rows: Iterable[int], widths: Sequence[int],
-           steps: int) -> list[Record]:
+def record(
+  rows: Iterable[int], widths: Sequence[int], steps: int
+) -> list[Record]:
   """Returns the segments of every arm, generated in turn, step by step."""
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
@@ -108,12 +118,10 @@ def record(rows: Iterable[int], widths: Sequence[int],
     recorders = {w: Recorder(_arm(w), slots) for w in widths}
     # One S for all arms: each engine could draft with the widest.
     engines = {
-        w:
-            workload.make_engine(run,
-                                 slots,
-                                 widths=widths,
-                                 width=0,
-                                 strategy=recorders[w]) for w in widths
+      w: workload.make_engine(
+        run, slots, widths=widths, width=0, strategy=recorders[w]
+      )
+      for w in widths
     }
     stores = {w: run.rollout_store() for w in widths}
     # The first compiles and warms up, with problems that do not come again.
@@ -123,10 +131,12 @@ def record(rows: Iterable[int], widths: Sequence[int],
       first = number % len(widths)
       for width in [*widths[first:], *widths[:first]]:
         recorders[width].where = (epoch, step)
-        requests = workload.make_requests(run, slots,
-                                          max(epoch, 0) * steps + step, step)
-        engines[width].generate(params, requests,
-                                RolloutState(store=stores[width]))
+        requests = workload.make_requests(
+          run, slots, max(epoch, 0) * steps + step, step
+        )
+        engines[width].generate(
+          params, requests, RolloutState(store=stores[width])
+        )
     for recorder in recorders.values():
       records += recorder.records
   return records
@@ -136,8 +146,9 @@ def _arm(width: int) -> Arm:
   return list_arms(RolloutConfig(width=width), ControlConfig())[-1]
 
 
-def compare(records: Sequence[Record], passes: int, orders: int,
-            seed: int) -> list[dict[str, Any]]:
+def compare(
+  records: Sequence[Record], passes: int, orders: int, seed: int
+) -> list[dict[str, Any]]:
   """Returns a row for each (slots, N, strategy)."""
   steps = 1 + max(r.step for r in records)
   firsts = [steps * i // orders for i in range(orders)]
@@ -146,25 +157,25 @@ def compare(records: Sequence[Record], passes: int, orders: int,
     trace = replay.Trace([r for r in records if r.slots == slots])
     widths = trace.widths
     made = lambda **control: make_strategy(
-        RolloutConfig(), freeze(ControlConfig(**control)), seed=seed)
+      RolloutConfig(), freeze(ControlConfig(**control)), seed=seed
+    )
     top = (10**6, *widths)
     strategies: dict[str, Callable[[], Strategy]] = {
-        f'W = {w}': functools.partial(fixed, _arm(w)) for w in widths
+      f'W = {w}': functools.partial(fixed, _arm(w)) for w in widths
     }
     strategies |= {
-        'cost_model':
-            lambda: made(widths=tuple(widths)),
-        # The published table, as far as these widths go.
-        'table':
-            lambda: made(strategy='table',
-                         buckets=((20, widths[-1]), (32, widths[-2]))),
-        'bandit':
-            lambda: made(strategy='bandit',
-                         buckets=((8, *widths), (32, *widths), top)),
+      'cost_model': lambda: made(widths=tuple(widths)),
+      # The published table, as far as these widths go.
+      'table': lambda: made(
+        strategy='table', buckets=((20, widths[-1]), (32, widths[-2]))
+      ),
+      'bandit': lambda: made(
+        strategy='bandit', buckets=((8, *widths), (32, *widths), top)
+      ),
     }
     taken = {
-        name: [replay.replay(trace, make(), passes, first) for first in firsts]
-        for name, make in strategies.items()
+      name: [replay.replay(trace, make(), passes, first) for first in firsts]
+      for name, make in strategies.items()
     }
     for rows in sorted(taken['W = 1'][0]):
       # In whatever order, a static arm takes the same.
@@ -173,7 +184,8 @@ def compare(records: Sequence[Record], passes: int, orders: int,
       for name, replays in taken.items():
         spent = [seconds[rows] for seconds in replays]
         mean = statistics.mean(spent)
-        table.append({
+        table.append(
+          {
             'slots': slots,
             'rows': rows,
             'strategy': name,
@@ -183,7 +195,8 @@ def compare(records: Sequence[Record], passes: int, orders: int,
             'over_best_static': round(mean / static[best], 3),
             'most_over_best_static': round(max(spent) / static[best], 3),
             'regret_seconds': round(mean - static[best], 3),
-        })
+          }
+        )
   return table
 
 

@@ -1,7 +1,8 @@
 """Decoding with any rule: a drafter and a target, each with its cache."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -27,12 +28,14 @@ from rlax_llm.types import Path
 
 class Pair(NamedTuple):
   """Target and drafter, or what belongs to each."""
+
   target: Any
   draft: Any
 
 
 class Rows(flax.struct.PyTreeNode):
   """N rows as they are decoded; each cache holds `length` - 1 tokens."""
+
   text: Array  # int32[N, S]
   length: Array  # int32[N], prompt and completion
   tokens: Array  # int32[N], completion tokens committed
@@ -41,8 +44,14 @@ class Rows(flax.struct.PyTreeNode):
   caches: Pair  # of KVCache
 
 
-def _laws(params: Params, tree: DraftTree, length: Array, cache: KVCache,
-          temperature: Array, model: LanguageModel) -> tuple[Array, KVNodes]:
+def _laws(
+  params: Params,
+  tree: DraftTree,
+  length: Array,
+  cache: KVCache,
+  temperature: Array,
+  model: LanguageModel,
+) -> tuple[Array, KVNodes]:
   """Returns log-laws [N, W, V] after each node, and the nodes' KV."""
   line = jax.vmap(verification.ancestors)(tree.parents)
   positions = length[:, None] - 1 + verification.depths(line)
@@ -51,21 +60,39 @@ def _laws(params: Params, tree: DraftTree, length: Array, cache: KVCache,
   return sampling.log_law(logits, Sampling()), nodes
 
 
-def _prefill(params: Params, prompts: Array, length: Array, capacity: int,
-             model: LanguageModel) -> KVCache:
+def _prefill(
+  params: Params,
+  prompts: Array,
+  length: Array,
+  capacity: int,
+  model: LanguageModel,
+) -> KVCache:
   """Returns a cache that holds all tokens of the prompts but the last."""
   block = slot_ops.prefill(params, prompts, length, model=model)
   order = jnp.arange(prompts.shape[1], dtype=jnp.int32)
-  path = Path(nodes=jnp.broadcast_to(order, prompts.shape),
-              tokens=prompts,
-              length=length - 1)
-  return kv_cache.commit(model.init_cache(len(prompts), capacity), block.nodes,
-                         path)
+  path = Path(
+    nodes=jnp.broadcast_to(order, prompts.shape),
+    tokens=prompts,
+    length=length - 1,
+  )
+  return kv_cache.commit(
+    model.init_cache(len(prompts), capacity), block.nodes, path
+  )
 
 
-def decode(params: Pair, prompts: Array, prompt_length: Array,
-           temperature: Array, noise: Noise, rule: Array, *, models: Pair,
-           branching: Branching, max_new_tokens: int, eos_id: int) -> Rows:
+def decode(
+  params: Pair,
+  prompts: Array,
+  prompt_length: Array,
+  temperature: Array,
+  noise: Noise,
+  rule: Array,
+  *,
+  models: Pair,
+  branching: Branching,
+  max_new_tokens: int,
+  eos_id: int,
+) -> Rows:
   """Decodes every row up to EOS or its limit, round after round.
 
   Args:
@@ -92,15 +119,18 @@ def decode(params: Pair, prompts: Array, prompt_length: Array,
     position = rows.length - prompt_length
     laws = Pair(*(functools.partial(_laws, model=model) for model in models))
     tree, draft, draft_nodes = rules.propose(
-        rule,
-        rows.text[row, rows.length - 1],
-        noise,
-        position,
-        lambda tree: laws.draft(params.draft, tree, rows.length, rows.caches.
-                                draft, temperature),
-        branching=branching)
-    target, target_nodes = laws.target(params.target, tree, rows.length,
-                                       rows.caches.target, temperature)
+      rule,
+      rows.text[row, rows.length - 1],
+      noise,
+      position,
+      lambda tree: laws.draft(
+        params.draft, tree, rows.length, rows.caches.draft, temperature
+      ),
+      branching=branching,
+    )
+    target, target_nodes = laws.target(
+      params.target, tree, rows.length, rows.caches.target, temperature
+    )
     path = rules.verify(rule, tree, target, draft, noise, position)
     room = max_new_tokens - position
     kept = jnp.where(rows.done, 0, jnp.minimum(path.length, room))
@@ -108,32 +138,44 @@ def decode(params: Pair, prompts: Array, prompt_length: Array,
     hit = jnp.any(eos, axis=-1)
     kept = jnp.where(hit, jnp.argmax(eos, axis=-1) + 1, kept)
     path = path.replace(length=kept.astype(jnp.int32))
-    place = jnp.where(order < kept[:, None], rows.length[:, None] + order,
-                      capacity)
-    return Rows(text=rows.text.at[row[:, None], place].set(path.tokens,
-                                                           mode='drop'),
-                length=rows.length + path.length,
-                tokens=rows.tokens + path.length,
-                forwards=rows.forwards + ~rows.done,
-                done=rows.done | hit | (kept >= room),
-                caches=Pair(
-                    kv_cache.commit(rows.caches.target, target_nodes, path),
-                    kv_cache.commit(rows.caches.draft, draft_nodes, path)))
+    place = jnp.where(
+      order < kept[:, None], rows.length[:, None] + order, capacity
+    )
+    return Rows(
+      text=rows.text.at[row[:, None], place].set(path.tokens, mode='drop'),
+      length=rows.length + path.length,
+      tokens=rows.tokens + path.length,
+      forwards=rows.forwards + ~rows.done,
+      done=rows.done | hit | (kept >= room),
+      caches=Pair(
+        kv_cache.commit(rows.caches.target, target_nodes, path),
+        kv_cache.commit(rows.caches.draft, draft_nodes, path),
+      ),
+    )
 
   zero = jnp.zeros(count, jnp.int32)
-  fill = lambda params, model: _prefill(params, prompts, prompt_length,
-                                        capacity, model)
-  rows = Rows(text=jnp.pad(prompts, ((0, 0), (0, capacity - longest))),
-              length=prompt_length,
-              tokens=zero,
-              forwards=zero,
-              done=zero > 0,
-              caches=Pair(*map(fill, params, models)))
+  fill = lambda params, model: _prefill(
+    params, prompts, prompt_length, capacity, model
+  )
+  rows = Rows(
+    text=jnp.pad(prompts, ((0, 0), (0, capacity - longest))),
+    length=prompt_length,
+    tokens=zero,
+    forwards=zero,
+    done=zero > 0,
+    caches=Pair(*map(fill, params, models)),
+  )
   return jax.lax.while_loop(lambda rows: ~jnp.all(rows.done), body, rows)
 
 
-def next_law(params: Params, texts: Array, length: Array, temperature: Array, *,
-             model: LanguageModel) -> Array:
+def next_law(
+  params: Params,
+  texts: Array,
+  length: Array,
+  temperature: Array,
+  *,
+  model: LanguageModel,
+) -> Array:
   """Returns float32[N, L, V], log-laws after every token, without a cache.
 
   Args:

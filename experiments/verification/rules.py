@@ -1,6 +1,9 @@
 """Rules under comparison: how a draft is drawn, and what is kept of it."""
 
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from rlax_llm.types import Path
 
 class Noise(NamedTuple):
   """Noise of one row. The three keys are used for nothing else."""
+
   target: Array  # uint32[2]: the target's tokens, or the last token of a round
   draft: Array  # uint32[2]: independent drafts
   accept: Array  # uint32[2]: acceptance tests
@@ -36,13 +40,15 @@ class Rule(NamedTuple):
     works_on: chain | tree | any; a tree's rule works on a chain, and is there
       the same as a chain's.
   """
+
   draft: str
   verify: Verify
   works_on: str = 'any'
 
 
-def _follow(tree: DraftTree, target: Array, draft: Array, noise: Noise,
-            position: Array) -> Path:
+def _follow(
+  tree: DraftTree, target: Array, draft: Array, noise: Noise, position: Array
+) -> Path:
   """Sample-and-follow; whatever the draft, these are the tokens of W = 1."""
   del draft
   depth = verification.depths(verification.ancestors(tree.parents))
@@ -53,19 +59,26 @@ def _follow(tree: DraftTree, target: Array, draft: Array, noise: Noise,
 def _rejecting(rule: Callable[..., Path], *, chain: bool) -> Verify:
   """Returns a rule of `ops.rejection` with its noise drawn."""
 
-  def verify(tree: DraftTree, target: Array, draft: Array, noise: Noise,
-             position: Array) -> Path:
+  def verify(
+    tree: DraftTree, target: Array, draft: Array, noise: Noise, position: Array
+  ) -> Path:
     nodes, vocabulary = target.shape
     uniforms = -jnp.expm1(-sampling.clocks(noise.accept, position, nodes))
     clocks = sampling.clocks(noise.target, position, vocabulary)
-    return rule(tree.tokens if chain else tree, jnp.exp(target), jnp.exp(draft),
-                uniforms, clocks)
+    return rule(
+      tree.tokens if chain else tree,
+      jnp.exp(target),
+      jnp.exp(draft),
+      uniforms,
+      clocks,
+    )
 
   return verify
 
 
-def _restart(tokens: Array, target: Array, draft: Array, uniforms: Array,
-             clocks: Array) -> Path:
+def _restart(
+  tokens: Array, target: Array, draft: Array, uniforms: Array, clocks: Array
+) -> Path:
   """The planted bias: after a rejection a draw of p, not of the residual.
 
   What is drawn again may be what was rejected, so that tokens which q
@@ -78,29 +91,28 @@ def _restart(tokens: Array, target: Array, draft: Array, uniforms: Array,
 
 
 RULES: Mapping[str, Rule] = {
-    'follow, race':
-        Rule('race', _follow),
-    'follow, best':
-        Rule('best', _follow),
-    'follow, independent':
-        Rule('independent', _follow),
-    'chain rejection':
-        Rule('independent', _rejecting(rejection.chain, chain=True), 'chain'),
-    'block':
-        Rule('independent', _rejecting(rejection.block, chain=True), 'chain'),
-    'multi-round':
-        Rule('independent', _rejecting(rejection.multi_round, chain=False),
-             'tree'),
-    'traversal':
-        Rule('independent', _rejecting(rejection.traversal, chain=False),
-             'tree'),
+  'follow, race': Rule('race', _follow),
+  'follow, best': Rule('best', _follow),
+  'follow, independent': Rule('independent', _follow),
+  'chain rejection': Rule(
+    'independent', _rejecting(rejection.chain, chain=True), 'chain'
+  ),
+  'block': Rule(
+    'independent', _rejecting(rejection.block, chain=True), 'chain'
+  ),
+  'multi-round': Rule(
+    'independent', _rejecting(rejection.multi_round, chain=False), 'tree'
+  ),
+  'traversal': Rule(
+    'independent', _rejecting(rejection.traversal, chain=False), 'tree'
+  ),
 }
 PLANTED = 'planted bias'
 # With the planted one: an executable holds them all and is told which, because
 # compiling takes longer than running.
 _ALL: Mapping[str, Rule] = {
-    **RULES, PLANTED:
-        Rule('independent', _rejecting(_restart, chain=True), 'chain')
+  **RULES,
+  PLANTED: Rule('independent', _rejecting(_restart, chain=True), 'chain'),
 }
 
 
@@ -109,8 +121,14 @@ def number(name: str) -> Array:
   return jnp.int32(list(_ALL).index(name))
 
 
-def verify(rule: Array, tree: DraftTree, target: Array, draft: Array,
-           noise: Noise, position: Array) -> Path:
+def verify(
+  rule: Array,
+  tree: DraftTree,
+  target: Array,
+  draft: Array,
+  noise: Noise,
+  position: Array,
+) -> Path:
   """Returns what a rule keeps of N rows.
 
   Args:
@@ -121,13 +139,26 @@ def verify(rule: Array, tree: DraftTree, target: Array, draft: Array,
     noise: of N rows.
     position: int32[N], in the completion, of the token after the root.
   """
-  return jax.lax.switch(rule, [jax.vmap(rule.verify) for rule in _ALL.values()],
-                        tree, target, draft, noise, position)
+  return jax.lax.switch(
+    rule,
+    [jax.vmap(rule.verify) for rule in _ALL.values()],
+    tree,
+    target,
+    draft,
+    noise,
+    position,
+  )
 
 
-def propose(rule: Array, root: Array, noise: Noise, position: Array,
-            laws: Callable[[DraftTree], tuple[Array, Any]], *,
-            branching: Branching) -> tuple[DraftTree, Array, Any]:
+def propose(
+  rule: Array,
+  root: Array,
+  noise: Noise,
+  position: Array,
+  laws: Callable[[DraftTree], tuple[Array, Any]],
+  *,
+  branching: Branching,
+) -> tuple[DraftTree, Array, Any]:
   """Draws the drafts of N rows, a level for each evaluation of the drafter.
 
   Args:
@@ -144,16 +175,17 @@ def propose(rule: Array, root: Array, noise: Noise, position: Array,
   """
 
   grow: Mapping[str, Callable[..., DraftTree]] = {
-      'best':
-          lambda tree, law, noise, position, depth: draft_trees.grow_best(
-              tree, law, depth, branching=branching),
-      'race':
-          lambda tree, law, noise, position, depth: draft_trees.grow_race(
-              tree, law, noise.target, position, depth, branching=branching),
-      'independent':
-          lambda tree, law, noise, position, depth: draft_trees.
-          grow_independent(
-              tree, law, noise.draft, position, depth, branching=branching),
+    'best': lambda tree, law, noise, position, depth: draft_trees.grow_best(
+      tree, law, depth, branching=branching
+    ),
+    'race': lambda tree, law, noise, position, depth: draft_trees.grow_race(
+      tree, law, noise.target, position, depth, branching=branching
+    ),
+    'independent': lambda tree, law, noise, position, depth: (
+      draft_trees.grow_independent(
+        tree, law, noise.draft, position, depth, branching=branching
+      )
+    ),
   }
   kinds = list(grow)
   kind = jnp.asarray([kinds.index(r.draft) for r in _ALL.values()])[rule]

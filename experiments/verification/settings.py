@@ -1,6 +1,7 @@
 """Models, shapes of drafts and temperatures of the verification experiment."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from configs import quickstart
 from experiments.verification import rules
@@ -12,19 +13,21 @@ TEMPERATURES = (0.2, 0.6, 1.0, 1.2)
 
 # Sections of the two configs, and the sizes of the measurement.
 SIZES: Mapping[str, dict[str, Any]] = {
-    'small':
-        dict(target=dict(layers=4, width=128, mlp_width=384),
-             draft=dict(layers=2, width=48, heads=2, kv_heads=1, mlp_width=96),
-             sft_steps=300,
-             problems=128,
-             law_samples=5000),
-    # Of the tests: nothing is learned.
-    'smoke':
-        dict(target=dict(layers=2, width=16, mlp_width=32, init_scale=9.0),
-             draft=dict(layers=1, width=16, heads=2, kv_heads=1, mlp_width=32),
-             sft_steps=1,
-             problems=8,
-             law_samples=4096),
+  'small': dict(
+    target=dict(layers=4, width=128, mlp_width=384),
+    draft=dict(layers=2, width=48, heads=2, kv_heads=1, mlp_width=96),
+    sft_steps=300,
+    problems=128,
+    law_samples=5000,
+  ),
+  # Of the tests: nothing is learned.
+  'smoke': dict(
+    target=dict(layers=2, width=16, mlp_width=32, init_scale=9.0),
+    draft=dict(layers=1, width=16, heads=2, kv_heads=1, mlp_width=32),
+    sft_steps=1,
+    problems=8,
+    law_samples=4096,
+  ),
 }
 
 
@@ -63,8 +66,10 @@ def cells(nodes: int) -> list[tuple[str, Branching, str]]:
   On a chain multi-round is chain rejection, and traversal is block: they are
   measured once.
   """
-  return [(shape, branching, name)
-          for shape, branching in shapes(nodes).items()
-          for name, rule in rules.RULES.items()
-          if rule.works_on == 'any' or rule.works_on == (
-              'chain' if shape == 'chain' else 'tree')]
+  return [
+    (shape, branching, name)
+    for shape, branching in shapes(nodes).items()
+    for name, rule in rules.RULES.items()
+    if rule.works_on == 'any'
+    or rule.works_on == ('chain' if shape == 'chain' else 'tree')
+  ]

@@ -17,6 +17,7 @@ class Corpus(flax.struct.PyTreeNode):
   A text is a prompt with a completion; `CorpusShape` says which texts are
   what. Those of the group being sampled grow as its samples grow.
   """
+
   texts: Array  # int32[F, C, S]
   words: Array  # uint32[F, C, S]: the last four tokens, a byte each
   length: Array  # int32[F, C]; 0: no text
@@ -44,15 +45,17 @@ def shifted(x: Array, back: int) -> Array:
   if back == 0:
     return x
   pad = [(0, 0)] * (x.ndim - 1) + [(back, 0)]
-  return jnp.pad(x, pad)[..., :x.shape[-1]]
+  return jnp.pad(x, pad)[..., : x.shape[-1]]
 
 
 def empty_corpus(shape: CorpusShape) -> Corpus:
   """Returns a corpus without texts."""
   axes = (shape.prompts, shape.texts, shape.capacity)
-  return Corpus(texts=jnp.zeros(axes, jnp.int32),
-                words=jnp.zeros(axes, jnp.uint32),
-                length=jnp.zeros(axes[:2], jnp.int32))
+  return Corpus(
+    texts=jnp.zeros(axes, jnp.int32),
+    words=jnp.zeros(axes, jnp.uint32),
+    length=jnp.zeros(axes[:2], jnp.int32),
+  )
 
 
 def load(corpus: Corpus, places: Array, texts: Array, length: Array) -> Corpus:
@@ -65,8 +68,11 @@ def load(corpus: Corpus, places: Array, texts: Array, length: Array) -> Corpus:
     length: int32[K, C].
   """
   put = lambda old, new: old.at[places].set(new, mode='drop')
-  return Corpus(put(corpus.texts, texts), put(corpus.words, pack_words(texts)),
-                put(corpus.length, length))
+  return Corpus(
+    put(corpus.texts, texts),
+    put(corpus.words, pack_words(texts)),
+    put(corpus.length, length),
+  )
 
 
 def window(slots: Slots, first: Array, size: int) -> Array:
@@ -91,13 +97,16 @@ def copy_rows(corpus: Corpus, slots: Slots, shape: CorpusShape) -> Corpus:
   more = max(capacity - slots.text.shape[1], 0)
   tokens = jnp.pad(slots.text, ((0, 0), (0, more)))[:, :capacity]
   put = lambda old, new: old.at[row, text].set(new, mode='drop')
-  return Corpus(put(corpus.texts, tokens), put(corpus.words,
-                                               pack_words(tokens)),
-                put(corpus.length, slots.length))
+  return Corpus(
+    put(corpus.texts, tokens),
+    put(corpus.words, pack_words(tokens)),
+    put(corpus.length, slots.length),
+  )
 
 
-def extend(corpus: Corpus, slots: Slots, path: Path,
-           shape: CorpusShape) -> Corpus:
+def extend(
+  corpus: Corpus, slots: Slots, path: Path, shape: CorpusShape
+) -> Corpus:
   """Adds what a forward committed to the texts of the group.
 
   Args:
@@ -109,17 +118,20 @@ def extend(corpus: Corpus, slots: Slots, path: Path,
   width = path.tokens.shape[1]
   first = slots.length - path.length
   tokens = window(slots, first - (WORD - 1), width + WORD - 1)
-  words = pack_words(tokens)[:, WORD - 1:]
-  tokens = tokens[:, WORD - 1:]
+  words = pack_words(tokens)[:, WORD - 1 :]
+  tokens = tokens[:, WORD - 1 :]
   order = jnp.arange(width)[None]
   prompts, count, capacity = corpus.texts.shape
   # A row that committed nothing may be a guest of a prompt that has left.
   row = jnp.where(path.length > 0, slots.prompt, prompts)[:, None]
   # More samples than G share texts, which makes for worse hints only.
   text = (shape.history + slots.index % shape.group)[:, None]
-  place = jnp.where(order < path.length[:, None], first[:, None] + order,
-                    capacity)
+  place = jnp.where(
+    order < path.length[:, None], first[:, None] + order, capacity
+  )
   put = lambda old, new: old.at[row, text, place].set(new, mode='drop')
   return Corpus(
-      put(corpus.texts, tokens), put(corpus.words, words),
-      corpus.length.at[row[:, 0], text[:, 0]].set(slots.length, mode='drop'))
+    put(corpus.texts, tokens),
+    put(corpus.words, words),
+    corpus.length.at[row[:, 0], text[:, 0]].set(slots.length, mode='drop'),
+  )

@@ -1,7 +1,9 @@
 """The drafter interface, and the two drafters that need no state."""
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ class CorpusShape(NamedTuple):
     hints: how many texts foretell the samples of the group, one each: G with
       run-ahead, else 0.
   """
+
   prompts: int
   capacity: int
   history: int
@@ -47,6 +50,7 @@ class RowOperations(NamedTuple):
     gather: (state, rows int32[N']) -> state: the named rows, in that order.
     grow: (state, capacity) -> state: S is larger.
   """
+
   admit: Callable[..., Any]
   gather: Callable[[Any, Array], Any]
   grow: Callable[..., Any]
@@ -84,6 +88,7 @@ class Drafter(NamedTuple):
     axes: (state or its shapes) -> the same tree, a tuple of logical axis names
       for each leaf; see `sharding.TABLE`.
   """
+
   init: Callable[[DraftParams, Slots], Any]
   load: Callable[[DraftParams, Any, Array, Array, Array], Any]
   propose: Callable[[DraftParams, Any, Slots], tuple[DraftTree, Any]]
@@ -111,12 +116,14 @@ def last_tokens(slots: Slots) -> Array:
 
 def stateless(propose: Callable[[Slots], DraftTree], width: int) -> Drafter:
   """Returns a drafter whose trees are a function of the slots alone."""
-  return Drafter(init=lambda params, slots: (),
-                 load=lambda params, state, places, texts, length: state,
-                 propose=lambda params, state, slots: (propose(slots), state),
-                 observe=lambda params, state, slots, path, hidden: state,
-                 sync=lambda params, state, slots: state,
-                 width=width)
+  return Drafter(
+    init=lambda params, slots: (),
+    load=lambda params, state, places, texts, length: state,
+    propose=lambda params, state, slots: (propose(slots), state),
+    observe=lambda params, state, slots, path, hidden: state,
+    sync=lambda params, state, slots: state,
+    width=width,
+  )
 
 
 def _root_alone(slots: Slots) -> DraftTree:
@@ -161,7 +168,9 @@ def prompt_lookup(width: int, *, max_match: int = 4) -> Drafter:
     return jnp.concatenate([last[None], draft])
 
   def propose(slots: Slots) -> DraftTree:
-    return DraftTree(tokens=jax.vmap(one)(slots.text, slots.length),
-                     parents=chain_parents(width))
+    return DraftTree(
+      tokens=jax.vmap(one)(slots.text, slots.length),
+      parents=chain_parents(width),
+    )
 
   return stateless(propose, width)

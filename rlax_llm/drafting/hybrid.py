@@ -14,7 +14,8 @@ cost nothing, and it goes on learning what is sampled.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -41,6 +42,7 @@ _PRIOR, _MEMORY = 16.0, 0.98
 
 class HybridConfig(NamedTuple):
   """The static facts of the hybrid; None: the source is off."""
+
   cache: caches.TreeCacheConfig | None
   model: models.ModelDrafterConfig | None
   deepest: int  # tokens of the longest line over all widths
@@ -54,6 +56,7 @@ class HybridConfig(NamedTuple):
 
 class Calibration(flax.struct.PyTreeNode):
   """What came of estimates, by source and depth; older forwards count less."""
+
   accepted: Array  # float32[Q, deepest]
   expected: Array  # float32[Q, deepest]: sums of estimates
 
@@ -65,6 +68,7 @@ class Calibration(flax.struct.PyTreeNode):
 
 class HybridState(flax.struct.PyTreeNode):
   """The sources' states; () where one is off."""
+
   corpus: Any
   draft: Any
   calibration: Calibration
@@ -75,14 +79,20 @@ class Proposed(flax.struct.PyTreeNode):
 
   Q are the sources that are on; one that did not draft has estimates of 0.
   """
+
   parents: Array  # int32[N, W - 1]
   depth: Array  # int32[N, W - 1]
   conditional: Array  # float32[N, Q, W - 1], not calibrated
 
 
-def draft(params: DraftParams, state: HybridState, slots: Slots,
-          config: HybridConfig, width: int,
-          sources: tuple[str, ...]) -> tuple[Array, Proposed]:
+def draft(
+  params: DraftParams,
+  state: HybridState,
+  slots: Slots,
+  config: HybridConfig,
+  width: int,
+  sources: tuple[str, ...],
+) -> tuple[Array, Proposed]:
   """Returns (tokens int32[N, W - 1], what is to be remembered).
 
   Args:
@@ -96,27 +106,30 @@ def draft(params: DraftParams, state: HybridState, slots: Slots,
   found: list[models.Nodes] = []
   if 'tree_cache' in sources:
     assert config.cache
-    grow = functools.partial(caches.draft_tree,
-                             nodes=width - 1,
-                             branching=config.cache.branching)
-    tokens, parents, probability = caches.draft_rows(state.corpus, slots,
-                                                     config.cache, width - 1,
-                                                     grow)
+    grow = functools.partial(
+      caches.draft_tree, nodes=width - 1, branching=config.cache.branching
+    )
+    tokens, parents, probability = caches.draft_rows(
+      state.corpus, slots, config.cache, width - 1, grow
+    )
     found.append(models.Nodes(tokens, parents, jnp.log(probability)))
   if 'model' in sources:
     assert config.model
     depth = min(config.model.depth or width - 1, width - 1)
     found.append(
-        models.draft_nodes(params, state.draft, slots, config.model, depth))
+      models.draft_nodes(params, state.draft, slots, config.model, depth)
+    )
 
   def one(*found: models.Nodes) -> tuple[Array, Proposed]:
     counts = [nodes.tokens.shape[0] for nodes in found]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     tokens = jnp.concatenate([nodes.tokens for nodes in found])
-    parents = jnp.concatenate([
+    parents = jnp.concatenate(
+      [
         jnp.where(nodes.parents > 0, nodes.parents + start, nodes.parents)
         for nodes, start in zip(found, starts)
-    ])
+      ]
+    )
     silent = jnp.zeros(len(tokens))
     rows = dict.fromkeys(config.sources, silent)
     for name, nodes, start, count in zip(sources, found, starts, counts):
@@ -125,26 +138,32 @@ def draft(params: DraftParams, state: HybridState, slots: Slots,
       real = (nodes.logprobs > -jnp.inf) & (nodes.parents != UNUSED)
       given = jnp.where(real, jnp.exp(nodes.logprobs - above), 0.0)
       rows[name] = jnp.pad(given, (start, sum(counts) - start - count))
-    merged = trees.merge(tokens, parents, jnp.stack([*rows.values()]),
-                         width - 1)
+    merged = trees.merge(
+      tokens, parents, jnp.stack([*rows.values()]), width - 1
+    )
     calibrated = merged.conditional * state.calibration.ratio(merged.depth)
     own = jnp.log(jnp.minimum(jnp.max(calibrated, axis=0), 1.0))
-    logprobs = trees.fold(lambda above: above + own, merged.parents,
-                          jnp.zeros(()), width - 1)
-    kept, parents, chosen = trees.select(tokens, merged.parents, logprobs,
-                                         width - 1)
-    conditional = jnp.where(parents == UNUSED, 0.0, merged.conditional[:,
-                                                                       chosen])
+    logprobs = trees.fold(
+      lambda above: above + own, merged.parents, jnp.zeros(()), width - 1
+    )
+    kept, parents, chosen = trees.select(
+      tokens, merged.parents, logprobs, width - 1
+    )
+    conditional = jnp.where(
+      parents == UNUSED, 0.0, merged.conditional[:, chosen]
+    )
     return kept, Proposed(parents, merged.depth[chosen], conditional)
 
   return jax.vmap(one)(*found)
 
 
-def learn(calibration: Calibration,
-          proposed: Proposed,
-          slots: Slots,
-          path: Path,
-          memory: Array | float = _MEMORY) -> Calibration:
+def learn(
+  calibration: Calibration,
+  proposed: Proposed,
+  slots: Slots,
+  path: Path,
+  memory: Array | float = _MEMORY,
+) -> Calibration:
   """Counts what came of a draft.
 
   A node was tried if its parent was taken. Rows that ended within the path tell
@@ -167,58 +186,77 @@ def learn(calibration: Calibration,
   hit = (estimate > 0) & taken[:, None, 1:]
   deepest = calibration.expected.shape[1]
   level = jnp.arange(1, deepest + 1)[None, None]
-  at = (jnp.minimum(proposed.depth, deepest)[..., None] == level)
-  count = lambda x: jnp.einsum('nqi,nid->qd',
-                               x,
-                               at.astype(jnp.float32),
-                               precision=jax.lax.Precision.HIGHEST)
-  return Calibration(accepted=memory * calibration.accepted +
-                     count(hit.astype(jnp.float32)),
-                     expected=memory * calibration.expected + count(estimate))
+  at = jnp.minimum(proposed.depth, deepest)[..., None] == level
+  count = lambda x: jnp.einsum(
+    'nqi,nid->qd',
+    x,
+    at.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return Calibration(
+    accepted=memory * calibration.accepted + count(hit.astype(jnp.float32)),
+    expected=memory * calibration.expected + count(estimate),
+  )
 
 
-def _init(params: DraftParams, slots: Slots,
-          config: HybridConfig) -> HybridState:
+def _init(
+  params: DraftParams, slots: Slots, config: HybridConfig
+) -> HybridState:
   del params
   zeros = jnp.zeros((len(config.sources), config.deepest), jnp.float32)
   return HybridState(
-      corpus=corpora.empty_corpus(config.cache.shape) if config.cache else (),
-      draft=models.init_state(slots, config.model.draft_model)
-      if config.model else (),
-      calibration=Calibration(zeros, zeros))
+    corpus=corpora.empty_corpus(config.cache.shape) if config.cache else (),
+    draft=models.init_state(slots, config.model.draft_model)
+    if config.model
+    else (),
+    calibration=Calibration(zeros, zeros),
+  )
 
 
-def _observe(params: DraftParams, state: tuple[HybridState, Proposed],
-             slots: Slots, path: Path, hidden: Array, config: HybridConfig,
-             sources: tuple[str, ...]) -> HybridState:
+def _observe(
+  params: DraftParams,
+  state: tuple[HybridState, Proposed],
+  slots: Slots,
+  path: Path,
+  hidden: Array,
+  config: HybridConfig,
+  sources: tuple[str, ...],
+) -> HybridState:
   before, proposed = state
   corpus, drafted = before.corpus, before.draft
   if config.cache:
     corpus = corpora.extend(corpus, slots, path, config.cache.shape)
   if config.model:
-    drafted = models.observe(params, drafted, slots, path, hidden,
-                             config.model.draft_model)
+    drafted = models.observe(
+      params, drafted, slots, path, hidden, config.model.draft_model
+    )
   # Nothing is forgotten of a source while it is left out.
   memory = jnp.asarray(
-      [[_MEMORY if name in sources else 1.0] for name in config.sources])
-  return HybridState(corpus, drafted,
-                     learn(before.calibration, proposed, slots, path, memory))
+    [[_MEMORY if name in sources else 1.0] for name in config.sources]
+  )
+  return HybridState(
+    corpus, drafted, learn(before.calibration, proposed, slots, path, memory)
+  )
 
 
-def _sync(params: DraftParams, state: HybridState, slots: Slots,
-          config: HybridConfig) -> HybridState:
+def _sync(
+  params: DraftParams, state: HybridState, slots: Slots, config: HybridConfig
+) -> HybridState:
   if config.cache:
     state = state.replace(
-        corpus=corpora.copy_rows(state.corpus, slots, config.cache.shape))
+      corpus=corpora.copy_rows(state.corpus, slots, config.cache.shape)
+    )
   if config.model:
     state = state.replace(
-        draft=models.sync(params, state.draft, slots, config.model))
+      draft=models.sync(params, state.draft, slots, config.model)
+    )
   return state
 
 
 @functools.cache
-def hybrid(width: int, sources: tuple[str, ...],
-           config: HybridConfig) -> Drafter:
+def hybrid(
+  width: int, sources: tuple[str, ...], config: HybridConfig
+) -> Drafter:
   """Returns the drafter of merged sources; its state is a HybridState.
 
   Args:
@@ -227,47 +265,60 @@ def hybrid(width: int, sources: tuple[str, ...],
     config: static; the same for every width and all sources.
   """
 
-  def propose(params: DraftParams, state: HybridState,
-              slots: Slots) -> tuple[DraftTree, Any]:
+  def propose(
+    params: DraftParams, state: HybridState, slots: Slots
+  ) -> tuple[DraftTree, Any]:
     tokens, proposed = draft(params, state, slots, config, width, sources)
     root = last_tokens(slots)[:, None]
     tree = DraftTree(
-        jnp.concatenate([root, tokens], axis=1),
-        jnp.concatenate([jnp.full_like(root, UNUSED), proposed.parents],
-                        axis=1))
+      jnp.concatenate([root, tokens], axis=1),
+      jnp.concatenate([jnp.full_like(root, UNUSED), proposed.parents], axis=1),
+    )
     return tree, (state, proposed)
 
-  def load(params: DraftParams, state: HybridState, places: Array, texts: Array,
-           length: Array) -> HybridState:
+  def load(
+    params: DraftParams,
+    state: HybridState,
+    places: Array,
+    texts: Array,
+    length: Array,
+  ) -> HybridState:
     del params
     return state.replace(
-        corpus=corpora.load(state.corpus, places, texts, length))
+      corpus=corpora.load(state.corpus, places, texts, length)
+    )
 
   def axes(state: HybridState) -> Any:
     none = jax.tree.map(lambda x: (), state)
-    return none.replace(
-        draft=models.axes(state.draft)) if config.model else none
+    return (
+      none.replace(draft=models.axes(state.draft)) if config.model else none
+    )
 
-  of_model = models.row_operations(
-      config.model.draft_model) if config.model else None
+  of_model = (
+    models.row_operations(config.model.draft_model) if config.model else None
+  )
   rows = None
   if of_model:
     put = lambda state, draft: state.replace(draft=draft)
     rows = RowOperations(
-        admit=lambda params, state, *args: put(
-            state, of_model.admit(params, state.draft, *args)),
-        gather=lambda state, order: put(state,
-                                        of_model.gather(state.draft, order)),
-        grow=lambda state, capacity: put(
-            state, of_model.grow(state.draft, capacity=capacity)))
-  return Drafter(init=functools.partial(_init, config=config),
-                 load=load,
-                 propose=propose,
-                 observe=functools.partial(_observe,
-                                           config=config,
-                                           sources=sources),
-                 sync=functools.partial(_sync, config=config),
-                 width=width,
-                 corpus=config.cache.shape if config.cache else None,
-                 rows=rows,
-                 axes=axes)
+      admit=lambda params, state, *args: put(
+        state, of_model.admit(params, state.draft, *args)
+      ),
+      gather=lambda state, order: put(
+        state, of_model.gather(state.draft, order)
+      ),
+      grow=lambda state, capacity: put(
+        state, of_model.grow(state.draft, capacity=capacity)
+      ),
+    )
+  return Drafter(
+    init=functools.partial(_init, config=config),
+    load=load,
+    propose=propose,
+    observe=functools.partial(_observe, config=config, sources=sources),
+    sync=functools.partial(_sync, config=config),
+    width=width,
+    corpus=config.cache.shape if config.cache else None,
+    rows=rows,
+    axes=axes,
+  )

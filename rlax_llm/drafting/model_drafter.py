@@ -15,7 +15,8 @@ in segments of W = 1. Drafts leave no trace in it.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -53,6 +54,7 @@ class ModelDrafterConfig(NamedTuple):
     chunk: tokens of a row that are taken up in one forward of the target,
       where drafting begins after segments without it.
   """
+
   model: LanguageModel
   draft_model: DraftModel
   sampling: Sampling
@@ -63,6 +65,7 @@ class ModelDrafterConfig(NamedTuple):
 
 class DraftState(flax.struct.PyTreeNode):
   """What the drafter knows of N rows."""
+
   cache: KVCache  # the drafter's own, of all committed tokens but the last
   feature: Array  # [N, D] the target's hidden state at the last of those
   key: Array  # uint32[N, 2] of the sample that the row holds
@@ -71,9 +74,11 @@ class DraftState(flax.struct.PyTreeNode):
 def init_state(slots: Slots, draft_model: DraftModel) -> DraftState:
   """Returns a state that knows of no token."""
   rows, capacity = slots.text.shape
-  return DraftState(cache=draft_model.init_cache(rows, capacity),
-                    feature=draft_model.init_features(rows),
-                    key=jnp.zeros_like(slots.key))
+  return DraftState(
+    cache=draft_model.init_cache(rows, capacity),
+    feature=draft_model.init_features(rows),
+    key=jnp.zeros_like(slots.key),
+  )
 
 
 def _shift(first: Array, hidden: Array) -> Array:
@@ -87,8 +92,14 @@ def _causal(width: int) -> Array:
   return order[:, None] >= order[None]
 
 
-def append(params: DraftParams, state: DraftState, tokens: Array, hidden: Array,
-           count: Array, draft_model: DraftModel) -> DraftState:
+def append(
+  params: DraftParams,
+  state: DraftState,
+  tokens: Array,
+  hidden: Array,
+  count: Array,
+  draft_model: DraftModel,
+) -> DraftState:
   """Takes up the tokens that follow those the state knows.
 
   Args:
@@ -103,22 +114,35 @@ def append(params: DraftParams, state: DraftState, tokens: Array, hidden: Array,
   order = jnp.arange(width, dtype=jnp.int32)
   # Of the forward only keys and values are used: with one layer they need no
   # attention, and XLA drops it.
-  _, nodes = draft_model.extend(params, tokens,
-                                _shift(state.feature,
-                                       hidden), length[:, None] + order[None],
-                                _causal(width), state.cache, None)
-  path = Path(nodes=jnp.broadcast_to(order, tokens.shape),
-              tokens=tokens,
-              length=count)
+  _, nodes = draft_model.extend(
+    params,
+    tokens,
+    _shift(state.feature, hidden),
+    length[:, None] + order[None],
+    _causal(width),
+    state.cache,
+    None,
+  )
+  path = Path(
+    nodes=jnp.broadcast_to(order, tokens.shape), tokens=tokens, length=count
+  )
   last = jnp.maximum(count - 1, 0)[:, None, None]
   last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
   feature = jnp.where((count > 0)[:, None], last_hidden, state.feature)
-  return state.replace(cache=kv_cache.commit(state.cache, nodes, path),
-                       feature=feature.astype(state.feature.dtype))
+  return state.replace(
+    cache=kv_cache.commit(state.cache, nodes, path),
+    feature=feature.astype(state.feature.dtype),
+  )
 
 
-def observe(params: DraftParams, state: DraftState, slots: Slots, path: Path,
-            hidden: Array, draft_model: DraftModel) -> DraftState:
+def observe(
+  params: DraftParams,
+  state: DraftState,
+  slots: Slots,
+  path: Path,
+  hidden: Array,
+  draft_model: DraftModel,
+) -> DraftState:
   """Takes up what a forward committed: the root, and all but its last token."""
   width = path.tokens.shape[1]
   tokens = corpora.window(slots, slots.length - path.length - 1, width)
@@ -126,8 +150,12 @@ def observe(params: DraftParams, state: DraftState, slots: Slots, path: Path,
   return append(params, state, tokens, along, path.length, draft_model)
 
 
-def sync(params: DraftParams, state: DraftState, slots: Slots,
-         config: ModelDrafterConfig) -> DraftState:
+def sync(
+  params: DraftParams,
+  state: DraftState,
+  slots: Slots,
+  config: ModelDrafterConfig,
+) -> DraftState:
   """Takes up what rows sampled without the drafter.
 
   The target's hidden states of the missed tokens are computed again, a chunk of
@@ -143,9 +171,11 @@ def sync(params: DraftParams, state: DraftState, slots: Slots,
   # A key belongs to one sample: rows with another one hold a new sample.
   same = jnp.all(state.key == slots.key, axis=-1)
   have = jnp.where(same, state.cache.length, 0)
-  state = DraftState(cache=state.cache.replace(length=have),
-                     feature=jnp.where(same[:, None], state.feature, 0),
-                     key=slots.key)
+  state = DraftState(
+    cache=state.cache.replace(length=have),
+    feature=jnp.where(same[:, None], state.feature, 0),
+    key=slots.key,
+  )
   goal = jnp.where(slots.done, have, slots.length - 1)
   order = jnp.arange(width, dtype=jnp.int32)[None]
 
@@ -155,36 +185,57 @@ def sync(params: DraftParams, state: DraftState, slots: Slots,
   def advance(state: DraftState) -> DraftState:
     have = state.cache.length
     tokens = corpora.window(slots, have, width)
-    hidden, _ = model.extend(params.policy, tokens, have[:, None] + order,
-                             _causal(width), slots.cache.replace(length=have))
+    hidden, _ = model.extend(
+      params.policy,
+      tokens,
+      have[:, None] + order,
+      _causal(width),
+      slots.cache.replace(length=have),
+    )
     count = jnp.clip(goal - have, 0, width)
     return append(params, state, tokens, hidden, count, config.draft_model)
 
   return jax.lax.while_loop(behind, advance, state)
 
 
-def admit(params: DraftParams, state: DraftState, slots: Slots, tokens: Array,
-          length: Array, hidden: Array, take: Array, source: Array, *,
-          draft_model: DraftModel) -> DraftState:
+def admit(
+  params: DraftParams,
+  state: DraftState,
+  slots: Slots,
+  tokens: Array,
+  length: Array,
+  hidden: Array,
+  take: Array,
+  source: Array,
+  *,
+  draft_model: DraftModel,
+) -> DraftState:
   """Gives rows the states of prefilled prompts; see `RowOperations.admit`."""
   rows, capacity = tokens.shape
   order = jnp.arange(capacity, dtype=jnp.int32)
   features = _shift(draft_model.init_features(rows), hidden)
-  _, nodes = draft_model.extend(params, tokens, features,
-                                jnp.broadcast_to(order, tokens.shape),
-                                _causal(capacity),
-                                draft_model.init_cache(rows, 0), None)
+  _, nodes = draft_model.extend(
+    params,
+    tokens,
+    features,
+    jnp.broadcast_to(order, tokens.shape),
+    _causal(capacity),
+    draft_model.init_cache(rows, 0),
+    None,
+  )
   # That of the last token is the feature of what follows it.
   last = jnp.take_along_axis(features, (length - 1)[:, None, None], axis=1)
   feature = last[source, 0].astype(state.feature.dtype)
-  return DraftState(cache=kv_cache.admit(state.cache, nodes, take, source,
-                                         length[source] - 1),
-                    feature=jnp.where(take[:, None], feature, state.feature),
-                    key=jnp.where(take[:, None], slots.key, state.key))
+  return DraftState(
+    cache=kv_cache.admit(state.cache, nodes, take, source, length[source] - 1),
+    feature=jnp.where(take[:, None], feature, state.feature),
+    key=jnp.where(take[:, None], slots.key, state.key),
+  )
 
 
 class Nodes(flax.struct.PyTreeNode):
   """M candidate nodes of each row; see `trees.select`."""
+
   tokens: Array  # int32[N, M]
   parents: Array  # int32[N, M]
   logprobs: Array  # float32[N, M] of the line to the node
@@ -195,8 +246,13 @@ class Nodes(flax.struct.PyTreeNode):
 _DOUBT = 0.5
 
 
-def draft_nodes(params: DraftParams, state: DraftState, slots: Slots,
-                config: ModelDrafterConfig, depth: int) -> Nodes:
+def draft_nodes(
+  params: DraftParams,
+  state: DraftState,
+  slots: Slots,
+  config: ModelDrafterConfig,
+  depth: int,
+) -> Nodes:
   """Drafts level by level; level d holds the tokens of place d + 1.
 
   Of the race at a node those `branching` tokens become its children that arrive
@@ -231,8 +287,14 @@ def draft_nodes(params: DraftParams, state: DraftState, slots: Slots,
     place = slots.length - slots.prompt_length + level
     position = slots.length[:, None] - 1 + level
     features, nodes = config.draft_model.extend(
-        params, tokens, features, jnp.broadcast_to(position, tokens.shape),
-        line, state.cache, earlier)
+      params,
+      tokens,
+      features,
+      jnp.broadcast_to(position, tokens.shape),
+      line,
+      state.cache,
+      earlier,
+    )
     logits = config.model.logits(params.policy, features)
     law = sampling_ops.log_law(logits, config.sampling)
     arrival = race(slots.key, place, law)  # [N, B, V]
@@ -246,7 +308,8 @@ def draft_nodes(params: DraftParams, state: DraftState, slots: Slots,
     lead = (scores[..., None] + jnp.minimum(lead, 0.0)).reshape(rows, size)
     child = child.reshape(rows, size)
     levels.append(
-        Nodes(child, jnp.repeat(identity, config.branching, axis=1), lead))
+      Nodes(child, jnp.repeat(identity, config.branching, axis=1), lead)
+    )
     if level + 1 == depth:
       break
     earlier = kv_cache.join_nodes(earlier, nodes)
@@ -270,8 +333,13 @@ def draft_nodes(params: DraftParams, state: DraftState, slots: Slots,
   return jax.tree.map(join, *levels)
 
 
-def propose(params: DraftParams, state: DraftState, slots: Slots,
-            config: ModelDrafterConfig, width: int) -> DraftTree:
+def propose(
+  params: DraftParams,
+  state: DraftState,
+  slots: Slots,
+  config: ModelDrafterConfig,
+  width: int,
+) -> DraftTree:
   """Returns a chain, or the most probable tree of W nodes, for every row."""
   depth = min(config.depth or width - 1, width - 1)
   nodes = draft_nodes(params, state, slots, config, depth)
@@ -279,12 +347,13 @@ def propose(params: DraftParams, state: DraftState, slots: Slots,
   if config.branching == 1 and depth == width - 1:
     tokens = jnp.concatenate([root, nodes.tokens], axis=1)
     return DraftTree(tokens, chain_parents(width))
-  tokens, parents, _ = jax.vmap(functools.partial(
-      trees.select, nodes=width - 1))(nodes.tokens, nodes.parents,
-                                      nodes.logprobs)
+  tokens, parents, _ = jax.vmap(
+    functools.partial(trees.select, nodes=width - 1)
+  )(nodes.tokens, nodes.parents, nodes.logprobs)
   return DraftTree(
-      jnp.concatenate([root, tokens], axis=1),
-      jnp.concatenate([jnp.full_like(root, UNUSED), parents], axis=1))
+    jnp.concatenate([root, tokens], axis=1),
+    jnp.concatenate([jnp.full_like(root, UNUSED), parents], axis=1),
+  )
 
 
 def gather(state: DraftState, rows: Array) -> DraftState:
@@ -302,16 +371,21 @@ def axes(state: DraftState) -> Any:
   rows = jax.tree.map(lambda x: ('rows',), state)
   heads = lambda x: ('rows', 'kv_heads')
   return rows.replace(
-      cache=rows.cache.replace(keys=jax.tree.map(heads, state.cache.keys),
-                               values=jax.tree.map(heads, state.cache.values)))
+    cache=rows.cache.replace(
+      keys=jax.tree.map(heads, state.cache.keys),
+      values=jax.tree.map(heads, state.cache.values),
+    )
+  )
 
 
 @functools.cache
 def row_operations(draft_model: DraftModel) -> RowOperations:
   """Returns what boundaries do to a DraftState."""
-  return RowOperations(admit=functools.partial(admit, draft_model=draft_model),
-                       gather=gather,
-                       grow=grow)
+  return RowOperations(
+    admit=functools.partial(admit, draft_model=draft_model),
+    gather=gather,
+    grow=grow,
+  )
 
 
 @functools.cache
@@ -324,13 +398,17 @@ def model_drafter(width: int, config: ModelDrafterConfig) -> Drafter:
   """
   draft_model = config.draft_model
   return Drafter(
-      init=lambda params, slots: init_state(slots, draft_model),
-      load=lambda params, state, places, texts, length: state,
-      propose=lambda params, state, slots:
-      (propose(params, state, slots, config, width), state),
-      observe=lambda params, state, slots, path, hidden: observe(
-          params, state, slots, path, hidden, draft_model),
-      sync=lambda params, state, slots: sync(params, state, slots, config),
-      width=width,
-      rows=row_operations(draft_model),
-      axes=axes)
+    init=lambda params, slots: init_state(slots, draft_model),
+    load=lambda params, state, places, texts, length: state,
+    propose=lambda params, state, slots: (
+      propose(params, state, slots, config, width),
+      state,
+    ),
+    observe=lambda params, state, slots, path, hidden: observe(
+      params, state, slots, path, hidden, draft_model
+    ),
+    sync=lambda params, state, slots: sync(params, state, slots, config),
+    width=width,
+    rows=row_operations(draft_model),
+    axes=axes,
+  )

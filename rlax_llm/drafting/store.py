@@ -2,9 +2,11 @@
 
 import base64
 import collections
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
 import hashlib
 import json
-from typing import Callable, Iterable, Sequence
 import zlib
 
 import numpy as np
@@ -29,13 +31,15 @@ class RolloutStore:
   is a hint to the drafter and nothing else: no training value may read it.
   """
 
-  def __init__(self,
-               *,
-               history: int,
-               megabytes: int,
-               tokenizer: str,
-               shared: bool = False,
-               part: tuple[int, int] = (0, 1)) -> None:
+  def __init__(
+    self,
+    *,
+    history: int,
+    megabytes: int,
+    tokenizer: str,
+    shared: bool = False,
+    part: tuple[int, int] = (0, 1),
+  ) -> None:
     """Makes an empty store.
 
     Args:
@@ -52,8 +56,9 @@ class RolloutStore:
     self._shared = shared
     self._part = part
     # Least recently sampled prompt first; newest completion last.
-    self._prompts: collections.OrderedDict[
-        bytes, list[np.ndarray]] = collections.OrderedDict()
+    self._prompts: collections.OrderedDict[bytes, list[np.ndarray]] = (
+      collections.OrderedDict()
+    )
     # Completions sampled ahead of their step, with the sample's own noise.
     self._hints: dict[tuple[int, int, int], np.ndarray] = {}
     self.bytes = 0
@@ -117,9 +122,7 @@ class RolloutStore:
     """Forgets the hints for steps up to `step`, but for the kept requests."""
     open_still = {(r.step, r.request) for r in kept}
     self._hints = {
-        k: v
-        for k, v in self._hints.items()
-        if k[0] > step or k[:2] in open_still
+      k: v for k, v in self._hints.items() if k[0] > step or k[:2] in open_still
     }
 
   def dump(self) -> str:
@@ -127,12 +130,12 @@ class RolloutStore:
     prompts = [np.frombuffer(key, '<i4') for key in self._prompts]
     kept = list(self._prompts.values())
     record = {
-        'tokenizer': self._tokenizer,
-        'prompts': _pack(prompts),
-        'completions': _pack([c for k in kept for c in k]),
-        'counts': _pack([np.array([len(k) for k in kept], '<i4')]),
-        'hints': _pack(list(self._hints.values())),
-        'hint_keys': _pack([np.array(key, '<i4') for key in self._hints]),
+      'tokenizer': self._tokenizer,
+      'prompts': _pack(prompts),
+      'completions': _pack([c for k in kept for c in k]),
+      'counts': _pack([np.array([len(k) for k in kept], '<i4')]),
+      'hints': _pack(list(self._hints.values())),
+      'hint_keys': _pack([np.array(key, '<i4') for key in self._hints]),
     }
     return json.dumps(record)
 
@@ -149,20 +152,28 @@ class RolloutStore:
     try:
       record = json.loads(text)
       theirs = record['tokenizer']
-      prompts, completions, counts, hints, keys = (_unpack(
-          record[name]) for name in ('prompts', 'completions', 'counts',
-                                     'hints', 'hint_keys'))
-      if (len(counts) != 1 or len(counts[0]) != len(prompts) or
-          (counts[0] < 1).any() or counts[0].sum() != len(completions) or
-          len(keys) != len(hints) or any(len(key) != 3 for key in keys)):
+      prompts, completions, counts, hints, keys = (
+        _unpack(record[name])
+        for name in ('prompts', 'completions', 'counts', 'hints', 'hint_keys')
+      )
+      if (
+        len(counts) != 1
+        or len(counts[0]) != len(prompts)
+        or (counts[0] < 1).any()
+        or counts[0].sum() != len(completions)
+        or len(keys) != len(hints)
+        or any(len(key) != 3 for key in keys)
+      ):
         raise ValueError('its parts do not fit together')
     except (ValueError, KeyError, TypeError, zlib.error) as error:
       raise ValueError(
-          f'the cached rollouts are unreadable ({error})') from error
+        f'the cached rollouts are unreadable ({error})'
+      ) from error
     if theirs != self._tokenizer:
       raise ConfigError(
-          f'the checkpoint caches rollouts of the tokenizer {theirs!r}, this '
-          f'run has {self._tokenizer!r}; give another --workdir')
+        f'the checkpoint caches rollouts of the tokenizer {theirs!r}, this '
+        f'run has {self._tokenizer!r}; give another --workdir'
+      )
     left = iter(completions)
     for prompt, count in zip(prompts, counts[0]):
       for _ in range(count):
@@ -170,8 +181,8 @@ class RolloutStore:
     self._evict()
     # Of all parts: which one they belong to is not recorded.
     self._hints |= {
-        (int(step), int(request), int(index)): hint
-        for (step, request, index), hint in zip(keys, hints)
+      (int(step), int(request), int(index)): hint
+      for (step, request, index), hint in zip(keys, hints)
     }
 
 
@@ -180,8 +191,8 @@ def _pack(parts: list[np.ndarray]) -> list[str]:
   lengths = np.array([len(part) for part in parts], '<i4')
   tokens = np.concatenate([np.zeros(0, '<i4'), *parts]).astype('<i4')
   return [
-      base64.b64encode(zlib.compress(x.tobytes(), level=1)).decode()
-      for x in (tokens, lengths)
+    base64.b64encode(zlib.compress(x.tobytes(), level=1)).decode()
+    for x in (tokens, lengths)
   ]
 
 
@@ -196,7 +207,7 @@ def _unpack(texts: list[str]) -> list[np.ndarray]:
     raise ValueError(f'{len(tokens)} tokens instead of {lengths.sum()}')
   # Copies: a view would keep the whole buffer alive.
   ends = np.cumsum(lengths)
-  return [tokens[e - n:e].copy() for e, n in zip(ends, lengths)]
+  return [tokens[e - n : e].copy() for e, n in zip(ends, lengths)]
 
 
 def _inflate(text: str) -> np.ndarray:
@@ -207,13 +218,14 @@ def _inflate(text: str) -> np.ndarray:
   return np.frombuffer(raw, '<i4')
 
 
-def _completions(store: RolloutStore, requests: Sequence[Request],
-                 shape: CorpusShape) -> list[tuple[int, int, np.ndarray]]:
+def _completions(
+  store: RolloutStore, requests: Sequence[Request], shape: CorpusShape
+) -> list[tuple[int, int, np.ndarray]]:
   """Returns (row, text, completion) of whatever the store holds."""
   found = []
   for row, request in enumerate(requests):
     if shape.history:
-      kept = store.history(request)[-shape.history:]
+      kept = store.history(request)[-shape.history :]
       found += [(row, text, tokens) for text, tokens in enumerate(kept)]
     for index in range(min(shape.hints, request.samples)):
       hint = store.hint(request, index)
@@ -223,12 +235,13 @@ def _completions(store: RolloutStore, requests: Sequence[Request],
 
 
 def corpus_texts(
-    store: RolloutStore | None,
-    requests: Sequence[Request],
-    rows: int,
-    shape: CorpusShape,
-    *,
-    merge: Callable[[list], list] = list) -> tuple[np.ndarray, np.ndarray]:
+  store: RolloutStore | None,
+  requests: Sequence[Request],
+  rows: int,
+  shape: CorpusShape,
+  *,
+  merge: Callable[[list], list] = list,
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns the texts with which prompts begin, as `Drafter.load` takes them.
 
   Args:
@@ -247,13 +260,13 @@ def corpus_texts(
   for row, request in enumerate(requests):
     prompt = request.prompt
     # The group's own texts begin as the prompt, which may be drafted from.
-    texts[row, :, :len(prompt)] = prompt
-    length[row, shape.history:first] = len(prompt)
+    texts[row, :, : len(prompt)] = prompt
+    length[row, shape.history : first] = len(prompt)
   if store is None:
     return texts, length
   for row, text, completion in merge(_completions(store, requests, shape)):
     start = len(requests[row].prompt)
     end = min(start + len(completion), shape.capacity)
-    texts[row, text, start:end] = completion[:end - start]
+    texts[row, text, start:end] = completion[: end - start]
     length[row, text] = end
   return texts, length

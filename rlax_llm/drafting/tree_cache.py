@@ -20,8 +20,10 @@ sum of D_m over its nodes (not by m: the longest match often ends where a
 sibling has only just arrived); the best m wins.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,7 @@ class TreeCacheConfig(NamedTuple):
     live: whose texts of this step are drafted from: the `group`'s, the row's
       `own`, or `none`.
   """
+
   shape: CorpusShape
   branching: int = 1
   max_match: int = 8
@@ -79,6 +82,7 @@ def match_lengths(words: Array, query: Array) -> Array:
 
 class Candidates(NamedTuple):
   """K places of one prompt's corpus where the row's last tokens occurred."""
+
   tokens: Array  # int32[K, depth]: what followed
   exists: Array  # bool[K, depth]: the text goes so far
   match: Array  # int32[K]: tokens that agree; 0: no candidate
@@ -89,14 +93,16 @@ class Candidates(NamedTuple):
 _HINT_WEIGHT = 64
 
 
-def find_candidates(corpus: Corpus,
-                    query: Array,
-                    prompt: Array,
-                    hint: Array,
-                    length: Array,
-                    *,
-                    depth: int,
-                    allowed: Array | None = None) -> Candidates:
+def find_candidates(
+  corpus: Corpus,
+  query: Array,
+  prompt: Array,
+  hint: Array,
+  length: Array,
+  *,
+  depth: int,
+  allowed: Array | None = None,
+) -> Candidates:
   """Returns the best match of every text of a prompt.
 
   Args:
@@ -128,8 +134,12 @@ def find_candidates(corpus: Corpus,
   match, end = rank // capacity, rank % capacity
   after = end[:, None] + 1 + jnp.arange(depth, dtype=jnp.int32)[None]
   tokens = corpus.texts[prompt, text[:, None], jnp.minimum(after, capacity - 1)]
-  return Candidates(tokens, after < ends[:, None], jnp.minimum(match, most),
-                    jnp.where(match > most, _HINT_WEIGHT, 1))
+  return Candidates(
+    tokens,
+    after < ends[:, None],
+    jnp.minimum(match, most),
+    jnp.where(match > most, _HINT_WEIGHT, 1),
+  )
 
 
 class Estimates(NamedTuple):
@@ -138,6 +148,7 @@ class Estimates(NamedTuple):
   Node (d, i) is the continuation of candidate i to depth d + 1. Several
   candidates may share a node; the first of them stands for it.
   """
+
   probability: list[Array]  # by depth float32[M, K]: D_m; 0 for no node
   agree: Array  # bool[K, depth, K]: [j, d, i] i and j share the node
 
@@ -198,8 +209,9 @@ def _budgets(thresholds: Array, nodes: int, factor: float) -> Array:
   return jnp.clip(jnp.floor(thresholds * factor).astype(jnp.int32), 1, nodes)
 
 
-def draft_chain(candidates: Candidates, *, max_match: int, factor: float,
-                least: float) -> Array:
+def draft_chain(
+  candidates: Candidates, *, max_match: int, factor: float, least: float
+) -> Array:
   """Returns int32[depth], the continuation with the most expected tokens.
 
   It is never cut: what lies behind its text's end, its budget or the least
@@ -218,9 +230,15 @@ def draft_chain(candidates: Candidates, *, max_match: int, factor: float,
   return candidates.tokens[best]
 
 
-def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
-               max_match: int, factor: float,
-               least: float) -> tuple[Array, Array, Array]:
+def draft_tree(
+  candidates: Candidates,
+  *,
+  nodes: int,
+  branching: int,
+  max_match: int,
+  factor: float,
+  least: float,
+) -> tuple[Array, Array, Array]:
   """Returns the `nodes` most probable nodes of the best tree.
 
   Args:
@@ -248,8 +266,9 @@ def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
   twin = member[:, :, None, None] & (agree & earlier)[None]
   own = jnp.where(jnp.any(twin, axis=1), 0.0, probability)
   # Siblings of more weight, the earlier among equals: [M, j, depth, i].
-  before = jnp.pad(agree[:, :-1], ((0, 0), (1, 0), (0, 0)),
-                   constant_values=True)
+  before = jnp.pad(
+    agree[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=True
+  )
   theirs, mine = own.swapaxes(1, 2)[..., None], probability[:, None]
   first = jnp.argmax(member[:, :, None, None] & agree[None], axis=1)
   before_me = order[None, :, None, None] < first[:, None]  # [M, j, depth, i]
@@ -262,8 +281,9 @@ def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
   flat = own.reshape(len(thresholds), depth * count)
   size = min(nodes, depth * count)
   best, chosen = jax.lax.top_k(flat, size)  # [M, size]
-  allowed = jnp.arange(size)[None] < _budgets(thresholds, nodes, factor)[:,
-                                                                         None]
+  allowed = (
+    jnp.arange(size)[None] < _budgets(thresholds, nodes, factor)[:, None]
+  )
   expected = jnp.sum(jnp.where(allowed, best, 0.0), axis=-1)
   m = len(thresholds) - 1 - jnp.argmax(expected[::-1])
   chosen, real = chosen[m], best[m] > 0
@@ -278,12 +298,16 @@ def draft_tree(candidates: Candidates, *, nodes: int, branching: int,
   parents = jnp.where(level == 0, 0, parents)
   parents = jnp.where(real, parents, UNUSED).astype(jnp.int32)
   pad = (0, nodes - size)
-  return (jnp.pad(tokens, pad), jnp.pad(parents, pad, constant_values=UNUSED),
-          jnp.pad(jnp.where(real, best[m], 0.0), pad))
+  return (
+    jnp.pad(tokens, pad),
+    jnp.pad(parents, pad, constant_values=UNUSED),
+    jnp.pad(jnp.where(real, best[m], 0.0), pad),
+  )
 
 
-def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
-            width: int) -> DraftTree:
+def propose(
+  corpus: Corpus, slots: Slots, config: TreeCacheConfig, width: int
+) -> DraftTree:
   """Returns a draft of `width` nodes for every row.
 
   Args:
@@ -294,22 +318,29 @@ def propose(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
   """
   draft: Callable = draft_chain
   if config.branching > 1:
-    draft = functools.partial(draft_tree,
-                              nodes=width - 1,
-                              branching=config.branching)
+    draft = functools.partial(
+      draft_tree, nodes=width - 1, branching=config.branching
+    )
   found = draft_rows(corpus, slots, config, width - 1, draft)
   root = last_tokens(slots)[:, None]
   if config.branching == 1:
-    return DraftTree(jnp.concatenate([root, found], axis=1),
-                     chain_parents(width))
+    return DraftTree(
+      jnp.concatenate([root, found], axis=1), chain_parents(width)
+    )
   tokens, parents, _ = found
   return DraftTree(
-      jnp.concatenate([root, tokens], axis=1),
-      jnp.concatenate([jnp.full_like(root, UNUSED), parents], axis=1))
+    jnp.concatenate([root, tokens], axis=1),
+    jnp.concatenate([jnp.full_like(root, UNUSED), parents], axis=1),
+  )
 
 
-def draft_rows(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
-               depth: int, draft: Callable) -> Any:
+def draft_rows(
+  corpus: Corpus,
+  slots: Slots,
+  config: TreeCacheConfig,
+  depth: int,
+  draft: Callable,
+) -> Any:
   """Returns what `draft` makes of the candidates of each row.
 
   Args:
@@ -321,35 +352,37 @@ def draft_rows(corpus: Corpus, slots: Slots, config: TreeCacheConfig,
   """
   if config.max_match % corpora.WORD:
     raise ValueError(
-        f'max_match={config.max_match} is no multiple of {corpora.WORD}')
-  tail = corpora.window(slots, slots.length - config.max_match,
-                        config.max_match)
-  query = corpora.pack_words(tail)[:, corpora.WORD - 1::corpora.WORD][:, ::-1]
+      f'max_match={config.max_match} is no multiple of {corpora.WORD}'
+    )
+  tail = corpora.window(
+    slots, slots.length - config.max_match, config.max_match
+  )
+  query = corpora.pack_words(tail)[:, corpora.WORD - 1 :: corpora.WORD][:, ::-1]
   shape = config.shape
-  hint = jnp.where(slots.index < shape.hints,
-                   shape.history + shape.group + slots.index, shape.texts)
+  hint = jnp.where(
+    slots.index < shape.hints,
+    shape.history + shape.group + slots.index,
+    shape.texts,
+  )
   own = shape.history + slots.index % shape.group
   text = jnp.arange(shape.texts)
   live = (text >= shape.history) & (text < shape.history + shape.group)
 
-  def one(query: Array, prompt: Array, hint: Array, length: Array,
-          own: Array) -> Any:
-    allowed = {
-        'group': None,
-        'own': ~live | (text == own),
-        'none': ~live
-    }[config.live]
-    candidates = find_candidates(corpus,
-                                 query,
-                                 prompt,
-                                 hint,
-                                 length,
-                                 depth=depth,
-                                 allowed=allowed)
-    return draft(candidates,
-                 max_match=config.max_match,
-                 factor=config.budget_factor,
-                 least=config.min_probability)
+  def one(
+    query: Array, prompt: Array, hint: Array, length: Array, own: Array
+  ) -> Any:
+    allowed = {'group': None, 'own': ~live | (text == own), 'none': ~live}[
+      config.live
+    ]
+    candidates = find_candidates(
+      corpus, query, prompt, hint, length, depth=depth, allowed=allowed
+    )
+    return draft(
+      candidates,
+      max_match=config.max_match,
+      factor=config.budget_factor,
+      least=config.min_probability,
+    )
 
   return jax.vmap(one)(query, slots.prompt, hint, slots.length, own)
 
@@ -362,14 +395,21 @@ def tree_cache(width: int, config: TreeCacheConfig) -> Drafter:
     width: W >= 2.
     config: of the corpus, the same for every width.
   """
-  return Drafter(init=lambda params, slots: corpora.empty_corpus(config.shape),
-                 load=lambda params, state, places, texts, length: corpora.load(
-                     state, places, texts, length),
-                 propose=lambda params, state, slots:
-                 (propose(state, slots, config, width), state),
-                 observe=lambda params, state, slots, path, hidden: corpora.
-                 extend(state, slots, path, config.shape),
-                 sync=lambda params, state, slots: corpora.copy_rows(
-                     state, slots, config.shape),
-                 width=width,
-                 corpus=config.shape)
+  return Drafter(
+    init=lambda params, slots: corpora.empty_corpus(config.shape),
+    load=lambda params, state, places, texts, length: corpora.load(
+      state, places, texts, length
+    ),
+    propose=lambda params, state, slots: (
+      propose(state, slots, config, width),
+      state,
+    ),
+    observe=lambda params, state, slots, path, hidden: corpora.extend(
+      state, slots, path, config.shape
+    ),
+    sync=lambda params, state, slots: corpora.copy_rows(
+      state, slots, config.shape
+    ),
+    width=width,
+    corpus=config.shape,
+  )

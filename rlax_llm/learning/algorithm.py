@@ -57,6 +57,7 @@ class Algorithm:
     rehearsal_least: mean correctness from which on a problem counts as solved.
     rehearsal_share: samples that are rehearsed in a step, by those of the step.
   """
+
   advantage: str = 'group'
   credit: str = 'sample'
   loss: str = 'clipped'
@@ -103,9 +104,13 @@ class Algorithm:
   @property
   def linear_in_advantage(self) -> bool:
     """Whether a token of advantage 0 adds nothing to the gradient."""
-    return (self.loss != 'negative_log_likelihood' and
-            self.credit == 'sample' and self.step_scale == 'none' and
-            self.kl_coefficient == 0 and self.entropy_coefficient == 0)
+    return (
+      self.loss != 'negative_log_likelihood'
+      and self.credit == 'sample'
+      and self.step_scale == 'none'
+      and self.kl_coefficient == 0
+      and self.entropy_coefficient == 0
+    )
 
   @property
   def reads_rewards(self) -> bool:

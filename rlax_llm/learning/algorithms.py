@@ -30,84 +30,88 @@ from rlax_llm.ops.masking import REDUCTIONS
 _NOT_NONE = 'any but none'
 # Which values of which field read a field; with others it is refused.
 _READ_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
-    'clip_low': ('loss', ('clipped', 'sequence_clipped')),
-    'clip_high': ('loss', ('clipped', 'sequence_clipped', 'truncated')),
-    'dual_clip': ('loss', ('clipped',)),
-    'coverage_samples': ('loss', ('coverage',)),
-    'weight_low': ('correction',
-                   tuple(n for n in CORRECTIONS if n.endswith('_mask'))),
-    'weight_high': ('correction', _NOT_NONE),
-    'reject_low':
-        ('rejection', tuple(n for n in REJECTIONS if n.endswith('_k1'))),
-    'reject_high': ('rejection', _NOT_NONE),
-    'discount': ('credit', ('gae',)),
-    'trace': ('credit', ('gae',)),
-    'value_clip': ('credit', ('gae',)),
-    'critic_learning_rate': ('credit', ('gae',)),
-    'critic_warmup': ('credit', ('gae',)),
-    'distillation_coefficient': ('credit', ('distillation',)),
-    'distillation_discount': ('credit', ('distillation',)),
-    'teacher': ('credit', ('distillation',)),
-    'leap_problems': ('leaps', _NOT_NONE),
-    'progress_coefficient': ('credit', ('progress',)),
-    'progress_episodes': ('credit', ('progress',)),
-    'progress_marker': ('credit', ('progress',)),
-    'progress_samples': ('credit', ('progress',)),
-    'progress_tokens': ('credit', ('progress',)),
-    'rehearsal_coefficient': ('rehearsal', _NOT_NONE),
-    'rehearsal_prompts': ('rehearsal', _NOT_NONE),
-    'rehearsal_least': ('rehearsal', _NOT_NONE),
-    'rehearsal_share': ('rehearsal', _NOT_NONE),
+  'clip_low': ('loss', ('clipped', 'sequence_clipped')),
+  'clip_high': ('loss', ('clipped', 'sequence_clipped', 'truncated')),
+  'dual_clip': ('loss', ('clipped',)),
+  'coverage_samples': ('loss', ('coverage',)),
+  'weight_low': (
+    'correction',
+    tuple(n for n in CORRECTIONS if n.endswith('_mask')),
+  ),
+  'weight_high': ('correction', _NOT_NONE),
+  'reject_low': (
+    'rejection',
+    tuple(n for n in REJECTIONS if n.endswith('_k1')),
+  ),
+  'reject_high': ('rejection', _NOT_NONE),
+  'discount': ('credit', ('gae',)),
+  'trace': ('credit', ('gae',)),
+  'value_clip': ('credit', ('gae',)),
+  'critic_learning_rate': ('credit', ('gae',)),
+  'critic_warmup': ('credit', ('gae',)),
+  'distillation_coefficient': ('credit', ('distillation',)),
+  'distillation_discount': ('credit', ('distillation',)),
+  'teacher': ('credit', ('distillation',)),
+  'leap_problems': ('leaps', _NOT_NONE),
+  'progress_coefficient': ('credit', ('progress',)),
+  'progress_episodes': ('credit', ('progress',)),
+  'progress_marker': ('credit', ('progress',)),
+  'progress_samples': ('credit', ('progress',)),
+  'progress_tokens': ('credit', ('progress',)),
+  'rehearsal_coefficient': ('rehearsal', _NOT_NONE),
+  'rehearsal_prompts': ('rehearsal', _NOT_NONE),
+  'rehearsal_least': ('rehearsal', _NOT_NONE),
+  'rehearsal_share': ('rehearsal', _NOT_NONE),
 }
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
   """Returns the names that each field may hold."""
   return {
-      'advantage': (*ESTIMATORS, *PART_ESTIMATORS),
-      'credit': tuple(CREDITS),
-      'loss': tuple(LOSSES),
-      'reduction': tuple(REDUCTIONS),
-      'divergence': tuple(DIVERGENCES),
-      'correction': tuple(CORRECTIONS),
-      'rejection': tuple(REJECTIONS),
-      'filter': tuple(FILTERS),
-      'labels': tuple(LABELS),
-      'step_scale': tuple(STEP_SCALES),
-      'rehearsal': ('none', *F_DIVERGENCES),
+    'advantage': (*ESTIMATORS, *PART_ESTIMATORS),
+    'credit': tuple(CREDITS),
+    'loss': tuple(LOSSES),
+    'reduction': tuple(REDUCTIONS),
+    'divergence': tuple(DIVERGENCES),
+    'correction': tuple(CORRECTIONS),
+    'rejection': tuple(REJECTIONS),
+    'filter': tuple(FILTERS),
+    'labels': tuple(LABELS),
+    'step_scale': tuple(STEP_SCALES),
+    'rehearsal': ('none', *F_DIVERGENCES),
   }
 
 
 _LARGEST = 1e6
 _RANGES = (
-    ('kl_coefficient', 0, _LARGEST),
-    ('clip_low', 0, 1),
-    ('clip_high', 0, _LARGEST),
-    ('dual_clip', 0, _LARGEST),
-    ('entropy_coefficient', -_LARGEST, _LARGEST),
-    ('entropy_target', 0, _LARGEST),
-    ('weight_low', 0, 1),
-    ('weight_high', 1, _LARGEST),
-    ('reject_low', 0, 1),
-    ('reject_high', 0, _LARGEST),
-    ('discount', 0, 1),
-    ('trace', 0, 1),
-    ('value_clip', 0, _LARGEST),
-    ('critic_learning_rate', 0, 1),
-    ('critic_warmup', 0, _LARGEST),
-    ('coverage_samples', 1, _LARGEST),
-    ('distillation_coefficient', 0, _LARGEST),
-    ('distillation_discount', 0, 1),
-    ('leaps', 0, 16),
-    ('leap_problems', 1, _LARGEST),
-    ('progress_coefficient', 0, _LARGEST),
-    ('progress_episodes', 2, _LARGEST),
-    ('progress_samples', 1, _LARGEST),
-    ('progress_tokens', 1, _LARGEST),
-    ('rehearsal_coefficient', 0, _LARGEST),
-    ('rehearsal_prompts', 1, _LARGEST),
-    ('rehearsal_least', 0, 1),
-    ('rehearsal_share', 0, 1),
+  ('kl_coefficient', 0, _LARGEST),
+  ('clip_low', 0, 1),
+  ('clip_high', 0, _LARGEST),
+  ('dual_clip', 0, _LARGEST),
+  ('entropy_coefficient', -_LARGEST, _LARGEST),
+  ('entropy_target', 0, _LARGEST),
+  ('weight_low', 0, 1),
+  ('weight_high', 1, _LARGEST),
+  ('reject_low', 0, 1),
+  ('reject_high', 0, _LARGEST),
+  ('discount', 0, 1),
+  ('trace', 0, 1),
+  ('value_clip', 0, _LARGEST),
+  ('critic_learning_rate', 0, 1),
+  ('critic_warmup', 0, _LARGEST),
+  ('coverage_samples', 1, _LARGEST),
+  ('distillation_coefficient', 0, _LARGEST),
+  ('distillation_discount', 0, 1),
+  ('leaps', 0, 16),
+  ('leap_problems', 1, _LARGEST),
+  ('progress_coefficient', 0, _LARGEST),
+  ('progress_episodes', 2, _LARGEST),
+  ('progress_samples', 1, _LARGEST),
+  ('progress_tokens', 1, _LARGEST),
+  ('rehearsal_coefficient', 0, _LARGEST),
+  ('rehearsal_prompts', 1, _LARGEST),
+  ('rehearsal_least', 0, 1),
+  ('rehearsal_share', 0, 1),
 )
 
 
@@ -115,32 +119,48 @@ def _check_read(algorithm: Algorithm, given: dict[str, object]) -> None:
   """Refuses what is set and has no effect."""
   for field, (selector, readers) in _READ_BY.items():
     value = getattr(algorithm, selector)
-    if field not in given or (value not in ('none', 0)
-                              if readers == _NOT_NONE else value in readers):
+    if field not in given or (
+      value not in ('none', 0) if readers == _NOT_NONE else value in readers
+    ):
       continue
-    remedy = (f'set algorithm.{selector}' if readers == _NOT_NONE else
-              f'use algorithm.{selector}={" or ".join(map(repr, readers))}')
-    raise ConfigError(f'algorithm.{field} is set, but the {selector} {value!r} '
-                      f'does not read it; remove it or {remedy}')
+    remedy = (
+      f'set algorithm.{selector}'
+      if readers == _NOT_NONE
+      else f'use algorithm.{selector}={" or ".join(map(repr, readers))}'
+    )
+    raise ConfigError(
+      f'algorithm.{field} is set, but the {selector} {value!r} '
+      f'does not read it; remove it or {remedy}'
+    )
   if 'divergence' in given and not algorithm.kl_coefficient:
-    raise ConfigError('algorithm.divergence is set, but '
-                      'algorithm.kl_coefficient is 0; set both or neither')
+    raise ConfigError(
+      'algorithm.divergence is set, but '
+      'algorithm.kl_coefficient is 0; set both or neither'
+    )
   if algorithm.entropy_target and not algorithm.entropy_coefficient:
-    raise ConfigError('algorithm.entropy_target is set, but '
-                      'algorithm.entropy_coefficient is 0; set both or neither')
-  if algorithm.credit == 'uncertainty' and {'clip_low', 'clip_high'
-                                           } & set(given):
-    raise ConfigError('algorithm.clip_low and clip_high are set, but the '
-                      "credit 'uncertainty' adapts the range; remove them")
+    raise ConfigError(
+      'algorithm.entropy_target is set, but '
+      'algorithm.entropy_coefficient is 0; set both or neither'
+    )
+  if algorithm.credit == 'uncertainty' and {'clip_low', 'clip_high'} & set(
+    given
+  ):
+    raise ConfigError(
+      'algorithm.clip_low and clip_high are set, but the '
+      "credit 'uncertainty' adapts the range; remove them"
+    )
   if algorithm.filter == 'unrehearsed' and algorithm.rehearsal == 'none':
-    raise ConfigError("algorithm.filter='unrehearsed' leaves out what is "
-                      'rehearsed, and algorithm.rehearsal is none; set it')
+    raise ConfigError(
+      "algorithm.filter='unrehearsed' leaves out what is "
+      'rehearsed, and algorithm.rehearsal is none; set it'
+    )
   if algorithm.rehearsal != 'none' and is_shaped(algorithm):
     raise ConfigError(
-        f'algorithm.rehearsal={algorithm.rehearsal!r} puts samples of another '
-        f'policy into the batch that credit={algorithm.credit!r}, step_scale='
-        f'{algorithm.step_scale!r} or entropy_target reads as a whole; use '
-        "credit='sample' and neither of the others")
+      f'algorithm.rehearsal={algorithm.rehearsal!r} puts samples of another '
+      f'policy into the batch that credit={algorithm.credit!r}, step_scale='
+      f'{algorithm.step_scale!r} or entropy_target reads as a whole; use '
+      "credit='sample' and neither of the others"
+    )
 
 
 def resolve(config: AlgorithmConfig) -> Algorithm:
@@ -154,28 +174,35 @@ def resolve(config: AlgorithmConfig) -> Algorithm:
       algorithm would ignore.
   """
   if config.name not in PRESETS:
-    raise ConfigError(f'algorithm.name {config.name!r} is unknown'
-                      f'{nearest(config.name, PRESETS)}; it is one of '
-                      f'{", ".join(PRESETS)}')
+    raise ConfigError(
+      f'algorithm.name {config.name!r} is unknown'
+      f'{nearest(config.name, PRESETS)}; it is one of '
+      f'{", ".join(PRESETS)}'
+    )
   given = {
-      field.name: getattr(config, field.name)
-      for field in dataclasses.fields(Algorithm)
-      if getattr(config, field.name) is not None
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(Algorithm)
+    if getattr(config, field.name) is not None
   }
   for field, choices in _choices().items():
     if field in given and given[field] not in choices:
-      raise ConfigError(f'algorithm.{field} {given[field]!r} is unknown; it is '
-                        f'one of {", ".join(choices)}')
+      raise ConfigError(
+        f'algorithm.{field} {given[field]!r} is unknown; it is '
+        f'one of {", ".join(choices)}'
+      )
   algorithm = dataclasses.replace(PRESETS[config.name], **given)
   _check_read(algorithm, given)
   if 0 < algorithm.dual_clip <= 1:
-    raise ConfigError(f'algorithm.dual_clip={algorithm.dual_clip} would bind '
-                      'at a ratio of 1; use a value above 1, or 0 for none')
+    raise ConfigError(
+      f'algorithm.dual_clip={algorithm.dual_clip} would bind '
+      'at a ratio of 1; use a value above 1, or 0 for none'
+    )
   for field, least, most in _RANGES:
     value = getattr(algorithm, field)
     if not least <= value <= most:
-      raise ConfigError(f'algorithm.{field}={value} must be between {least} '
-                        f'and {most}')
+      raise ConfigError(
+        f'algorithm.{field}={value} must be between {least} and {most}'
+      )
   return algorithm
 
 
@@ -190,58 +217,74 @@ def check(algorithm: Algorithm, config: Config) -> None:
     ConfigError: naming the fields that disagree.
   """
   if algorithm.credit == 'distillation' and not algorithm.teacher:
-    raise ConfigError("algorithm.credit='distillation' learns from a teacher; "
-                      "set algorithm.teacher to a folder of published weights "
-                      "or a run's workdir")
+    raise ConfigError(
+      "algorithm.credit='distillation' learns from a teacher; "
+      'set algorithm.teacher to a folder of published weights '
+      "or a run's workdir"
+    )
   group = config.rollout.samples_per_prompt
   batch = group * config.task.prompts_per_step
-  alone = algorithm.advantage == 'best_minus_second' or (algorithm.credit
-                                                         == 'minimum_variance')
+  alone = algorithm.advantage == 'best_minus_second' or (
+    algorithm.credit == 'minimum_variance'
+  )
   whole = algorithm.advantage in ('batch_scaled', *PART_ESTIMATORS)
   compares = algorithm.advantage in (*OF_BATCH, *PART_ESTIMATORS)
   if config.control.extra_samples and compares:
     raise ConfigError(
-        f'control.extra_samples={config.control.extra_samples} makes groups of '
-        f'different sizes; algorithm.advantage={algorithm.advantage!r} '
-        'compares groups of one size: use one that looks at each by itself, '
-        "such as 'group_centred'")
+      f'control.extra_samples={config.control.extra_samples} makes groups of '
+      f'different sizes; algorithm.advantage={algorithm.advantage!r} '
+      'compares groups of one size: use one that looks at each by itself, '
+      "such as 'group_centred'"
+    )
   if alone and group < 2 or whole and batch < 2:
     raise ConfigError(
-        f'rollout.samples_per_prompt={group} leaves nothing to compare for '
-        f'algorithm.advantage={algorithm.advantage!r}; use at least 2')
+      f'rollout.samples_per_prompt={group} leaves nothing to compare for '
+      f'algorithm.advantage={algorithm.advantage!r}; use at least 2'
+    )
   off_policy = (algorithm.correction, algorithm.rejection) != ('none', 'none')
   if off_policy and config.learning.old_logprobs != 'recompute':
     raise ConfigError(
-        f'algorithm.correction={algorithm.correction!r} and rejection='
-        f'{algorithm.rejection!r} compare the policy before the update with '
-        'the one that sampled; learning.old_logprobs='
-        f"{config.learning.old_logprobs!r} makes them one: use 'recompute'")
+      f'algorithm.correction={algorithm.correction!r} and rejection='
+      f'{algorithm.rejection!r} compare the policy before the update with '
+      'the one that sampled; learning.old_logprobs='
+      f"{config.learning.old_logprobs!r} makes them one: use 'recompute'"
+    )
   if algorithm.advantage in PART_ESTIMATORS and config.task.permute_rewards:
     raise ConfigError(
-        f'algorithm.advantage={algorithm.advantage!r} reads each reward by '
-        'itself; task.permute_rewards shuffles their sum: set it to False')
+      f'algorithm.advantage={algorithm.advantage!r} reads each reward by '
+      'itself; task.permute_rewards shuffles their sum: set it to False'
+    )
   if algorithm.advantage in PART_ESTIMATORS and algorithm.labels != 'verifier':
     raise ConfigError(
-        f'algorithm.advantage={algorithm.advantage!r} reads each of the '
-        f"verifier's rewards by itself; algorithm.labels={algorithm.labels!r} "
-        "replaces them by one vote: use labels='verifier'")
+      f'algorithm.advantage={algorithm.advantage!r} reads each of the '
+      f"verifier's rewards by itself; algorithm.labels={algorithm.labels!r} "
+      "replaces them by one vote: use labels='verifier'"
+    )
   verified = [
-      name for name, used in (('credit', algorithm.credit == 'progress'),
-                              ('rehearsal', algorithm.rehearsal != 'none'),
-                              ('leaps', algorithm.leaps > 0)) if used
+    name
+    for name, used in (
+      ('credit', algorithm.credit == 'progress'),
+      ('rehearsal', algorithm.rehearsal != 'none'),
+      ('leaps', algorithm.leaps > 0),
+    )
+    if used
   ]
-  if verified and (algorithm.labels != 'verifier' or
-                   config.task.permute_rewards):
+  if verified and (
+    algorithm.labels != 'verifier' or config.task.permute_rewards
+  ):
     raise ConfigError(
-        f'algorithm.{verified[0]}={getattr(algorithm, verified[0])!r} asks the '
-        'verifier, whom algorithm.labels and task.permute_rewards pass by; use '
-        "labels='verifier' and permute_rewards=False")
+      f'algorithm.{verified[0]}={getattr(algorithm, verified[0])!r} asks the '
+      'verifier, whom algorithm.labels and task.permute_rewards pass by; use '
+      "labels='verifier' and permute_rewards=False"
+    )
   if algorithm.leaps and config.model.lora.rank:
     raise ConfigError(
-        f'algorithm.leaps={algorithm.leaps} goes on along a line of parameters,'
-        f' and model.lora.rank={config.model.lora.rank} trains two factors '
-        'whose product does not; set one of them to 0')
+      f'algorithm.leaps={algorithm.leaps} goes on along a line of parameters,'
+      f' and model.lora.rank={config.model.lora.rank} trains two factors '
+      'whose product does not; set one of them to 0'
+    )
   if algorithm.critic_warmup and algorithm.critic_warmup >= config.num_steps:
     raise ConfigError(
-        f'algorithm.critic_warmup={algorithm.critic_warmup} leaves no step of '
-        f'num_steps={config.num_steps} to the policy; lower it')
+      f'algorithm.critic_warmup={algorithm.critic_warmup} leaves no step of '
+      f'num_steps={config.num_steps} to the policy; lower it'
+    )

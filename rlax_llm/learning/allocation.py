@@ -5,8 +5,10 @@ they are training values, and independent of the samples that they count: the
 gradient of a group stays the policy's.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,7 @@ class SuccessHistory:
     accuracies: by prompt, the mean correctness in [0, 1] of the last group of
       which anything is known.
   """
+
   accuracies: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def accuracy(self, prompt: np.ndarray) -> float | None:
@@ -33,8 +36,9 @@ class SuccessHistory:
     """
     return self.accuracies.get(prompt_key(prompt))
 
-  def observe(self, prompts: Sequence[np.ndarray],
-              accuracies: Sequence[float]) -> 'SuccessHistory':
+  def observe(
+    self, prompts: Sequence[np.ndarray], accuracies: Sequence[float]
+  ) -> 'SuccessHistory':
     """Returns the history with the groups of a step, in order.
 
     Args:

@@ -30,6 +30,7 @@ from rlax_llm.types import TrainState
 @dataclasses.dataclass(frozen=True)
 class DraftLearning:
   """The static facts of an update of the drafter."""
+
   model: LanguageModel
   draft_model: DraftModel
   optimizer: optax.GradientTransformation
@@ -39,6 +40,7 @@ class DraftLearning:
 
 class DraftWindow(flax.struct.PyTreeNode):
   """Packed rows to learn from; as in `Batch`."""
+
   tokens: Array  # int32[R, L]
   positions: Array  # int32[R, L]
   segments: Array  # int32[R, L]
@@ -48,9 +50,11 @@ class DraftWindow(flax.struct.PyTreeNode):
 def init_drafter(key: Array, learning: DraftLearning) -> TrainState:
   """Returns a fresh drafter."""
   params = learning.draft_model.init(key)
-  return TrainState(step=jnp.zeros((), jnp.int32),
-                    params=params,
-                    opt_state=learning.optimizer.init(params))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=learning.optimizer.init(params),
+  )
 
 
 def _features(hidden: Array, segments: Array) -> Array:
@@ -61,8 +65,13 @@ def _features(hidden: Array, segments: Array) -> Array:
   return jnp.where(same[..., None], before, 0)
 
 
-def drafter_loss(own: Params, policy: Params, hidden: Array,
-                 window: DraftWindow, learning: DraftLearning) -> Array:
+def drafter_loss(
+  own: Params,
+  policy: Params,
+  hidden: Array,
+  window: DraftWindow,
+  learning: DraftLearning,
+) -> Array:
   """Returns the mean loss per token of the responses.
 
   With several passes each of them reads the estimates of the one before in
@@ -91,14 +100,18 @@ def drafter_loss(own: Params, policy: Params, hidden: Array,
   total = jnp.zeros(())
   known = hidden
   for _ in range(learning.passes):
-    estimate = learning.draft_model.hidden(params, window.tokens,
-                                           _features(known, segments),
-                                           window.positions, segments)
+    estimate = learning.draft_model.hidden(
+      params,
+      window.tokens,
+      _features(known, segments),
+      window.positions,
+      segments,
+    )
     gap = estimate.astype(jnp.float32) - hidden.astype(jnp.float32)
     distance = jnp.mean(optax.losses.huber_loss(gap), axis=-1)
-    entropy = map_chunks(cross_entropy,
-                         policy, (hidden, estimate),
-                         chunk=learning.chunk)
+    entropy = map_chunks(
+      cross_entropy, policy, (hidden, estimate), chunk=learning.chunk
+    )
     loss = 0.5 * distance + 0.5 * entropy
     total = total + jnp.sum(select_masked(counts, loss))
     known = jax.lax.stop_gradient(estimate)
@@ -106,8 +119,13 @@ def drafter_loss(own: Params, policy: Params, hidden: Array,
   return total / jnp.maximum(number, 1.0)
 
 
-def update_drafter(state: TrainState, policy: Params, window: DraftWindow, *,
-                   learning: DraftLearning) -> tuple[TrainState, Array]:
+def update_drafter(
+  state: TrainState,
+  policy: Params,
+  window: DraftWindow,
+  *,
+  learning: DraftLearning,
+) -> tuple[TrainState, Array]:
   """Takes one optimizer step.
 
   The target's hidden states are computed here, under its newest parameters.
@@ -121,12 +139,17 @@ def update_drafter(state: TrainState, policy: Params, window: DraftWindow, *,
   Returns:
     (state, the loss).
   """
-  hidden = learning.model.hidden(policy, window.tokens, window.positions,
-                                 window.segments)
-  loss, gradient = jax.value_and_grad(drafter_loss)(state.params, policy,
-                                                    hidden, window, learning)
-  changes, opt_state = learning.optimizer.update(gradient, state.opt_state,
-                                                 state.params)
-  return TrainState(step=state.step + 1,
-                    params=optax.apply_updates(state.params, changes),
-                    opt_state=opt_state), loss
+  hidden = learning.model.hidden(
+    policy, window.tokens, window.positions, window.segments
+  )
+  loss, gradient = jax.value_and_grad(drafter_loss)(
+    state.params, policy, hidden, window, learning
+  )
+  changes, opt_state = learning.optimizer.update(
+    gradient, state.opt_state, state.params
+  )
+  return TrainState(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, changes),
+    opt_state=opt_state,
+  ), loss

@@ -1,7 +1,10 @@
 """From samples to packed microbatches. Host side, numpy, deterministic."""
 
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +15,7 @@ from rlax_llm.types import Batch
 @dataclasses.dataclass(frozen=True)
 class Sample:
   """One training sample: a prompt and the tokens that are trained on."""
+
   prompt: np.ndarray  # int32[p]
   completion: np.ndarray  # int32[c], EOS included
   advantage: float = 0.0
@@ -60,8 +64,9 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
   return rows
 
 
-def deal(rows: Sequence[list[int]],
-         microbatch_rows: int) -> Iterator[tuple[int, list[int]]]:
+def deal(
+  rows: Sequence[list[int]], microbatch_rows: int
+) -> Iterator[tuple[int, list[int]]]:
   """Yields (place, sequences) of each row of `pack` among the microbatches.
 
   Rows are dealt to microbatches in turn, so that all are equally full.
@@ -87,20 +92,21 @@ def unpack(values: np.ndarray, sequences: Sequence[Sample]) -> list[np.ndarray]:
     start = 0
     for i in members:
       end = start + len(sequences[i].prompt) + len(sequences[i].completion)
-      found[i] = flat[row, start + len(sequences[i].prompt):end].copy()
+      found[i] = flat[row, start + len(sequences[i].prompt) : end].copy()
       start = end
   return [found[i] for i in range(len(sequences))]
 
 
 def make_batch(
-    sequences: Sequence[Sample],
-    *,
-    reduction: str,
-    constant: int,
-    row_length: int,
-    microbatch_rows: int,
-    keep: np.ndarray | None = None,
-    extra: Sequence[str] = ()) -> Batch:
+  sequences: Sequence[Sample],
+  *,
+  reduction: str,
+  constant: int,
+  row_length: int,
+  microbatch_rows: int,
+  keep: np.ndarray | None = None,
+  extra: Sequence[str] = (),
+) -> Batch:
   """Packs sequences into microbatches of fixed shape.
 
   Args:
@@ -126,35 +132,45 @@ def make_batch(
   rehearsed = np.array([s.rehearsed for s in sequences])
   lengths = np.array([len(s.completion) * s.trained for s in sequences])
   weigh = lambda part: masking.token_weights(
-      lengths * part, reduction=reduction, constant=constant)
+    lengths * part, reduction=reduction, constant=constant
+  )
   weights = np.where(rehearsed, weigh(rehearsed), weigh(~rehearsed))
   kept = [
-      i for i, s in enumerate(sequences)
-      if s.trained and (keep is None or keep[i])
+    i
+    for i, s in enumerate(sequences)
+    if s.trained and (keep is None or keep[i])
   ]
   # Numbered by appearance: never more of them than tokens.
   groups: dict[int, int] = {}
   for i in kept:
     groups.setdefault(sequences[i].group, len(groups) + 1)
   sizes = [
-      len(sequences[i].prompt) + len(sequences[i].completion) for i in kept
+    len(sequences[i].prompt) + len(sequences[i].completion) for i in kept
   ]
   if max(sizes, default=0) > row_length:
-    raise ValueError(f'a sequence of {max(sizes)} tokens exceeds '
-                     f'learning.row_length={row_length}; raise it')
+    raise ValueError(
+      f'a sequence of {max(sizes)} tokens exceeds '
+      f'learning.row_length={row_length}; raise it'
+    )
   rows = pack(sizes, row_length)
   count = max(1, -(-len(rows) // microbatch_rows))
   microbatches = 1 << (count - 1).bit_length()
   flat = (microbatches * microbatch_rows, row_length)
   ints = {
-      name: np.zeros(flat, np.int32)
-      for name in ('tokens', 'positions', 'segments', 'groups')
+    name: np.zeros(flat, np.int32)
+    for name in ('tokens', 'positions', 'segments', 'groups')
   }
   floats = {
-      name: np.zeros(flat, np.float32)
-      for name in ('weights', 'advantages', 'old_logprobs',
-                   'behaviour_logprobs', 'reference_logprobs',
-                   'scored_logprobs', *extra)
+    name: np.zeros(flat, np.float32)
+    for name in (
+      'weights',
+      'advantages',
+      'old_logprobs',
+      'behaviour_logprobs',
+      'reference_logprobs',
+      'scored_logprobs',
+      *extra,
+    )
   }
   bools = {name: np.zeros(flat, bool) for name in ('targets', 'scored')}
   for row, members in deal(rows, microbatch_rows):
@@ -190,5 +206,5 @@ def make_batch(
 
 def padding_fraction(batch: Batch) -> float:
   """Returns the share of computed positions that hold no token."""
-  computed = batch.segments[:int(batch.count)]
+  computed = batch.segments[: int(batch.count)]
   return 1.0 - float(np.mean(computed > 0))

@@ -22,6 +22,7 @@ from rlax_llm.types import TrainState
 
 class _Totals(flax.struct.PyTreeNode):
   """Sums over target tokens."""
+
   loss: Array
   clipped: Array
   returns: Array
@@ -44,20 +45,28 @@ def value_batch(params: Params, batch: Batch, *, model: LanguageModel) -> Array:
   """
 
   def one(i: Array, out: Array) -> Array:
-    values = heads.token_values(params,
-                                batch.tokens[i],
-                                batch.positions[i],
-                                batch.segments[i],
-                                model=model)
+    values = heads.token_values(
+      params,
+      batch.tokens[i],
+      batch.positions[i],
+      batch.segments[i],
+      model=model,
+    )
     return out.at[i].set(values)
 
-  return jax.lax.fori_loop(0, batch.count, one,
-                           jnp.zeros(batch.tokens.shape, jnp.float32))
+  return jax.lax.fori_loop(
+    0, batch.count, one, jnp.zeros(batch.tokens.shape, jnp.float32)
+  )
 
 
-def update(state: TrainState, batch: Batch, *, model: LanguageModel,
-           optimizer: optax.GradientTransformation,
-           algorithm: Algorithm) -> tuple[TrainState, Metrics]:
+def update(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: LanguageModel,
+  optimizer: optax.GradientTransformation,
+  algorithm: Algorithm,
+) -> tuple[TrainState, Metrics]:
   """Takes one optimizer step towards the returns of a batch.
 
   The loss is the mean over all target tokens of `values.value_loss`, whatever
@@ -77,45 +86,48 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
 
   def share(params: Params, part: Batch) -> tuple[Array, _Totals]:
     mask = part.targets
-    values = heads.token_values(params,
-                                part.tokens,
-                                part.positions,
-                                part.segments,
-                                model=model)
+    values = heads.token_values(
+      params, part.tokens, part.positions, part.segments, model=model
+    )
     old = select_masked(mask, part.extra['values'])
     returns = select_masked(mask, part.extra['returns'])
-    token = value_ops.value_loss(select_masked(mask, values),
-                                 old,
-                                 returns,
-                                 clip=algorithm.value_clip or None)
+    token = value_ops.value_loss(
+      select_masked(mask, values),
+      old,
+      returns,
+      clip=algorithm.value_clip or None,
+    )
     loss = jnp.sum(select_masked(mask, token.loss)) / count
     total = lambda x: jnp.sum(select_masked(mask, x.astype(jnp.float32)))
     errors = returns - old
-    totals = _Totals(loss=loss,
-                     clipped=total(token.clipped),
-                     returns=total(returns),
-                     returns_squared=total(jnp.square(returns)),
-                     errors=total(errors),
-                     errors_squared=total(jnp.square(errors)))
+    totals = _Totals(
+      loss=loss,
+      clipped=total(token.clipped),
+      returns=total(returns),
+      returns_squared=total(jnp.square(returns)),
+      errors=total(errors),
+      errors_squared=total(jnp.square(errors)),
+    )
     return loss, jax.lax.stop_gradient(totals)
 
   state, totals, norm, sound = updates.take_step(
-      state,
-      batch,
-      share,
-      _no_totals(),
-      lambda a, b: jax.tree.map(jnp.add, a, b),
-      model=model,
-      optimizer=optimizer)
+    state,
+    batch,
+    share,
+    _no_totals(),
+    lambda a, b: jax.tree.map(jnp.add, a, b),
+    model=model,
+    optimizer=optimizer,
+  )
   spread = lambda total, squares: squares / count - jnp.square(total / count)
   variance = spread(totals.returns, totals.returns_squared)
   residual = spread(totals.errors, totals.errors_squared)
   explained = 1 - residual / jnp.where(variance > 1e-8, variance, 1.0)
   return state, {
-      'critic/loss': totals.loss,
-      'critic/grad_norm': norm,
-      'critic/skipped': 1.0 - sound,
-      'critic/clip_fraction': totals.clipped / count,
-      'critic/value_mean': (totals.returns - totals.errors) / count,
-      'critic/explained_variance': jnp.where(variance > 1e-8, explained, 0.0),
+    'critic/loss': totals.loss,
+    'critic/grad_norm': norm,
+    'critic/skipped': 1.0 - sound,
+    'critic/clip_fraction': totals.clipped / count,
+    'critic/value_mean': (totals.returns - totals.errors) / count,
+    'critic/explained_variance': jnp.where(variance > 1e-8, explained, 0.0),
   }

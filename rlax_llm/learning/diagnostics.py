@@ -22,11 +22,18 @@ from rlax_llm.types import Batch
 from rlax_llm.types import DIAGNOSE
 from rlax_llm.types import Metrics
 
-_NAMES = frozenset({
-    'policy/entropy', 'policy/behaviour_gap_max', 'policy/ratio_mean',
-    'policy/ratio_max', 'policy/ratio_min', 'policy/effective_tokens',
-    'policy/approximate_kl', 'policy/kl_reference_k3'
-})
+_NAMES = frozenset(
+  {
+    'policy/entropy',
+    'policy/behaviour_gap_max',
+    'policy/ratio_mean',
+    'policy/ratio_max',
+    'policy/ratio_min',
+    'policy/effective_tokens',
+    'policy/approximate_kl',
+    'policy/kl_reference_k3',
+  }
+)
 # They depend on a token's advantage. A credit that shapes advantages reads the
 # whole batch, and then the update leaves out no sample.
 _OF_ADVANTAGES = frozenset({'policy/clip_fraction', 'policy/rejected_fraction'})
@@ -70,13 +77,19 @@ def before_update(batch: Batch, logprobs: Array, entropy: Array) -> Metrics:
   fresh = batch.targets & (batch.extra[FRESH] > 0)
   gap = jnp.abs(batch.behaviour_logprobs - logprobs)
   return {
-      'policy/entropy': masked_mean(batch.targets, entropy),
-      'policy/behaviour_gap_max': jnp.max(select_masked(fresh, gap)),
+    'policy/entropy': masked_mean(batch.targets, entropy),
+    'policy/behaviour_gap_max': jnp.max(select_masked(fresh, gap)),
   }
 
 
-def after_update(batch: Batch, before: Array, after: Array,
-                 reference: Array | None, *, config: UpdateConfig) -> Metrics:
+def after_update(
+  batch: Batch,
+  before: Array,
+  after: Array,
+  reference: Array | None,
+  *,
+  config: UpdateConfig,
+) -> Metrics:
   """Returns how far the update moved the policy.
 
   Ratios are those of the objective, pi / pi_old, with pi the policy after the
@@ -93,42 +106,45 @@ def after_update(batch: Batch, before: Array, after: Array,
   mask, algorithm = batch.targets, config.algorithm
   behaviour = token_credit.behaviour_logprobs(batch, before)
   old = {
-      'recompute': before,
-      'scored': behaviour,
-      'sampler': batch.behaviour_logprobs
+    'recompute': before,
+    'scored': behaviour,
+    'sampler': batch.behaviour_logprobs,
   }[config.old_logprobs]
   now, old, behaviour = (
-      select_masked(mask, x) for x in (after, old, behaviour))
+    select_masked(mask, x) for x in (after, old, behaviour)
+  )
   corrected = objectives.token_loss(
-      algorithm,
-      objectives.Tokens(now, old, behaviour,
-                        select_masked(mask, batch.advantages), mask,
-                        batch.segments, {}))
+    algorithm,
+    objectives.Tokens(
+      now,
+      old,
+      behaviour,
+      select_masked(mask, batch.advantages),
+      mask,
+      batch.segments,
+      {},
+    ),
+  )
   ratio, weight = corrected.token.ratio, losses.importance_ratio(now, behaviour)
   mean = lambda x: masked_mean(mask, x.astype(jnp.float32))
   weights = jnp.sum(select_masked(mask, weight))
   squares = jnp.sum(select_masked(mask, jnp.square(weight)))
   metrics = {
-      'policy/clip_fraction':
-          mean(corrected.token.clipped),
-      'policy/ratio_mean':
-          mean(ratio),
-      'policy/ratio_max':
-          jnp.max(select_masked(mask, ratio)),
-      'policy/ratio_min':
-          jnp.min(select_masked(mask, ratio, jnp.inf)),
-      'policy/effective_tokens':
-          jnp.square(weights) / (jnp.sum(mask) * squares),
-      'policy/approximate_kl':
-          mean(old - now),
+    'policy/clip_fraction': mean(corrected.token.clipped),
+    'policy/ratio_mean': mean(ratio),
+    'policy/ratio_max': jnp.max(select_masked(mask, ratio)),
+    'policy/ratio_min': jnp.min(select_masked(mask, ratio, jnp.inf)),
+    'policy/effective_tokens': jnp.square(weights) / (jnp.sum(mask) * squares),
+    'policy/approximate_kl': mean(old - now),
   }
   if (algorithm.correction, algorithm.rejection) != ('none', 'none'):
     metrics['policy/rejected_fraction'] = mean(corrected.rejected)
   metrics = {
-      name: value for name, value in metrics.items() if name in names(algorithm)
+    name: value for name, value in metrics.items() if name in names(algorithm)
   }
   if reference is not None:
-    k3 = divergences.k3(select_masked(mask, before),
-                        select_masked(mask, reference))
+    k3 = divergences.k3(
+      select_masked(mask, before), select_masked(mask, reference)
+    )
     metrics['policy/kl_reference_k3'] = mean(k3)
   return metrics

@@ -15,8 +15,9 @@ from rlax_llm.types import Batch
 from rlax_llm.types import Params
 
 
-def squared_norms(params: Params, batch: Batch, *, model: LanguageModel,
-                  config: UpdateConfig) -> Array:
+def squared_norms(
+  params: Params, batch: Batch, *, model: LanguageModel, config: UpdateConfig
+) -> Array:
   """Returns |grad log pi(y)|^2 at every token of each sample, [M, R, L].
 
   The gradient of the sum over a sample's target tokens, by all that is
@@ -35,13 +36,15 @@ def squared_norms(params: Params, batch: Batch, *, model: LanguageModel,
   def of_sample(part: Batch, mine: Array) -> Array:
 
     def logprob(trained: Params) -> Array:
-      logprobs = language_model.score(lora.join(trained, frozen),
-                                      part.tokens,
-                                      part.positions,
-                                      part.segments,
-                                      model=model,
-                                      sampling=config.sampling,
-                                      chunk=config.chunk)
+      logprobs = language_model.score(
+        lora.join(trained, frozen),
+        part.tokens,
+        part.positions,
+        part.segments,
+        model=model,
+        sampling=config.sampling,
+        chunk=config.chunk,
+      )
       return jnp.sum(select_masked(mine, logprobs))
 
     gradient = model.place(jax.grad(logprob)(trained))
@@ -59,10 +62,14 @@ def squared_norms(params: Params, batch: Batch, *, model: LanguageModel,
 
   def of_microbatch(i: Array, out: Array) -> Array:
     part = updates.microbatch(batch, i)
-    found = jax.lax.fori_loop(0, out.shape[1],
-                              lambda row, found: of_row(row, part, found),
-                              jnp.zeros(out.shape[1:], out.dtype))
+    found = jax.lax.fori_loop(
+      0,
+      out.shape[1],
+      lambda row, found: of_row(row, part, found),
+      jnp.zeros(out.shape[1:], out.dtype),
+    )
     return out.at[i].set(found)
 
-  return jax.lax.fori_loop(0, batch.count, of_microbatch,
-                           jnp.zeros(batch.tokens.shape, jnp.float32))
+  return jax.lax.fori_loop(
+    0, batch.count, of_microbatch, jnp.zeros(batch.tokens.shape, jnp.float32)
+  )

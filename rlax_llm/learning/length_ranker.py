@@ -5,9 +5,11 @@ trained on, so they are training values.
 """
 
 import base64
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import hashlib
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,8 +64,10 @@ class LengthHistory:
     line: sums of (1, s, y, s s, s y) over groups, fading: log length y by the
       ranker's score s.
   """
-  prompts: Mapping[str, tuple[float,
-                              float]] = dataclasses.field(default_factory=dict)
+
+  prompts: Mapping[str, tuple[float, float]] = dataclasses.field(
+    default_factory=dict
+  )
   weights: tuple[float, ...] = (0.0,) * (_BUCKETS + 1)
   squares: tuple[float, ...] = (0.0,) * (_BUCKETS + 1)
   line: tuple[float, ...] = (0.0,) * 5
@@ -84,8 +88,13 @@ class LengthHistory:
       found.append((total + _SHRINKAGE * guess) / (count + _SHRINKAGE))
     return np.array(found)
 
-  def observe(self, prompts: Sequence[np.ndarray],
-              lengths: Sequence[np.ndarray], *, keep: float) -> 'LengthHistory':
+  def observe(
+    self,
+    prompts: Sequence[np.ndarray],
+    lengths: Sequence[np.ndarray],
+    *,
+    keep: float,
+  ) -> 'LengthHistory':
     """Returns the history with the groups of a step.
 
     Args:
@@ -98,8 +107,10 @@ class LengthHistory:
     known = dict(self.prompts)
     for prompt, x in zip(prompts, logs):
       count, total = known.pop(prompt_key(prompt), (0.0, 0.0))
-      known[prompt_key(prompt)] = (keep * count + len(x),
-                                   keep * total + float(x.sum()))
+      known[prompt_key(prompt)] = (
+        keep * count + len(x),
+        keep * total + float(x.sum()),
+      )
     for key in list(known)[:-KEPT_PROMPTS]:
       del known[key]
     scores = self._scores(prompts)
@@ -110,8 +121,12 @@ class LengthHistory:
     step = _RATE * gradient / np.sqrt(squares + 1e-12)
     moments = [np.ones_like(means), scores, means, scores**2, scores * means]
     line = 0.9 * np.array(self.line) + np.sum(moments, axis=1)
-    return LengthHistory(known, tuple((np.array(self.weights) - step).tolist()),
-                         tuple(squares.tolist()), tuple(line.tolist()))
+    return LengthHistory(
+      known,
+      tuple((np.array(self.weights) - step).tolist()),
+      tuple(squares.tolist()),
+      tuple(line.tolist()),
+    )
 
   def dump(self) -> dict[str, Any]:
     """Returns it as JSON can hold it."""
@@ -121,9 +136,9 @@ class LengthHistory:
   def restore(cls, record: Mapping[str, Any]) -> 'LengthHistory':
     """Undoes `dump`."""
     return cls(
-        {
-            k: (v[0], v[1]) for k, v in restored_keys(record['prompts']).items()
-        }, *(tuple(record[name]) for name in ('weights', 'squares', 'line')))
+      {k: (v[0], v[1]) for k, v in restored_keys(record['prompts']).items()},
+      *(tuple(record[name]) for name in ('weights', 'squares', 'line')),
+    )
 
   def _scores(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([features(p) for p in prompts]) @ np.array(self.weights)
@@ -133,7 +148,7 @@ class LengthHistory:
     count, s, y, ss, sy = self.line
     if not count:
       return np.zeros_like(scores)
-    variance = ss / count - (s / count)**2
+    variance = ss / count - (s / count) ** 2
     slope = (sy / count - s * y / count**2) / (variance + 1e-3)
     return y / count + max(slope, 0.0) * (scores - s / count)
 
@@ -155,8 +170,8 @@ def restored_keys(known: Mapping[str, Any]) -> dict[str, Any]:
     known: by key, of either kind.
   """
   return {
-      key if len(key) == _KEY_LENGTH else _key_of(bytes.fromhex(key)): value
-      for key, value in known.items()
+    key if len(key) == _KEY_LENGTH else _key_of(bytes.fromhex(key)): value
+    for key, value in known.items()
   }
 
 

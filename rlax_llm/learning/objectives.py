@@ -5,8 +5,10 @@ a loss, write it in `ops/losses.py`, enter it in `LOSSES` and name it in a
 preset.
 """
 
+from collections.abc import Callable
+from collections.abc import Mapping
 import functools
-from typing import Callable, Mapping, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from rlax_llm.types import Array
 
 class Tokens(NamedTuple):
   """What a loss is made of, by token; 0 where nothing is trained on."""
+
   logprobs: Array  # float32[R, L], nats, of the current policy
   old_logprobs: Array  # float32[R, L], nats, of the policy before the update
   # float32[R, L], nats, of the policy that sampled: `old_logprobs` itself
@@ -37,40 +40,49 @@ def _clipped(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
   # By token where the range is adapted, else the preset's.
   clip = tokens.extra.get('clip')
   return losses.clipped_surrogate(
-      tokens.logprobs,
-      tokens.old_logprobs,
-      tokens.advantages,
-      clip_low=algorithm.clip_low if clip is None else clip,
-      clip_high=algorithm.clip_high if clip is None else clip,
-      dual_clip=algorithm.dual_clip or None)
+    tokens.logprobs,
+    tokens.old_logprobs,
+    tokens.advantages,
+    clip_low=algorithm.clip_low if clip is None else clip,
+    clip_high=algorithm.clip_high if clip is None else clip,
+    dual_clip=algorithm.dual_clip or None,
+  )
 
 
 def _sequence_clipped(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
-  return losses.sequence_clipped_surrogate(tokens.logprobs,
-                                           tokens.old_logprobs,
-                                           tokens.advantages,
-                                           tokens.mask,
-                                           clip_low=algorithm.clip_low,
-                                           clip_high=algorithm.clip_high,
-                                           segments=tokens.segments)
+  return losses.sequence_clipped_surrogate(
+    tokens.logprobs,
+    tokens.old_logprobs,
+    tokens.advantages,
+    tokens.mask,
+    clip_low=algorithm.clip_low,
+    clip_high=algorithm.clip_high,
+    segments=tokens.segments,
+  )
 
 
 def _truncated(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
-  return losses.truncated_reinforce(tokens.logprobs,
-                                    tokens.old_logprobs,
-                                    tokens.advantages,
-                                    ratio_high=1 + algorithm.clip_high)
+  return losses.truncated_reinforce(
+    tokens.logprobs,
+    tokens.old_logprobs,
+    tokens.advantages,
+    ratio_high=1 + algorithm.clip_high,
+  )
 
 
 def _coverage(algorithm: Algorithm, tokens: Tokens) -> TokenLoss:
   """A sample's -A log(1 - (1 - p)^N), divided among its tokens."""
   whole = masking.sample_sum(tokens.mask, tokens.logprobs, tokens.segments)
   loss = tokens.advantages * coverage.coverage_loss(
-      whole, samples=algorithm.coverage_samples)
+    whole, samples=algorithm.coverage_samples
+  )
   count = masking.sample_sum(tokens.mask, jnp.ones_like(whole), tokens.segments)
   ratio = losses.importance_ratio(tokens.logprobs, tokens.old_logprobs)
-  return TokenLoss(loss / jnp.maximum(count, 1), jax.lax.stop_gradient(ratio),
-                   jnp.zeros(loss.shape, bool))
+  return TokenLoss(
+    loss / jnp.maximum(count, 1),
+    jax.lax.stop_gradient(ratio),
+    jnp.zeros(loss.shape, bool),
+  )
 
 
 def _plain(loss: Callable[[Array, Array, Array], TokenLoss]) -> 'Loss':
@@ -80,37 +92,34 @@ def _plain(loss: Callable[[Array, Array, Array], TokenLoss]) -> 'Loss':
 
 Loss = Callable[[Algorithm, Tokens], TokenLoss]
 LOSSES: dict[str, Loss] = {
-    'clipped':
-        _clipped,
-    'sequence_clipped':
-        _sequence_clipped,
-    'truncated':
-        _truncated,
-    'coverage':
-        _coverage,
-    'soft_gated':
-        _plain(losses.soft_gated_surrogate),
-    'surrogate':
-        _plain(losses.surrogate),
-    'reinforce':
-        _plain(losses.reinforce),
-    'negative_log_likelihood':
-        lambda algorithm, t: losses.negative_log_likelihood(t.logprobs),
+  'clipped': _clipped,
+  'sequence_clipped': _sequence_clipped,
+  'truncated': _truncated,
+  'coverage': _coverage,
+  'soft_gated': _plain(losses.soft_gated_surrogate),
+  'surrogate': _plain(losses.surrogate),
+  'reinforce': _plain(losses.reinforce),
+  'negative_log_likelihood': lambda algorithm, t: (
+    losses.negative_log_likelihood(t.logprobs)
+  ),
 }
 
 
 # ---- Tokens that another policy sampled --------------------------------------
-def _weights(level: str, masked: bool, algorithm: Algorithm,
-             tokens: Tokens) -> Array:
-  weights = importance.importance_weights(tokens.old_logprobs,
-                                          tokens.behaviour_logprobs,
-                                          tokens.mask,
-                                          level=level,
-                                          segments=tokens.segments)
+def _weights(
+  level: str, masked: bool, algorithm: Algorithm, tokens: Tokens
+) -> Array:
+  weights = importance.importance_weights(
+    tokens.old_logprobs,
+    tokens.behaviour_logprobs,
+    tokens.mask,
+    level=level,
+    segments=tokens.segments,
+  )
   if masked:
-    return importance.zero_outside(weights,
-                                   lower=algorithm.weight_low,
-                                   upper=algorithm.weight_high)
+    return importance.zero_outside(
+      weights, lower=algorithm.weight_low, upper=algorithm.weight_high
+    )
   return importance.truncate(weights, upper=algorithm.weight_high)
 
 
@@ -118,50 +127,57 @@ def _weights(level: str, masked: bool, algorithm: Algorithm,
 # (their product or geometric mean); truncated at weight_high, or with `mask` 0
 # outside of [weight_low, weight_high].
 CORRECTIONS: dict[str, Callable[[Algorithm, Tokens], Array] | None] = {
-    'none': None
+  'none': None
 }
 CORRECTIONS |= {
-    f'{level}{"_mask" * masked}': functools.partial(_weights, level, masked)
-    for level in importance.LEVELS for masked in (False, True)
+  f'{level}{"_mask" * masked}': functools.partial(_weights, level, masked)
+  for level in importance.LEVELS
+  for masked in (False, True)
 }
 
 
-def _rejected(statistic: str, over: str, algorithm: Algorithm,
-              tokens: Tokens) -> Array:
+def _rejected(
+  statistic: str, over: str, algorithm: Algorithm, tokens: Tokens
+) -> Array:
   lower = algorithm.reject_low if statistic == 'k1' else None
-  return importance.reject(tokens.old_logprobs,
-                           tokens.behaviour_logprobs,
-                           tokens.mask,
-                           statistic=statistic,
-                           over=over,
-                           upper=algorithm.reject_high,
-                           lower=lower,
-                           segments=tokens.segments).keep
+  return importance.reject(
+    tokens.old_logprobs,
+    tokens.behaviour_logprobs,
+    tokens.mask,
+    statistic=statistic,
+    over=over,
+    upper=algorithm.reject_high,
+    lower=lower,
+    segments=tokens.segments,
+  ).keep
 
 
 def _stale_failures(algorithm: Algorithm, tokens: Tokens) -> Array:
-  return importance.reject_stale_failures(jax.lax.stop_gradient(
-      tokens.logprobs),
-                                          tokens.behaviour_logprobs,
-                                          tokens.advantages,
-                                          tokens.mask,
-                                          largest_gap=algorithm.reject_high,
-                                          segments=tokens.segments)
+  return importance.reject_stale_failures(
+    jax.lax.stop_gradient(tokens.logprobs),
+    tokens.behaviour_logprobs,
+    tokens.advantages,
+    tokens.mask,
+    largest_gap=algorithm.reject_high,
+    segments=tokens.segments,
+  )
 
 
 # Which tokens are kept; loss denominators count the others too.
 REJECTIONS: dict[str, Callable[[Algorithm, Tokens], Array] | None] = {
-    'none': None,
-    'stale_failures': _stale_failures,
+  'none': None,
+  'stale_failures': _stale_failures,
 }
 REJECTIONS |= {
-    f'{over}_{statistic}': functools.partial(_rejected, statistic, over)
-    for over in importance.OVER for statistic in importance.STATISTICS
+  f'{over}_{statistic}': functools.partial(_rejected, statistic, over)
+  for over in importance.OVER
+  for statistic in importance.STATISTICS
 }
 
 
 class Corrected(NamedTuple):
   """A loss, and what was done about the policy that sampled."""
+
   token: TokenLoss
   weights: Array  # float32[R, L], constant; 0 where rejected or masked
   rejected: Array  # bool[R, L]

@@ -6,8 +6,9 @@ learns from the samples that were not pruned and whose correctness is known,
 each weighted by the inverse of its survival probability.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-from typing import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,13 @@ _FORGET = 0.95  # of the bins' counts, by step
 _STEPS, _RATE, _BETAS = 8, 1e-2, (0.9, 0.999)  # Adam
 
 
-def pack_beginnings(prompts: Sequence[np.ndarray],
-                    beginnings: Sequence[np.ndarray], *, length: int,
-                    rows: int) -> tuple[np.ndarray, np.ndarray]:
+def pack_beginnings(
+  prompts: Sequence[np.ndarray],
+  beginnings: Sequence[np.ndarray],
+  *,
+  length: int,
+  rows: int,
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns (tokens int32[M, R, L], spans int32[M, R, 2]), a sample a row.
 
   Args:
@@ -46,8 +51,9 @@ def pack_beginnings(prompts: Sequence[np.ndarray],
   return tokens.reshape(count, rows, length), spans.reshape(count, rows, 2)
 
 
-def features(params: Params, tokens: Array, spans: Array, *,
-             model: LanguageModel) -> Array:
+def features(
+  params: Params, tokens: Array, spans: Array, *, model: LanguageModel
+) -> Array:
   """Returns float32[M, R, D]: hidden states averaged over each row's span.
 
   Args:
@@ -61,12 +67,13 @@ def features(params: Params, tokens: Array, spans: Array, *,
   def one(part: tuple[Array, Array]) -> Array:
     tokens, spans = part
     segments = (order[None] < spans[:, 1:]).astype(jnp.int32)
-    hidden = model.hidden(params, tokens,
-                          jnp.broadcast_to(order[None], tokens.shape), segments)
+    hidden = model.hidden(
+      params, tokens, jnp.broadcast_to(order[None], tokens.shape), segments
+    )
     inside = (order[None] >= spans[:, :1]) & (order[None] < spans[:, 1:])
-    total = jnp.sum(jnp.where(inside[..., None], hidden, 0),
-                    axis=1,
-                    dtype=jnp.float32)
+    total = jnp.sum(
+      jnp.where(inside[..., None], hidden, 0), axis=1, dtype=jnp.float32
+    )
     return total / jnp.maximum(jnp.sum(inside, axis=1), 1)[:, None]
 
   return jax.lax.map(one, (tokens, spans))
@@ -83,11 +90,13 @@ class QualityHead:
     counts: float64[2, bins]: failures and successes by the head's score,
       fading; Beta(1, 1) before.
   """
+
   weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   steps: int = 0
   counts: np.ndarray = dataclasses.field(
-      default_factory=lambda: np.ones((2, _BINS)))
+    default_factory=lambda: np.ones((2, _BINS))
+  )
 
   def success(self, inputs: np.ndarray) -> np.ndarray:
     """Returns float64[n]: probabilities of success, by calibrated bins.
@@ -98,8 +107,9 @@ class QualityHead:
     bins = self._bins(inputs)
     return (self.counts[1] / self.counts.sum(axis=0))[bins]
 
-  def learn(self, inputs: np.ndarray, labels: np.ndarray, weights: np.ndarray,
-            seed: int) -> 'QualityHead':
+  def learn(
+    self, inputs: np.ndarray, labels: np.ndarray, weights: np.ndarray, seed: int
+  ) -> 'QualityHead':
     """Returns the head after a step's samples: calibrated, then trained.
 
     Args:
@@ -120,8 +130,10 @@ class QualityHead:
         for kind, power, beta in zip('mv', (1, 2), _BETAS):
           key = f'{kind}_{name}'
           moments[key] = beta * moments[key] + (1 - beta) * slope**power
-        mean, square = (moments[f'{kind}_{name}'] / (1 - beta**step)
-                        for kind, beta in zip('mv', _BETAS))
+        mean, square = (
+          moments[f'{kind}_{name}'] / (1 - beta**step)
+          for kind, beta in zip('mv', _BETAS)
+        )
         values[name] = values[name] - _RATE * mean / (np.sqrt(square) + 1e-8)
     return QualityHead(values, moments, head.steps + _STEPS, counts)
 
@@ -146,35 +158,40 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def _new(size: int, seed: int) -> QualityHead:
   rng = np.random.default_rng([seed, size])
   weights = {
-      'inner': rng.normal(size=(size, _WIDTH)) / np.sqrt(size),
-      'inner_bias': np.zeros(_WIDTH),
-      'outer': np.zeros(_WIDTH),
-      'outer_bias': np.zeros(1),
+    'inner': rng.normal(size=(size, _WIDTH)) / np.sqrt(size),
+    'inner_bias': np.zeros(_WIDTH),
+    'outer': np.zeros(_WIDTH),
+    'outer_bias': np.zeros(1),
   }
   moments = {
-      f'{kind}_{name}': np.zeros_like(x) for kind in 'mv'
-      for name, x in weights.items()
+    f'{kind}_{name}': np.zeros_like(x)
+    for kind in 'mv'
+    for name, x in weights.items()
   }
   return QualityHead(weights, moments)
 
 
-def _forward(weights: Mapping[str, np.ndarray],
-             inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _forward(
+  weights: Mapping[str, np.ndarray], inputs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns (inner layer, logits)."""
   inner = np.tanh(inputs @ weights['inner'] + weights['inner_bias'])
   return inner, inner @ weights['outer'] + weights['outer_bias'][0]
 
 
-def _gradients(values: Mapping[str, np.ndarray], inputs: np.ndarray,
-               labels: np.ndarray,
-               weights: np.ndarray) -> dict[str, np.ndarray]:
+def _gradients(
+  values: Mapping[str, np.ndarray],
+  inputs: np.ndarray,
+  labels: np.ndarray,
+  weights: np.ndarray,
+) -> dict[str, np.ndarray]:
   """Returns the gradient of the weighted mean logistic loss."""
   inner, z = _forward(values, inputs)
   slope = weights * (_sigmoid(z) - labels) / np.sum(weights)
   back = slope[:, None] * values['outer'][None] * (1 - inner**2)
   return {
-      'inner': inputs.T @ back,
-      'inner_bias': back.sum(axis=0),
-      'outer': slope @ inner,
-      'outer_bias': slope.sum(keepdims=True),
+    'inner': inputs.T @ back,
+    'inner_bias': back.sum(axis=0),
+    'outer': slope @ inner,
+    'outer_bias': slope.sum(keepdims=True),
   }

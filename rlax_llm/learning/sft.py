@@ -1,6 +1,6 @@
 """The supervised warm start: imitation of written-step traces."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,13 +12,16 @@ from rlax_llm.learning.batch import Sample
 
 def learning_config(sft: SFTConfig) -> LearningConfig:
   """Returns the optimizer's settings: a warm-up, then cosine to 0."""
-  return LearningConfig(learning_rate=sft.learning_rate,
-                        warmup_steps=sft.warmup_steps,
-                        schedule='cosine')
+  return LearningConfig(
+    learning_rate=sft.learning_rate,
+    warmup_steps=sft.warmup_steps,
+    schedule='cosine',
+  )
 
 
-def make_sample(prompt: Sequence[int], trace: Sequence[int], eos_id: int,
-                longest: int) -> Sample:
+def make_sample(
+  prompt: Sequence[int], trace: Sequence[int], eos_id: int, longest: int
+) -> Sample:
   """Returns a prompt and its trace, closed by EOS, as a training sample.
 
   Args:
@@ -32,8 +35,11 @@ def make_sample(prompt: Sequence[int], trace: Sequence[int], eos_id: int,
   """
   if len(prompt) + len(trace) + 1 > longest:
     raise ConfigError(
-        f'a prompt of {len(prompt)} and a trace of {len(trace) + 1} tokens '
-        f'exceed rollout.prompt_length + max_new_tokens = {longest}; raise '
-        'rollout.max_new_tokens or take easier problems')
-  return Sample(prompt=np.asarray(prompt, np.int32),
-                completion=np.asarray([*trace, eos_id], np.int32))
+      f'a prompt of {len(prompt)} and a trace of {len(trace) + 1} tokens '
+      f'exceed rollout.prompt_length + max_new_tokens = {longest}; raise '
+      'rollout.max_new_tokens or take easier problems'
+    )
+  return Sample(
+    prompt=np.asarray(prompt, np.int32),
+    completion=np.asarray([*trace, eos_id], np.int32),
+  )

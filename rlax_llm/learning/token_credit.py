@@ -5,7 +5,7 @@ is computed here, between the passes that score a batch and the update that is
 split into microbatches. Functions of packed arrays [M, R, L].
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +52,18 @@ def _sample(algorithm: Algorithm, batch: Batch) -> Batch:
 def _gae(algorithm: Algorithm, batch: Batch) -> Batch:
   """Generalised advantages of a critic, whitened; its targets before that."""
   rewards = masking.select_masked(_last(batch), batch.advantages)
-  found = values.generalised_advantages(rewards,
-                                        batch.extra['values'],
-                                        batch.targets,
-                                        discount=algorithm.discount,
-                                        trace=algorithm.trace,
-                                        segments=batch.segments)
+  found = values.generalised_advantages(
+    rewards,
+    batch.extra['values'],
+    batch.targets,
+    discount=algorithm.discount,
+    trace=algorithm.trace,
+    segments=batch.segments,
+  )
   whitened = batch_advantages.whiten(found.advantages, batch.targets)
-  return batch.replace(advantages=whitened,
-                       extra=batch.extra | {'returns': found.returns})
+  return batch.replace(
+    advantages=whitened, extra=batch.extra | {'returns': found.returns}
+  )
 
 
 def _minimum_variance(algorithm: Algorithm, batch: Batch) -> Batch:
@@ -71,23 +74,26 @@ def _minimum_variance(algorithm: Algorithm, batch: Batch) -> Batch:
   """
   del algorithm
   last, groups = _last(batch), batch.groups
-  total = lambda x: jax.ops.segment_sum(masking.select_masked(last, x).ravel(),
-                                        groups.ravel(),
-                                        num_segments=groups.size + 1)[groups]
+  total = lambda x: jax.ops.segment_sum(
+    masking.select_masked(last, x).ravel(),
+    groups.ravel(),
+    num_segments=groups.size + 1,
+  )[groups]
   gap = _sample_gap(batch)
   # Weights of a group count up to a factor; with its largest 1 nothing
   # overflows.
-  largest = jax.ops.segment_max(masking.select_masked(last, gap,
-                                                      -jnp.inf).ravel(),
-                                groups.ravel(),
-                                num_segments=groups.size + 1)[groups]
+  largest = jax.ops.segment_max(
+    masking.select_masked(last, gap, -jnp.inf).ravel(),
+    groups.ravel(),
+    num_segments=groups.size + 1,
+  )[groups]
   reached = jnp.isfinite(largest)
   squares = jnp.exp(2 * (gap - jnp.where(reached, largest, 0)))
   shares = squares * batch.extra['squared_norms']
   shares = jnp.where(total(shares) > 0, shares, squares)
   baseline = total(shares * batch.advantages) / jnp.maximum(
-      total(shares),
-      jnp.finfo(jnp.float32).tiny)
+    total(shares), jnp.finfo(jnp.float32).tiny
+  )
   advantages = masking.select_masked(batch.targets, batch.advantages - baseline)
   return batch.replace(advantages=advantages)
 
@@ -95,12 +101,13 @@ def _minimum_variance(algorithm: Algorithm, batch: Batch) -> Batch:
 def _distillation(algorithm: Algorithm, batch: Batch) -> Batch:
   """Plus the teacher's log-ratio."""
   gain = distillation.distillation_advantages(
-      behaviour_logprobs(batch, batch.old_logprobs),
-      batch.extra['teacher_logprobs'],
-      batch.targets,
-      coefficient=algorithm.distillation_coefficient,
-      discount=algorithm.distillation_discount,
-      segments=batch.segments)
+    behaviour_logprobs(batch, batch.old_logprobs),
+    batch.extra['teacher_logprobs'],
+    batch.targets,
+    coefficient=algorithm.distillation_coefficient,
+    discount=algorithm.distillation_discount,
+    segments=batch.segments,
+  )
   return batch.replace(advantages=batch.advantages + gain)
 
 
@@ -108,40 +115,42 @@ def _uncertainty(algorithm: Algorithm, batch: Batch) -> Batch:
   """ECHO: uncertain tokens earn more, sure endings move less."""
   del algorithm
   confidence = batch.extra['confidence']
-  shaped = entropy_terms.shaped_advantages(batch.advantages,
-                                           batch.extra['entropy'], confidence,
-                                           batch.targets)
-  tail = entropy_terms.tail_confidence(confidence,
-                                       batch.targets,
-                                       segments=batch.segments)
-  return batch.replace(advantages=shaped,
-                       extra=batch.extra |
-                       {'clip': entropy_terms.confidence_clip(tail)})
+  shaped = entropy_terms.shaped_advantages(
+    batch.advantages, batch.extra['entropy'], confidence, batch.targets
+  )
+  tail = entropy_terms.tail_confidence(
+    confidence, batch.targets, segments=batch.segments
+  )
+  return batch.replace(
+    advantages=shaped,
+    extra=batch.extra | {'clip': entropy_terms.confidence_clip(tail)},
+  )
 
 
 def _progress(algorithm: Algorithm, batch: Batch) -> Batch:
   """MRT: plus what the token's episode added to the success."""
   gain = masking.select_masked(batch.targets, batch.extra['progress'])
-  return batch.replace(advantages=batch.advantages +
-                       algorithm.progress_coefficient * gain)
+  return batch.replace(
+    advantages=batch.advantages + algorithm.progress_coefficient * gain
+  )
 
 
 CREDITS: dict[str, Callable[[Algorithm, Batch], Batch]] = {
-    'sample': _sample,
-    'gae': _gae,
-    'minimum_variance': _minimum_variance,
-    'distillation': _distillation,
-    'uncertainty': _uncertainty,
-    'progress': _progress,
+  'sample': _sample,
+  'gae': _gae,
+  'minimum_variance': _minimum_variance,
+  'distillation': _distillation,
+  'uncertainty': _uncertainty,
+  'progress': _progress,
 }
 # What a credit reads besides the samples; each is a pass over the batch.
 _READS: dict[str, tuple[str, ...]] = {
-    'sample': (),
-    'gae': ('values',),
-    'minimum_variance': ('old_logprobs', 'squared_norms'),
-    'distillation': ('old_logprobs', 'teacher_logprobs'),
-    'uncertainty': ('entropy', 'confidence'),
-    'progress': (),
+  'sample': (),
+  'gae': ('values',),
+  'minimum_variance': ('old_logprobs', 'squared_norms'),
+  'distillation': ('old_logprobs', 'teacher_logprobs'),
+  'uncertainty': ('entropy', 'confidence'),
+  'progress': (),
 }
 
 
@@ -153,8 +162,8 @@ def _effective_samples(batch: Batch) -> Array:
 
 # What an optimizer step is multiplied by.
 STEP_SCALES: dict[str, Callable[[Batch], Array] | None] = {
-    'none': None,
-    'effective_samples': _effective_samples,
+  'none': None,
+  'effective_samples': _effective_samples,
 }
 
 
@@ -174,9 +183,11 @@ def reads(algorithm: Algorithm) -> frozenset[str]:
 
 def reads_sampler(algorithm: Algorithm) -> bool:
   """Returns whether the policy that sampled a stale token is read."""
-  return (algorithm.credit in ('minimum_variance', 'distillation') or
-          algorithm.step_scale != 'none' or
-          (algorithm.correction, algorithm.rejection) != ('none', 'none'))
+  return (
+    algorithm.credit in ('minimum_variance', 'distillation')
+    or algorithm.step_scale != 'none'
+    or (algorithm.correction, algorithm.rejection) != ('none', 'none')
+  )
 
 
 def carried(algorithm: Algorithm) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """One optimizer step, and the scoring passes over the same packed rows."""
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any, Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -31,6 +32,7 @@ from rlax_llm.types import TrainState
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig:
   """The static facts of an update."""
+
   algorithm: Algorithm
   sampling: Sampling
   chunk: int  # positions whose logits exist at one time
@@ -43,6 +45,7 @@ class UpdateConfig:
 
 class _Totals(flax.struct.PyTreeNode):
   """Sums over target tokens, and extremes; divided once, at the end."""
+
   loss: Array
   tokens: Array
   clipped: Array
@@ -80,8 +83,9 @@ def is_decayed(params: Params) -> Any:
   the embedding.
   """
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in MATRICES,
-      params)
+    lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in MATRICES,
+    params,
+  )
 
 
 def _decay_matrices(rate: float) -> optax.GradientTransformation:
@@ -94,14 +98,19 @@ def _decay_matrices(rate: float) -> optax.GradientTransformation:
   def decay(changes: Params, params: Params) -> Params:
     if not rate:
       return changes
-    return jax.tree.map(lambda g, p, decayed: g + rate * p
-                        if decayed else g, changes, params, is_decayed(params))
+    return jax.tree.map(
+      lambda g, p, decayed: g + rate * p if decayed else g,
+      changes,
+      params,
+      is_decayed(params),
+    )
 
   return optax.stateless(decay)
 
 
-def make_optimizer(config: LearningConfig,
-                   total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+  config: LearningConfig, total_steps: int
+) -> optax.GradientTransformation:
   """Returns AdamW after a clip of the global gradient norm.
 
   "Decoupled Weight Decay Regularization", https://arxiv.org/abs/1711.05101;
@@ -113,14 +122,16 @@ def make_optimizer(config: LearningConfig,
   """
   # What `optax.adamw` is made of, with a decay of its own.
   adamw = optax.chain(
-      optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
-      _decay_matrices(config.weight_decay),
-      optax.scale_by_learning_rate(make_schedule(config, total_steps)))
+    optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
+    _decay_matrices(config.weight_decay),
+    optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+  )
   return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
 
 
-def make_schedule(config: LearningConfig,
-                  total_steps: int) -> Callable[[Array], Array]:
+def make_schedule(
+  config: LearningConfig, total_steps: int
+) -> Callable[[Array], Array]:
   """Returns the learning rate by optimizer step: warm-up, then the schedule.
 
   Args:
@@ -130,9 +141,9 @@ def make_schedule(config: LearningConfig,
   peak, warmup = config.learning_rate, config.warmup_steps
   rest = max(total_steps - warmup, 1)
   after = {
-      'constant': optax.constant_schedule(peak),
-      'linear': optax.linear_schedule(peak, 0.0, rest),
-      'cosine': optax.cosine_decay_schedule(peak, rest),
+    'constant': optax.constant_schedule(peak),
+    'linear': optax.linear_schedule(peak, 0.0, rest),
+    'cosine': optax.cosine_decay_schedule(peak, rest),
   }[config.schedule]
   if not warmup:
     return after
@@ -141,29 +152,38 @@ def make_schedule(config: LearningConfig,
   return optax.join_schedules([rise, after], [warmup])
 
 
-def init_state(params: Params, *, model: LanguageModel,
-               optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+  params: Params,
+  *,
+  model: LanguageModel,
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
   """Returns the state before the first step.
 
   The optimizer keeps a state for what is trained only.
   """
   trained, _ = lora.split(params, model.trainable(params))
-  return TrainState(step=jnp.zeros((), jnp.int32),
-                    params=params,
-                    opt_state=optimizer.init(trained))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(trained),
+  )
 
 
-def _loss(params: Params, batch: Batch, model: LanguageModel,
-          config: UpdateConfig) -> tuple[Array, _Totals]:
+def _loss(
+  params: Params, batch: Batch, model: LanguageModel, config: UpdateConfig
+) -> tuple[Array, _Totals]:
   """The share of one microbatch, [R, L], in the loss."""
   algorithm = config.algorithm
-  scores = language_model.score_tokens(params,
-                                       batch.tokens,
-                                       batch.positions,
-                                       batch.segments,
-                                       model=model,
-                                       sampling=config.sampling,
-                                       chunk=config.chunk)
+  scores = language_model.score_tokens(
+    params,
+    batch.tokens,
+    batch.positions,
+    batch.segments,
+    model=model,
+    sampling=config.sampling,
+    chunk=config.chunk,
+  )
   mask, rehearsed = batch.targets, jnp.zeros_like(batch.targets)
   if algorithm.rehearsal != 'none':
     rehearsed = mask & (batch.extra['rehearsed'] > 0)
@@ -181,19 +201,26 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
   if config.old_logprobs == 'scored':
     old = behaviour
   tokens = Tokens(
-      logprobs, old, behaviour, select_masked(mask, batch.advantages), mask,
-      batch.segments, {
-          name: select_masked(mask, value)
-          for name, value in batch.extra.items()
-          if value.ndim
-      })
+    logprobs,
+    old,
+    behaviour,
+    select_masked(mask, batch.advantages),
+    mask,
+    batch.segments,
+    {
+      name: select_masked(mask, value)
+      for name, value in batch.extra.items()
+      if value.ndim
+    },
+  )
   corrected = objectives.token_loss(algorithm, tokens)
   token = corrected.token
   per_token = token.loss
   divergence = jnp.zeros_like(logprobs)
   if algorithm.kl_coefficient:
-    divergence = divergences.DIVERGENCES[algorithm.divergence](logprobs,
-                                                               reference)
+    divergence = divergences.DIVERGENCES[algorithm.divergence](
+      logprobs, reference
+    )
     per_token = per_token + algorithm.kl_coefficient * divergence
   if algorithm.entropy_coefficient and not algorithm.entropy_target:
     per_token = per_token - algorithm.entropy_coefficient * entropy
@@ -201,15 +228,19 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
   if algorithm.entropy_target:
     # Sums to coefficient * |mean entropy - target| over the whole batch.
     above = select_masked(mask, entropy - algorithm.entropy_target)
-    loss = loss + (algorithm.entropy_coefficient *
-                   batch.extra['entropy_slope'] * jnp.sum(above))
+    loss = loss + (
+      algorithm.entropy_coefficient
+      * batch.extra['entropy_slope']
+      * jnp.sum(above)
+    )
   rehearsal = jnp.zeros_like(logprobs)
   if algorithm.rehearsal != 'none':
     apart = f_divergences.F_DIVERGENCES[algorithm.rehearsal]
     initial = select_masked(rehearsed, batch.scored_logprobs)
     rehearsal = apart(select_masked(rehearsed, scores.logprobs), initial)
     loss = loss + algorithm.rehearsal_coefficient * jnp.sum(
-        select_masked(rehearsed, batch.weights) * rehearsal)
+      select_masked(rehearsed, batch.weights) * rehearsal
+    )
   total = lambda x: jnp.sum(select_masked(mask, x.astype(jnp.float32)))
   k3 = jnp.zeros_like(logprobs)
   if algorithm.kl_coefficient:
@@ -218,32 +249,33 @@ def _loss(params: Params, batch: Batch, model: LanguageModel,
   # No yardstick for itself.
   trainer = now if config.old_logprobs == 'sampler' else behaviour
   weight = losses.importance_ratio(now, behaviour)
-  totals = _Totals(loss=loss,
-                   tokens=jnp.sum(mask, dtype=jnp.float32),
-                   clipped=total(token.clipped),
-                   rejected=total(corrected.rejected),
-                   entropy=total(entropy),
-                   divergence=total(divergence),
-                   divergence_k3=total(k3),
-                   approximate_kl=total(old - logprobs),
-                   ratio=total(token.ratio),
-                   ratio_max=jnp.max(select_masked(mask, token.ratio)),
-                   ratio_min=jnp.min(select_masked(mask, token.ratio, jnp.inf)),
-                   weight=total(weight),
-                   weight_squared=total(jnp.square(weight)),
-                   gap_max=jnp.max(jnp.abs(sampler - trainer)),
-                   rehearsed=jnp.sum(rehearsed, dtype=jnp.float32),
-                   rehearsal=jnp.sum(rehearsal))
+  totals = _Totals(
+    loss=loss,
+    tokens=jnp.sum(mask, dtype=jnp.float32),
+    clipped=total(token.clipped),
+    rejected=total(corrected.rejected),
+    entropy=total(entropy),
+    divergence=total(divergence),
+    divergence_k3=total(k3),
+    approximate_kl=total(old - logprobs),
+    ratio=total(token.ratio),
+    ratio_max=jnp.max(select_masked(mask, token.ratio)),
+    ratio_min=jnp.min(select_masked(mask, token.ratio, jnp.inf)),
+    weight=total(weight),
+    weight_squared=total(jnp.square(weight)),
+    gap_max=jnp.max(jnp.abs(sampler - trainer)),
+    rehearsed=jnp.sum(rehearsed, dtype=jnp.float32),
+    rehearsal=jnp.sum(rehearsal),
+  )
   return loss, jax.lax.stop_gradient(totals)
 
 
 def _merge(a: _Totals, b: _Totals) -> _Totals:
-  return jax.tree.map(jnp.add, a,
-                      b).replace(ratio_max=jnp.maximum(a.ratio_max,
-                                                       b.ratio_max),
-                                 ratio_min=jnp.minimum(a.ratio_min,
-                                                       b.ratio_min),
-                                 gap_max=jnp.maximum(a.gap_max, b.gap_max))
+  return jax.tree.map(jnp.add, a, b).replace(
+    ratio_max=jnp.maximum(a.ratio_max, b.ratio_max),
+    ratio_min=jnp.minimum(a.ratio_min, b.ratio_min),
+    gap_max=jnp.maximum(a.gap_max, b.gap_max),
+  )
 
 
 def microbatch(batch: Batch, i: Array | int) -> Batch:
@@ -252,15 +284,16 @@ def microbatch(batch: Batch, i: Array | int) -> Batch:
 
 
 def take_step(
-    state: TrainState,
-    batch: Batch,
-    share: Callable[[Params, Batch], tuple[Array, Any]],
-    nothing: Any,
-    merge: Callable[[Any, Any], Any],
-    *,
-    model: LanguageModel,
-    optimizer: optax.GradientTransformation,
-    scale: Array | None = None) -> tuple[TrainState, Any, Array, Array]:
+  state: TrainState,
+  batch: Batch,
+  share: Callable[[Params, Batch], tuple[Array, Any]],
+  nothing: Any,
+  merge: Callable[[Any, Any], Any],
+  *,
+  model: LanguageModel,
+  optimizer: optax.GradientTransformation,
+  scale: Array | None = None,
+) -> tuple[TrainState, Any, Array, Array]:
   """Takes one optimizer step on a sum over the microbatches of a batch.
 
   Gradients are summed over the microbatches that hold anything, in a loop of
@@ -282,39 +315,56 @@ def take_step(
   """
   trained, frozen = lora.split(state.params, model.trainable(state.params))
   zeros = model.place(
-      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
+    jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+  )
 
   def accumulate(i: Array, carry: tuple) -> tuple:
     gradients, totals = carry
     part = microbatch(batch, i)
     (_, more), gradient = jax.value_and_grad(
-        lambda p: share(lora.join(p, frozen), part), has_aux=True)(trained)
-    gradients = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients,
-                             model.place(gradient))
+      lambda p: share(lora.join(p, frozen), part), has_aux=True
+    )(trained)
+    gradients = jax.tree.map(
+      lambda a, b: a + b.astype(a.dtype), gradients, model.place(gradient)
+    )
     return gradients, merge(totals, more)
 
-  gradients, totals = jax.lax.fori_loop(0, batch.count, accumulate,
-                                        (zeros, nothing))
+  gradients, totals = jax.lax.fori_loop(
+    0, batch.count, accumulate, (zeros, nothing)
+  )
   gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, trained)
   changes, opt_state = optimizer.update(gradients, state.opt_state, trained)
   norm = optax.global_norm(gradients)
   # One bad batch must not end a run: nothing but the step count moves then.
   sound = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
-  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(sound, n, o), new,
-                                       old)
+  keep = lambda new, old: jax.tree.map(
+    lambda n, o: jnp.where(sound, n, o), new, old
+  )
   if scale is not None:
     changes = jax.tree.map(lambda x: (scale * x).astype(x.dtype), changes)
-  params = lora.join(keep(optax.apply_updates(trained, changes), trained),
-                     frozen)
-  return (TrainState(step=state.step + 1,
-                     params=params,
-                     opt_state=keep(opt_state,
-                                    state.opt_state)), totals, norm, sound)
+  params = lora.join(
+    keep(optax.apply_updates(trained, changes), trained), frozen
+  )
+  return (
+    TrainState(
+      step=state.step + 1,
+      params=params,
+      opt_state=keep(opt_state, state.opt_state),
+    ),
+    totals,
+    norm,
+    sound,
+  )
 
 
-def update(state: TrainState, batch: Batch, *, model: LanguageModel,
-           optimizer: optax.GradientTransformation,
-           config: UpdateConfig) -> tuple[TrainState, Metrics]:
+def update(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: LanguageModel,
+  optimizer: optax.GradientTransformation,
+  config: UpdateConfig,
+) -> tuple[TrainState, Metrics]:
   """Takes one optimizer step on a batch.
 
   `Batch.weights` carries global denominators, so the number of microbatches
@@ -332,29 +382,31 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   """
   scale = batch.extra.get('step_scale')
   state, totals, norm, sound = take_step(
-      state,
-      batch,
-      lambda params, part: _loss(params, part, model, config),
-      _no_totals(),
-      _merge,
-      model=model,
-      optimizer=optimizer,
-      scale=scale)
+    state,
+    batch,
+    lambda params, part: _loss(params, part, model, config),
+    _no_totals(),
+    _merge,
+    model=model,
+    optimizer=optimizer,
+    scale=scale,
+  )
   mean = lambda x: x / jnp.maximum(totals.tokens, 1.0)
   metrics = {
-      'learning/loss': totals.loss,
-      'learning/grad_norm': norm,
-      'learning/skipped': 1.0 - sound,
-      'policy/entropy': mean(totals.entropy),
-      'policy/clip_fraction': mean(totals.clipped),
-      'policy/ratio_mean': mean(totals.ratio),
-      'policy/ratio_max': totals.ratio_max,
-      'policy/ratio_min': jnp.where(totals.tokens > 0, totals.ratio_min, 0.0),
-      'policy/effective_tokens':
-          (jnp.square(totals.weight) /
-           jnp.maximum(totals.tokens * totals.weight_squared, 1e-30)),
-      'policy/approximate_kl': mean(totals.approximate_kl),
-      'policy/behaviour_gap_max': totals.gap_max,
+    'learning/loss': totals.loss,
+    'learning/grad_norm': norm,
+    'learning/skipped': 1.0 - sound,
+    'policy/entropy': mean(totals.entropy),
+    'policy/clip_fraction': mean(totals.clipped),
+    'policy/ratio_mean': mean(totals.ratio),
+    'policy/ratio_max': totals.ratio_max,
+    'policy/ratio_min': jnp.where(totals.tokens > 0, totals.ratio_min, 0.0),
+    'policy/effective_tokens': (
+      jnp.square(totals.weight)
+      / jnp.maximum(totals.tokens * totals.weight_squared, 1e-30)
+    ),
+    'policy/approximate_kl': mean(totals.approximate_kl),
+    'policy/behaviour_gap_max': totals.gap_max,
   }
   algorithm = config.algorithm
   if (algorithm.correction, algorithm.rejection) != ('none', 'none'):
@@ -364,16 +416,22 @@ def update(state: TrainState, batch: Batch, *, model: LanguageModel,
   if algorithm.kl_coefficient:
     metrics['policy/kl_reference_k3'] = mean(totals.divergence_k3)
   if algorithm.rehearsal != 'none':
-    metrics['policy/rehearsal_divergence'] = (
-        totals.rehearsal / jnp.maximum(totals.rehearsed, 1.0))
+    metrics['policy/rehearsal_divergence'] = totals.rehearsal / jnp.maximum(
+      totals.rehearsed, 1.0
+    )
   if scale is not None:
     metrics['learning/step_scale'] = scale
   return state, metrics
 
 
-def score_pass(params: Params, batch: Batch, *, model: LanguageModel,
-               config: UpdateConfig, names: tuple[str,
-                                                  ...]) -> dict[str, Array]:
+def score_pass(
+  params: Params,
+  batch: Batch,
+  *,
+  model: LanguageModel,
+  config: UpdateConfig,
+  names: tuple[str, ...],
+) -> dict[str, Array]:
   """Returns what a policy says of every token, float32[M, R, L] by name.
 
   The pass that gives `old` and reference log-probabilities: of fixed shape,
@@ -388,28 +446,29 @@ def score_pass(params: Params, batch: Batch, *, model: LanguageModel,
   """
 
   def one(i: Array, out: dict[str, Array]) -> dict[str, Array]:
-    scores = language_model.score_tokens(params,
-                                         batch.tokens[i],
-                                         batch.positions[i],
-                                         batch.segments[i],
-                                         model=model,
-                                         sampling=config.sampling,
-                                         chunk=config.chunk,
-                                         confidence='confidence' in names)
+    scores = language_model.score_tokens(
+      params,
+      batch.tokens[i],
+      batch.positions[i],
+      batch.segments[i],
+      model=model,
+      sampling=config.sampling,
+      chunk=config.chunk,
+      confidence='confidence' in names,
+    )
     return {
-        name: array.at[i].set(getattr(scores, name))
-        for name, array in out.items()
+      name: array.at[i].set(getattr(scores, name))
+      for name, array in out.items()
     }
 
   empty = jnp.zeros(batch.tokens.shape, jnp.float32)
   return jax.lax.fori_loop(0, batch.count, one, {name: empty for name in names})
 
 
-def score_batch(params: Params, batch: Batch, *, model: LanguageModel,
-                config: UpdateConfig) -> Array:
+def score_batch(
+  params: Params, batch: Batch, *, model: LanguageModel, config: UpdateConfig
+) -> Array:
   """Returns the log-probabilities of `score_pass`, float32[M, R, L], nats."""
-  return score_pass(params,
-                    batch,
-                    model=model,
-                    config=config,
-                    names=('logprobs',))['logprobs']
+  return score_pass(
+    params, batch, model=model, config=config, names=('logprobs',)
+  )['logprobs']

@@ -33,26 +33,31 @@ def _ungroup(out: Array, length: int, dtype: jnp.dtype) -> Array:
 
 def _scores(queries: Array, keys: Array, mask: Array) -> Array:
   """Returns float32[N, KH, G * Q, S]; keys [N, KH, HD, S], mask [N, Q|1, S]."""
-  scores = jnp.einsum('nkqd,nkds->nkqs',
-                      queries,
-                      keys,
-                      precision=precision.of_products(queries.dtype),
-                      preferred_element_type=jnp.float32)
+  scores = jnp.einsum(
+    'nkqd,nkds->nkqs',
+    queries,
+    keys,
+    precision=precision.of_products(queries.dtype),
+    preferred_element_type=jnp.float32,
+  )
   mask = jnp.tile(mask, (1, scores.shape[2] // mask.shape[1], 1))
   return jnp.where(mask[:, None], scores, _MASKED)
 
 
 def _mix(weights: Array, values: Array) -> Array:
   """Returns float32[N, KH, G * Q, HD]: sums of values by weight."""
-  return jnp.einsum('nkqs,nksd->nkqd',
-                    weights.astype(values.dtype),
-                    values,
-                    precision=precision.of_products(values.dtype),
-                    preferred_element_type=jnp.float32)
+  return jnp.einsum(
+    'nkqs,nksd->nkqd',
+    weights.astype(values.dtype),
+    values,
+    precision=precision.of_products(values.dtype),
+    preferred_element_type=jnp.float32,
+  )
 
 
-def packed_attention(queries: Array, keys: Array, values: Array,
-                     mask: Array) -> Array:
+def packed_attention(
+  queries: Array, keys: Array, values: Array, mask: Array
+) -> Array:
   """Attention of every position over the positions that `mask` allows.
 
   Args:
@@ -70,9 +75,15 @@ def packed_attention(queries: Array, keys: Array, values: Array,
   return _ungroup(_mix(weights, values) / total, mask.shape[1], queries.dtype)
 
 
-def cached_attention(queries: Array, keys: Array, values: Array,
-                     cached_keys: Array, cached_values: Array, length: Array,
-                     node_mask: Array) -> Array:
+def cached_attention(
+  queries: Array,
+  keys: Array,
+  values: Array,
+  cached_keys: Array,
+  cached_values: Array,
+  length: Array,
+  node_mask: Array,
+) -> Array:
   """Attention of W nodes over the committed tokens and their own ancestors.
 
   The two parts are merged by their maxima and sums, so that the cache is read
@@ -101,10 +112,12 @@ def cached_attention(queries: Array, keys: Array, values: Array,
   seen = (jnp.arange(capacity)[None] < length[:, None])[:, None]
   past = _scores(queries_by_head, cached_keys, seen)
   own = _scores(queries_by_head, keys.swapaxes(2, 3), node_mask)
-  peak = jnp.maximum(jnp.max(own, -1, keepdims=True),
-                     jnp.max(past, -1, keepdims=True))
+  peak = jnp.maximum(
+    jnp.max(own, -1, keepdims=True), jnp.max(past, -1, keepdims=True)
+  )
   own, past = jnp.exp(own - peak), jnp.exp(past - peak)
-  total = (jnp.sum(own, axis=-1, keepdims=True) +
-           jnp.sum(past, axis=-1, keepdims=True))
+  total = jnp.sum(own, axis=-1, keepdims=True) + jnp.sum(
+    past, axis=-1, keepdims=True
+  )
   out = _mix(own, values) + _mix(past, cached_values)
   return _ungroup(out / total, width, queries.dtype)

@@ -16,9 +16,11 @@ estimate. Both inputs are brought to one scale, as in EAGLE-3
 hidden state.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from flax import linen as nn
 import jax.numpy as jnp
@@ -63,6 +65,7 @@ class DraftModel(NamedTuple):
     axes: as `LanguageModel.axes`, of the drafter's own params.
     rounded: as `LanguageModel.rounded`, of the drafter's own params.
   """
+
   init: Callable
   init_cache: Callable
   init_features: Callable
@@ -74,6 +77,7 @@ class DraftModel(NamedTuple):
 
 class Draft(nn.Module):
   """`fc`, one decoder layer and the norms around them."""
+
   config: ModelConfig
   precision: PrecisionConfig
   constrain: Constrain
@@ -84,40 +88,57 @@ class Draft(nn.Module):
     param_dtype = jnp.dtype(self.precision.parameters)
     norm = functools.partial(RMSNorm, c.norm_epsilon, dtype, param_dtype)
     self.token_norm, self.feature_norm, self.final_norm = norm(), norm(), norm()
-    self.join = nn.Dense(c.width,
-                         use_bias=False,
-                         dtype=dtype,
-                         param_dtype=param_dtype,
-                         precision=precisions.of_products(dtype),
-                         kernel_init=nn.initializers.variance_scaling(
-                             1.0, 'fan_in', 'normal'))
+    self.join = nn.Dense(
+      c.width,
+      use_bias=False,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      precision=precisions.of_products(dtype),
+      kernel_init=nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'),
+    )
     self.layer = Layer(c, self.precision, self.constrain)
 
   def read(self, embedded: Array, features: Array) -> Array:
     parts = (self.token_norm(embedded), self.feature_norm(features))
     return self.join(jnp.concatenate(parts, axis=-1))
 
-  def hidden(self, embedded: Array, features: Array, positions: Array,
-             segments: Array) -> Array:
-    x = self.layer.packed(self.read(embedded, features),
-                          position_table(self.config, positions),
-                          packed_mask(segments))
+  def hidden(
+    self, embedded: Array, features: Array, positions: Array, segments: Array
+  ) -> Array:
+    x = self.layer.packed(
+      self.read(embedded, features),
+      position_table(self.config, positions),
+      packed_mask(segments),
+    )
     return self.final_norm(x)
 
-  def extend(self, embedded: Array, features: Array, positions: Array,
-             node_mask: Array, cache: KVCache,
-             earlier: KVNodes | None) -> tuple[Array, KVNodes]:
-    x, keys, values = self.layer.cached(self.read(embedded, features),
-                                        position_table(self.config, positions),
-                                        node_mask, cache, 0, earlier)
+  def extend(
+    self,
+    embedded: Array,
+    features: Array,
+    positions: Array,
+    node_mask: Array,
+    cache: KVCache,
+    earlier: KVNodes | None,
+  ) -> tuple[Array, KVNodes]:
+    x, keys, values = self.layer.cached(
+      self.read(embedded, features),
+      position_table(self.config, positions),
+      node_mask,
+      cache,
+      0,
+      earlier,
+    )
     return self.final_norm(x), KVNodes((keys,), (values,))
 
 
-def make_draft_model(config: ModelConfig,
-                     precision: PrecisionConfig,
-                     *,
-                     model: LanguageModel,
-                     constrain: Constrain = anywhere) -> DraftModel:
+def make_draft_model(
+  config: ModelConfig,
+  precision: PrecisionConfig,
+  *,
+  model: LanguageModel,
+  constrain: Constrain = anywhere,
+) -> DraftModel:
   """Returns the drafter's network for a target.
 
   Args:
@@ -134,50 +155,62 @@ def make_draft_model(config: ModelConfig,
   def init(key: Array) -> Params:
     embedded = jnp.zeros((1, 1, config.width), dtype)
     dummy = jnp.zeros((1, 1), jnp.int32)
-    return module.init(key,
-                       embedded,
-                       embedded,
-                       dummy,
-                       dummy + 1,
-                       method='hidden')['params']
+    return module.init(
+      key, embedded, embedded, dummy, dummy + 1, method='hidden'
+    )['params']
 
   def init_cache(rows: int, capacity: int) -> KVCache:
-    return kv_cache.empty(rows,
-                          capacity,
-                          layers=1,
-                          kv_heads=config.kv_heads,
-                          head_dim=config.head_dim or
-                          config.width // config.heads,
-                          dtype=dtype)
+    return kv_cache.empty(
+      rows,
+      capacity,
+      layers=1,
+      kv_heads=config.kv_heads,
+      head_dim=config.head_dim or config.width // config.heads,
+      dtype=dtype,
+    )
 
-  def hidden(params: DraftParams, tokens: Array, features: Array,
-             positions: Array, segments: Array) -> Any:
-    return module.apply({'params': params.own},
-                        model.embed(params.policy, tokens),
-                        features,
-                        positions,
-                        segments,
-                        method='hidden')
+  def hidden(
+    params: DraftParams,
+    tokens: Array,
+    features: Array,
+    positions: Array,
+    segments: Array,
+  ) -> Any:
+    return module.apply(
+      {'params': params.own},
+      model.embed(params.policy, tokens),
+      features,
+      positions,
+      segments,
+      method='hidden',
+    )
 
-  def extend(params: DraftParams, tokens: Array, features: Array,
-             positions: Array, node_mask: Array, cache: KVCache,
-             earlier: KVNodes | None) -> Any:
-    return module.apply({'params': params.own},
-                        model.embed(params.policy, tokens),
-                        features,
-                        positions,
-                        node_mask,
-                        cache,
-                        earlier,
-                        method='extend')
+  def extend(
+    params: DraftParams,
+    tokens: Array,
+    features: Array,
+    positions: Array,
+    node_mask: Array,
+    cache: KVCache,
+    earlier: KVNodes | None,
+  ) -> Any:
+    return module.apply(
+      {'params': params.own},
+      model.embed(params.policy, tokens),
+      features,
+      positions,
+      node_mask,
+      cache,
+      earlier,
+      method='extend',
+    )
 
-  return DraftModel(init=init,
-                    init_cache=init_cache,
-                    init_features=lambda rows: jnp.zeros(
-                        (rows, config.width), dtype),
-                    hidden=hidden,
-                    extend=extend,
-                    axes=logical_axes,
-                    rounded=functools.partial(round_params,
-                                              config=config,
-                                              precision=precision))
+  return DraftModel(
+    init=init,
+    init_cache=init_cache,
+    init_features=lambda rows: jnp.zeros((rows, config.width), dtype),
+    hidden=hidden,
+    extend=extend,
+    axes=logical_axes,
+    rounded=functools.partial(round_params, config=config, precision=precision),
+  )

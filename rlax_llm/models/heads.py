@@ -29,35 +29,35 @@ def make_critic(model: LanguageModel) -> LanguageModel:
     row = jnp.zeros((1, 1), jnp.int32)
     state = jax.eval_shape(model.hidden, trunk, row, row, row + 1)
     return {
-        'trunk': trunk,
-        'value': {
-            'kernel': jnp.zeros(state.shape[-1], jnp.float32)
-        }
+      'trunk': trunk,
+      'value': {'kernel': jnp.zeros(state.shape[-1], jnp.float32)},
     }
 
   def hidden(params: Params, *rows: Array) -> Array:
     return model.hidden(params['trunk'], *rows)
 
   def logits(params: Params, hidden: Array) -> Array:
-    return jnp.dot(hidden.astype(jnp.float32),
-                   params['value']['kernel'],
-                   precision=precisions.of_products(jnp.float32))
+    return jnp.dot(
+      hidden.astype(jnp.float32),
+      params['value']['kernel'],
+      precision=precisions.of_products(jnp.float32),
+    )
 
   def each(of_trunk: Any, head: Any) -> Any:
     return lambda params: {
-        'trunk': of_trunk(params['trunk']),
-        'value': {
-            'kernel': head(params['value']['kernel'])
-        }
+      'trunk': of_trunk(params['trunk']),
+      'value': {'kernel': head(params['value']['kernel'])},
     }
 
-  return model._replace(init=init,
-                        hidden=hidden,
-                        logits=logits,
-                        axes=each(model.axes, lambda leaf: (None,)),
-                        place=each(model.place, lambda leaf: leaf),
-                        trainable=each(model.trainable, lambda leaf: True),
-                        rounded=each(model.rounded, lambda leaf: leaf))
+  return model._replace(
+    init=init,
+    hidden=hidden,
+    logits=logits,
+    axes=each(model.axes, lambda leaf: (None,)),
+    place=each(model.place, lambda leaf: leaf),
+    trainable=each(model.trainable, lambda leaf: True),
+    rounded=each(model.rounded, lambda leaf: leaf),
+  )
 
 
 def with_value(critic: LanguageModel, trunk: Params) -> Params:
@@ -72,8 +72,14 @@ def with_value(critic: LanguageModel, trunk: Params) -> Params:
   return {'trunk': jax.tree.map(jnp.copy, trunk), 'value': zeros}
 
 
-def token_values(params: Params, tokens: Array, positions: Array,
-                 segments: Array, *, model: LanguageModel) -> Array:
+def token_values(
+  params: Params,
+  tokens: Array,
+  positions: Array,
+  segments: Array,
+  *,
+  model: LanguageModel,
+) -> Array:
   """Returns the value of the state before each token, float32[R, L].
 
   The hidden state from which a token is predicted gives the value that stands
@@ -87,7 +93,8 @@ def token_values(params: Params, tokens: Array, positions: Array,
     segments: int32[R, L], 0 where there is no token.
     model: from `make_critic`; static.
   """
-  values = model.logits(params, model.hidden(params, tokens, positions,
-                                             segments))
+  values = model.logits(
+    params, model.hidden(params, tokens, positions, segments)
+  )
   inside = language_model.predictable(segments)
   return jnp.pad(jnp.where(inside, values[:, :-1], 0.0), ((0, 0), (1, 0)))

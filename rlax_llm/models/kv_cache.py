@@ -20,19 +20,21 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 from rlax_llm.types import Path
 
-_SCATTER: dict[str, Any] = dict(mode='drop',
-                                unique_indices=True,
-                                indices_are_sorted=True)
+_SCATTER: dict[str, Any] = dict(
+  mode='drop', unique_indices=True, indices_are_sorted=True
+)
 
 
 class KVNodes(flax.struct.PyTreeNode):
   """Keys and values of the W nodes of one forward, by layer."""
+
   keys: tuple[Array, ...]  # each [N, KH, W, HD], rotated
   values: tuple[Array, ...]  # each [N, KH, W, HD]
 
 
 class KVCache(flax.struct.PyTreeNode):
   """Keys and values of the committed tokens, by layer."""
+
   keys: tuple[Array, ...]  # each [N, KH, HD, S], rotated
   values: tuple[Array, ...]  # each [N, KH, S, HD]
   length: Array  # int32[N]
@@ -50,13 +52,20 @@ def join_nodes(earlier: KVNodes | None, nodes: KVNodes) -> KVNodes:
   return jax.tree.map(join, earlier, nodes)
 
 
-def empty(rows: int, capacity: int, *, layers: int, kv_heads: int,
-          head_dim: int, dtype: jnp.dtype) -> KVCache:
+def empty(
+  rows: int,
+  capacity: int,
+  *,
+  layers: int,
+  kv_heads: int,
+  head_dim: int,
+  dtype: jnp.dtype,
+) -> KVCache:
   """Returns a cache of zeros that holds nothing."""
-  keys, values = (tuple(
-      jnp.zeros((rows, kv_heads, *axes), dtype)
-      for _ in range(layers))
-                  for axes in ((head_dim, capacity), (capacity, head_dim)))
+  keys, values = (
+    tuple(jnp.zeros((rows, kv_heads, *axes), dtype) for _ in range(layers))
+    for axes in ((head_dim, capacity), (capacity, head_dim))
+  )
   return KVCache(keys, values, jnp.zeros(rows, jnp.int32))
 
 
@@ -82,8 +91,11 @@ def commit(cache: KVCache, nodes: KVNodes, path: Path) -> KVCache:
   # What is not accepted goes beyond the capacity, where writes are dropped.
   # This also makes every write depend on the outcome of the forward, so that
   # XLA knows that attention has read the cache and updates it in place.
-  slot = jnp.where(order < path.length[:, None], cache.length[:, None] + order,
-                   capacity + order)[:, None, None]
+  slot = jnp.where(
+    order < path.length[:, None],
+    cache.length[:, None] + order,
+    capacity + order,
+  )[:, None, None]
 
   def accepted(new: Array) -> Array:
     if width == 1:
@@ -98,13 +110,16 @@ def commit(cache: KVCache, nodes: KVNodes, path: Path) -> KVCache:
     new = accepted(new).astype(old.dtype)
     return old.at[row[..., 0], head[..., 0], slot[:, :, 0]].set(new, **_SCATTER)
 
-  return KVCache(keys=jax.tree.map(write_keys, cache.keys, nodes.keys),
-                 values=jax.tree.map(write_values, cache.values, nodes.values),
-                 length=cache.length + path.length)
+  return KVCache(
+    keys=jax.tree.map(write_keys, cache.keys, nodes.keys),
+    values=jax.tree.map(write_values, cache.values, nodes.values),
+    length=cache.length + path.length,
+  )
 
 
-def admit(cache: KVCache, nodes: KVNodes, take: Array, source: Array,
-          length: Array) -> KVCache:
+def admit(
+  cache: KVCache, nodes: KVNodes, take: Array, source: Array, length: Array
+) -> KVCache:
   """Gives rows the keys and values of prefilled prompts.
 
   Args:
@@ -122,16 +137,18 @@ def admit(cache: KVCache, nodes: KVNodes, take: Array, source: Array,
     return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
 
   share_keys = lambda old, new: share(old, new.swapaxes(2, 3))
-  return KVCache(keys=jax.tree.map(share_keys, cache.keys, nodes.keys),
-                 values=jax.tree.map(share, cache.values, nodes.values),
-                 length=jnp.where(take, length, cache.length))
+  return KVCache(
+    keys=jax.tree.map(share_keys, cache.keys, nodes.keys),
+    values=jax.tree.map(share, cache.values, nodes.values),
+    length=jnp.where(take, length, cache.length),
+  )
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
   """Returns the cache with a larger capacity; the new slots hold nothing."""
   more, none = (0, capacity - cache.capacity), (0, 0)
   pad = lambda *widths: lambda x: jnp.pad(x, widths)
-  return cache.replace(keys=jax.tree.map(pad(none, none, none, more),
-                                         cache.keys),
-                       values=jax.tree.map(pad(none, none, more, none),
-                                           cache.values))
+  return cache.replace(
+    keys=jax.tree.map(pad(none, none, none, more), cache.keys),
+    values=jax.tree.map(pad(none, none, more, none), cache.values),
+  )

@@ -1,6 +1,9 @@
 """LanguageModel: a tuple of pure functions; and `score`, its log-probs."""
 
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
 
 import chex
 import jax
@@ -49,6 +52,7 @@ class LanguageModel(NamedTuple):
     rounded: (params) -> the same tree, in the dtypes to which a forward rounds
       them anyway: whoever runs many forwards reads less.
   """
+
   init: Callable
   init_cache: Callable
   hidden: Callable
@@ -65,6 +69,7 @@ class LanguageModel(NamedTuple):
 
 class TokenScores(NamedTuple):
   """What `score_tokens` says of each token; nats; 0 where not a target."""
+
   logprobs: Array  # float32[R, L]
   entropy: Array  # float32[R, L] of the law the token was drawn from
   # float32[R, L], mean probability of the likeliest tokens; None: not wanted.
@@ -79,15 +84,17 @@ def predictable(segments: Array) -> Array:
   return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
 
 
-def score_tokens(params: Params,
-                 tokens: Array,
-                 positions: Array,
-                 segments: Array,
-                 *,
-                 model: LanguageModel,
-                 sampling: Sampling,
-                 chunk: int,
-                 confidence: bool = False) -> TokenScores:
+def score_tokens(
+  params: Params,
+  tokens: Array,
+  positions: Array,
+  segments: Array,
+  *,
+  model: LanguageModel,
+  sampling: Sampling,
+  chunk: int,
+  confidence: bool = False,
+) -> TokenScores:
   """Scores every token of packed rows given the earlier ones of its segment.
 
   The value at (r, l) belongs to `tokens[r, l]`; it is 0 where no token of the
@@ -124,15 +131,16 @@ def score_tokens(params: Params,
       sure = sampling_ops.confidence(law, min(_LIKELIEST, model.vocabulary))
     return TokenScores(logprobs, sampling_ops.entropy(law), sure)
 
-  result = map_chunks(scores,
-                      params, (hidden[:, :-1], tokens[:, 1:]),
-                      chunk=chunk)
+  result = map_chunks(
+    scores, params, (hidden[:, :-1], tokens[:, 1:]), chunk=chunk
+  )
   place = lambda x: jnp.pad(jnp.where(inside, x, 0.0), ((0, 0), (1, 0)))
   return jax.tree.map(place, result)
 
 
-def map_chunks(function: Callable, params: Params, arrays: Sequence[Array], *,
-               chunk: int) -> Any:
+def map_chunks(
+  function: Callable, params: Params, arrays: Sequence[Array], *, chunk: int
+) -> Any:
   """Applies a function of positions to `chunk` of them at a time.
 
   What it makes for its result, logits for instance, exists for one chunk only
@@ -161,19 +169,31 @@ def map_chunks(function: Callable, params: Params, arrays: Sequence[Array], *,
   if chunks == 1:
     result = one(params, *(cut(x)[0] for x in arrays))
   else:
-    result = jax.lax.map(lambda xs: one(params, *xs),
-                         tuple(cut(x) for x in arrays))
-  return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(rows, length),
-                      result)
+    result = jax.lax.map(
+      lambda xs: one(params, *xs), tuple(cut(x) for x in arrays)
+    )
+  return jax.tree.map(
+    lambda x: x.reshape(-1)[:count].reshape(rows, length), result
+  )
 
 
-def score(params: Params, tokens: Array, positions: Array, segments: Array, *,
-          model: LanguageModel, sampling: Sampling, chunk: int) -> Array:
+def score(
+  params: Params,
+  tokens: Array,
+  positions: Array,
+  segments: Array,
+  *,
+  model: LanguageModel,
+  sampling: Sampling,
+  chunk: int,
+) -> Array:
   """Returns the log-probabilities of `score_tokens`, float32[R, L], nats."""
-  return score_tokens(params,
-                      tokens,
-                      positions,
-                      segments,
-                      model=model,
-                      sampling=sampling,
-                      chunk=chunk).logprobs
+  return score_tokens(
+    params,
+    tokens,
+    positions,
+    segments,
+    model=model,
+    sampling=sampling,
+    chunk=chunk,
+  ).logprobs

@@ -29,6 +29,7 @@ class Adapter(nn.Module):
     config: rank r >= 1 and alpha.
     dtype: of the maths.
   """
+
   shape: tuple[int, ...]
   config: LoRAConfig
   dtype: jnp.dtype
@@ -43,17 +44,17 @@ class Adapter(nn.Module):
     precision = precisions.of_products(self.dtype)
     low = jnp.matmul(x, a.astype(self.dtype), precision=precision)
     scale = jnp.asarray(self.config.alpha / rank, self.dtype)
-    return jnp.tensordot(low * scale,
-                         b.astype(self.dtype),
-                         axes=1,
-                         precision=precision)
+    return jnp.tensordot(
+      low * scale, b.astype(self.dtype), axes=1, precision=precision
+    )
 
 
 def trainable(params: Params) -> Any:
   """Returns the tree with True for adapters; for all if there are none."""
   adapter = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: any(str(part.key).startswith(PREFIX) for part in path),
-      params)
+    lambda path, leaf: any(str(part.key).startswith(PREFIX) for part in path),
+    params,
+  )
   if not any(jax.tree.leaves(adapter)):
     return jax.tree.map(lambda leaf: True, params)
   return adapter
@@ -68,18 +69,19 @@ def split(params: Params, trained: Any) -> tuple[Params, Params]:
   """
   gap = optax.MaskedNode()
   pick = lambda wanted: jax.tree.map(
-      lambda leaf, is_trained: leaf
-      if is_trained == wanted else gap, params, trained)
+    lambda leaf, is_trained: leaf if is_trained == wanted else gap,
+    params,
+    trained,
+  )
   return pick(True), pick(False)
 
 
 def join(first: Params, second: Params) -> Params:
   """Undoes `split`; takes the leaves of `second` in the gaps of `first`."""
   is_gap = lambda x: isinstance(x, optax.MaskedNode)
-  return jax.tree.map(lambda a, b: b if is_gap(a) else a,
-                      first,
-                      second,
-                      is_leaf=is_gap)
+  return jax.tree.map(
+    lambda a, b: b if is_gap(a) else a, first, second, is_leaf=is_gap
+  )
 
 
 def merge(params: Params, config: LoRAConfig) -> Params:
@@ -96,18 +98,18 @@ def merge(params: Params, config: LoRAConfig) -> Params:
     return params
   scale = config.alpha / config.rank
   return {
-      name: _merge_layer(tree, scale) if name.startswith('layer_') else tree
-      for name, tree in params.items()
+    name: _merge_layer(tree, scale) if name.startswith('layer_') else tree
+    for name, tree in params.items()
   }
 
 
 def _merge_layer(layer: Params, scale: float) -> Params:
   """Merges the adapters of one layer."""
   delta = {
-      name.removeprefix(PREFIX):
-          scale * jnp.tensordot(tree['a'], tree['b'], axes=1)
-      for name, tree in layer.items()
-      if name.startswith(PREFIX)
+    name.removeprefix(PREFIX): scale
+    * jnp.tensordot(tree['a'], tree['b'], axes=1)
+    for name, tree in layer.items()
+    if name.startswith(PREFIX)
   }
   base = {k: v for k, v in layer.items() if not k.startswith(PREFIX)}
 
@@ -116,8 +118,10 @@ def _merge_layer(layer: Params, scale: float) -> Params:
     total = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
     base[name] = base[name] | {'kernel': total}
 
-  for name, joined in (('query_key_value', join_query_key_value),
-                       ('gate_up', join_gate_up)):
+  for name, joined in (
+    ('query_key_value', join_query_key_value),
+    ('gate_up', join_gate_up),
+  ):
     change = joined(delta, base[name]['kernel'].shape)
     if change is not None:
       add(name, change)
@@ -127,8 +131,9 @@ def _merge_layer(layer: Params, scale: float) -> Params:
   return base
 
 
-def join_query_key_value(parts: dict[str, Array],
-                         shape: tuple[int, ...]) -> Array | None:
+def join_query_key_value(
+  parts: dict[str, Array], shape: tuple[int, ...]
+) -> Array | None:
   """Returns the parts as the joint projection has them; None: no part.
 
   Args:
@@ -142,19 +147,20 @@ def join_query_key_value(parts: dict[str, Array],
   dtype = next(parts[n] for n in names if n in parts).dtype
   lead, queries, dim = shape[:-2], shape[-2] - 2, shape[-1]
   none = {
-      name: jnp.zeros((*lead, queries if name == 'q_proj' else 1, dim), dtype)
-      for name in names
+    name: jnp.zeros((*lead, queries if name == 'q_proj' else 1, dim), dtype)
+    for name in names
   }
   given = {
-      name: part if name == 'q_proj' else part[..., None, :]
-      for name, part in parts.items()
-      if name in names
+    name: part if name == 'q_proj' else part[..., None, :]
+    for name, part in parts.items()
+    if name in names
   }
   return jnp.concatenate([(none | given)[name] for name in names], axis=-2)
 
 
-def join_gate_up(parts: dict[str, Array], shape: tuple[int,
-                                                       ...]) -> Array | None:
+def join_gate_up(
+  parts: dict[str, Array], shape: tuple[int, ...]
+) -> Array | None:
   """Returns gate_proj and up_proj [.., F] as [.., 2, F]; None: no part."""
   names = ('gate_proj', 'up_proj')
   found = [parts[name] for name in names if name in parts]

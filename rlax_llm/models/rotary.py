@@ -11,6 +11,7 @@ from rlax_llm.types import Array
 
 class RopeScaling(NamedTuple):
   """How rotary frequencies are stretched; the fields `rope_*` of the config."""
+
   kind: str = 'none'  # none | linear | llama3
   factor: float = 1.0
   low: float = 1.0  # turns within `original` positions
@@ -19,7 +20,8 @@ class RopeScaling(NamedTuple):
 
 
 def rotary_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling = RopeScaling()) -> Array:
+  head_dim: int, theta: float, scaling: RopeScaling = RopeScaling()
+) -> Array:
   """Returns the angle that each pair turns by per position.
 
   f_i = theta^(-2i / head_dim). `linear` divides all of them by the factor
@@ -38,7 +40,7 @@ def rotary_frequencies(
     float32[head_dim / 2], radians per position.
   """
   half = head_dim // 2
-  frequencies = theta**(-jnp.arange(half, dtype=jnp.float32) / half)
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling.kind == 'none':
     return frequencies
   stretched = frequencies / scaling.factor
@@ -50,10 +52,11 @@ def rotary_frequencies(
 
 
 def rotary_table(
-    positions: Array,
-    head_dim: int,
-    theta: float,
-    scaling: RopeScaling = RopeScaling()) -> tuple[Array, Array]:
+  positions: Array,
+  head_dim: int,
+  theta: float,
+  scaling: RopeScaling = RopeScaling(),
+) -> tuple[Array, Array]:
   """Returns (cos, signed sin) of the rotary angles, [..., L, 1, head_dim].
 
   Angles are float32 whatever the model is: bfloat16 cannot tell positions
@@ -71,7 +74,8 @@ def rotary_table(
   # Behind the barrier the table is computed once; else XLA computes sines
   # again for every element of every layer's queries and keys.
   return jax.lax.optimization_barrier(
-      (jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)))
+    (jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1))
+  )
 
 
 def rotate(x: Array, table: tuple[Array, Array]) -> Array:
@@ -92,9 +96,9 @@ def rotate(x: Array, table: tuple[Array, Array]) -> Array:
   # Equal to the bit. Slices and concatenations keep XLA's CPU backend from
   # vectorising what is around them; a GPU would multiply for longer than the
   # rest of a layer's elementwise work takes.
-  other = jax.lax.platform_dependent(wide,
-                                     cpu=_swap_by_product,
-                                     default=_swap_by_slices)
+  other = jax.lax.platform_dependent(
+    wide, cpu=_swap_by_product, default=_swap_by_slices
+  )
   return (wide * cos + other * sin).astype(x.dtype)
 
 

@@ -6,8 +6,8 @@ entries hold. A group of which one sample of several is known has nothing to
 compare it with: 0. A group that has one sample keeps its reward.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Callable
 
 import chex
 import jax
@@ -17,11 +17,13 @@ from rlax_llm.ops import masking
 from rlax_llm.types import Array
 
 
-def group(rewards: Array,
-          known: Array | None = None,
-          *,
-          epsilon: float = 1e-6,
-          ddof: int = 1) -> Array:
+def group(
+  rewards: Array,
+  known: Array | None = None,
+  *,
+  epsilon: float = 1e-6,
+  ddof: int = 1,
+) -> Array:
   """Returns (R - mean) / (std + epsilon).
 
   GRPO, "DeepSeekMath", https://arxiv.org/abs/2402.03300. A group of one keeps
@@ -87,9 +89,9 @@ def leave_one_out(rewards: Array, known: Array | None = None) -> Array:
   return centred * (samples / jnp.maximum(samples - 1, 1))
 
 
-def length_weighted(rewards: Array,
-                    lengths: Array,
-                    known: Array | None = None) -> Array:
+def length_weighted(
+  rewards: Array, lengths: Array, known: Array | None = None
+) -> Array:
   """Returns R - sum(L R) / sum(L).
 
   OPO, "On-Policy RL with Optimal Reward Baseline",
@@ -114,11 +116,13 @@ def length_weighted(rewards: Array,
   return masking.select_known(known, jnp.where(signal, centred, 0.0))
 
 
-def best_minus_second(rewards: Array,
-                      known: Array | None = None,
-                      *,
-                      scaled: bool = True,
-                      epsilon: float = 1e-6) -> Array:
+def best_minus_second(
+  rewards: Array,
+  known: Array | None = None,
+  *,
+  scaled: bool = True,
+  epsilon: float = 1e-6,
+) -> Array:
   """Returns (R_best - R_second) / (std + epsilon) for the best, 0 for others.
 
   "Optimizing Language Models for Inference Time Objectives using
@@ -150,12 +154,14 @@ def best_minus_second(rewards: Array,
   return jnp.where(best, lead, 0.0)
 
 
-def hardness_weighted(rewards: Array,
-                      correctness: Array,
-                      known: Array | None = None,
-                      *,
-                      slope: float = -0.256,
-                      offset: float = 1.256) -> Array:
+def hardness_weighted(
+  rewards: Array,
+  correctness: Array,
+  known: Array | None = None,
+  *,
+  slope: float = -0.256,
+  offset: float = 1.256,
+) -> Array:
   """Returns (R - mean) D, D = slope * mean(C) + offset.
 
   Hard prompts weigh more: the
@@ -170,17 +176,22 @@ def hardness_weighted(rewards: Array,
     slope: static.
     offset: static.
   """
-  mean = jnp.mean(correctness) if known is None else masking.masked_mean(
-      known, correctness)
+  mean = (
+    jnp.mean(correctness)
+    if known is None
+    else masking.masked_mean(known, correctness)
+  )
   return group_centred(rewards, known) * (slope * mean + offset)
 
 
-def reward_decoupled(rewards: Array,
-                     weights: Array,
-                     known: Array | None = None,
-                     *,
-                     epsilon: float = 1e-6,
-                     ddof: int = 1) -> Array:
+def reward_decoupled(
+  rewards: Array,
+  weights: Array,
+  known: Array | None = None,
+  *,
+  epsilon: float = 1e-6,
+  ddof: int = 1,
+) -> Array:
   """Returns sum_k weight_k group(R_k): each reward normalised by itself.
 
   Summed first, the reward of the largest spread would rule the group. GDPO,
@@ -206,7 +217,7 @@ def reward_decoupled(rewards: Array,
 
 # (rewards float[G], known bool[G] or None) -> float[G].
 ADVANTAGES: dict[str, Callable[[Array, Array | None], Array]] = {
-    'group': group,
-    'group_centred': group_centred,
-    'leave_one_out': leave_one_out,
+  'group': group,
+  'group_centred': group_centred,
+  'leave_one_out': leave_one_out,
 }

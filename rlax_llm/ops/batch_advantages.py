@@ -37,11 +37,13 @@ def whiten(advantages: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
   return centred / jnp.sqrt(variance + epsilon)
 
 
-def whitened_by_length(rewards: Array,
-                       lengths: Array,
-                       known: Array | None = None,
-                       *,
-                       epsilon: float = 1e-8) -> Array:
+def whitened_by_length(
+  rewards: Array,
+  lengths: Array,
+  known: Array | None = None,
+  *,
+  epsilon: float = 1e-8,
+) -> Array:
   """Returns `whiten` over all tokens, where a sample's tokens share its reward.
 
   (R - mean) / sqrt(var + epsilon) with samples weighted by their lengths, and
@@ -64,14 +66,13 @@ def whitened_by_length(rewards: Array,
   # Rounding of the mean must not give equal rewards a signal.
   signal = masking.spread(rewards, known) > 0
   return masking.select_known(
-      known, jnp.where(signal, centred * jax.lax.rsqrt(variance + epsilon),
-                       0.0))
+    known, jnp.where(signal, centred * jax.lax.rsqrt(variance + epsilon), 0.0)
+  )
 
 
-def batch_normalised(advantages: Array,
-                     mask: Array | None = None,
-                     *,
-                     epsilon: float = 1e-4) -> Array:
+def batch_normalised(
+  advantages: Array, mask: Array | None = None, *, epsilon: float = 1e-4
+) -> Array:
   """Returns (A - mean) / (std + epsilon) over samples, ddof = 1.
 
   The last step of GDPO, https://arxiv.org/abs/2601.05242, as TRL takes it.
@@ -93,11 +94,13 @@ def batch_normalised(advantages: Array,
   return centred / (jnp.sqrt(variance) + epsilon)
 
 
-def batch_scaled(centred: Array,
-                 rewards: Array,
-                 known: Array | None = None,
-                 *,
-                 epsilon: float = 1e-4) -> Array:
+def batch_scaled(
+  centred: Array,
+  rewards: Array,
+  known: Array | None = None,
+  *,
+  epsilon: float = 1e-4,
+) -> Array:
   """Returns centred / (std(all rewards) + epsilon), ddof = 1.
 
   The group gives the baseline and the batch the scale, so that very easy and
@@ -114,9 +117,9 @@ def batch_scaled(centred: Array,
   return centred / (masking.deviation(rewards, known) + epsilon)
 
 
-def signal_scaled(centred: Array,
-                  correctness: Array,
-                  known: Array | None = None) -> Array:
+def signal_scaled(
+  centred: Array, correctness: Array, known: Array | None = None
+) -> Array:
   """Returns centred * (samples / samples of nonzero correctness).
 
   "GPG: A Simple and Strong Reinforcement Learning Baseline for Model
@@ -133,11 +136,13 @@ def signal_scaled(centred: Array,
   return centred * (samples / jnp.maximum(jnp.count_nonzero(correctness), 1))
 
 
-def reinforce_plus_plus(rewards: Array,
-                        mask: Array,
-                        *,
-                        discount: float = 1.0,
-                        segments: Array | None = None) -> Array:
+def reinforce_plus_plus(
+  rewards: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  segments: Array | None = None,
+) -> Array:
   """Returns the whitened return-to-go of every token; groups play no part.
 
   REINFORCE++, https://arxiv.org/abs/2501.03262: dividing by a group's own
@@ -151,19 +156,20 @@ def reinforce_plus_plus(rewards: Array,
     discount: static.
     segments: int[..., L] as in `Batch`; None: a row is one sample.
   """
-  returns = values.returns_to_go(rewards,
-                                 mask,
-                                 discount=discount,
-                                 segments=segments)
+  returns = values.returns_to_go(
+    rewards, mask, discount=discount, segments=segments
+  )
   return whiten(returns, mask)
 
 
-def turn_advantages(rewards: Array,
-                    active: Array,
-                    multiplier: Array,
-                    *,
-                    largest: float = 3.0,
-                    least_std: float = 1e-6) -> Array:
+def turn_advantages(
+  rewards: Array,
+  active: Array,
+  multiplier: Array,
+  *,
+  largest: float = 3.0,
+  least_std: float = 1e-6,
+) -> Array:
   """Returns the advantages of one turn of a sequential multi-turn update.
 
   SeeUPO, https://arxiv.org/abs/2602.06554: turns are updated last to first.
@@ -193,12 +199,14 @@ def turn_advantages(rewards: Array,
   return jnp.clip(scores, -largest, largest) * multiplier
 
 
-def turn_multiplier(multiplier: Array,
-                    log_ratios: Array,
-                    active: Array,
-                    *,
-                    low: float = 0.8,
-                    high: float = 1.2) -> Array:
+def turn_multiplier(
+  multiplier: Array,
+  log_ratios: Array,
+  active: Array,
+  *,
+  low: float = 0.8,
+  high: float = 1.2,
+) -> Array:
   """Returns clip(M clip(exp(log_ratio), low, high), low, high).
 
   SeeUPO, https://arxiv.org/abs/2602.06554.

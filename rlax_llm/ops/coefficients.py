@@ -5,8 +5,14 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 
 
-def adapted_kl_coefficient(coefficient: Array, divergence: Array, *,
-                           target: float, samples: int, horizon: int) -> Array:
+def adapted_kl_coefficient(
+  coefficient: Array,
+  divergence: Array,
+  *,
+  target: float,
+  samples: int,
+  horizon: int,
+) -> Array:
   """Returns beta (1 + clip(KL / target - 1, -0.2, 0.2) samples / horizon).
 
   "Fine-Tuning Language Models from Human Preferences",
@@ -23,11 +29,13 @@ def adapted_kl_coefficient(coefficient: Array, divergence: Array, *,
   return coefficient * (1 + error * samples / horizon)
 
 
-def adapted_entropy_coefficient(coefficient: Array,
-                                entropy: Array,
-                                *,
-                                target: float = 0.2,
-                                delta: float = 0.005) -> Array:
+def adapted_entropy_coefficient(
+  coefficient: Array,
+  entropy: Array,
+  *,
+  target: float = 0.2,
+  delta: float = 0.005,
+) -> Array:
   """Returns the coefficient moved by delta towards the target, in [0, 1].
 
   "Skywork Open Reasoner 1", https://arxiv.org/abs/2505.22312.

@@ -48,8 +48,9 @@ def _value(logprobs: Array, samples: int) -> Array:
     return -logprobs
   # 1 - (1 - p)^N by way of log1p for p where 1 - p would round.
   p = jnp.exp(logprobs)
-  log_miss = jnp.where(p < _SMALL, jnp.log1p(-jnp.minimum(p, _SMALL)),
-                       _log_miss(logprobs))
+  log_miss = jnp.where(
+    p < _SMALL, jnp.log1p(-jnp.minimum(p, _SMALL)), _log_miss(logprobs)
+  )
   all_miss = samples * log_miss
   hit = -jnp.expm1(all_miss)
   # Nearly sure: -log(1 - x) with x = (1 - p)^N. Nearly impossible: the first

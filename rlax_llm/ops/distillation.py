@@ -9,13 +9,15 @@ from rlax_llm.ops import values
 from rlax_llm.types import Array
 
 
-def distillation_advantages(sampled_logprobs: Array,
-                            teacher_logprobs: Array,
-                            mask: Array,
-                            *,
-                            coefficient: float = 1.0,
-                            discount: float = 0.0,
-                            segments: Array | None = None) -> Array:
+def distillation_advantages(
+  sampled_logprobs: Array,
+  teacher_logprobs: Array,
+  mask: Array,
+  *,
+  coefficient: float = 1.0,
+  discount: float = 0.0,
+  segments: Array | None = None,
+) -> Array:
   """Returns -coefficient (log pi_sampled - log pi_teacher), by token.
 
   On-policy distillation, "On-Policy Distillation of Language Models",
@@ -42,8 +44,13 @@ def distillation_advantages(sampled_logprobs: Array,
   return values.returns_to_go(gain, mask, discount=discount, segments=segments)
 
 
-def centred_kl_advantages(sampled_logprobs: Array, reference_logprobs: Array,
-                          mask: Array, *, coefficient: float) -> Array:
+def centred_kl_advantages(
+  sampled_logprobs: Array,
+  reference_logprobs: Array,
+  mask: Array,
+  *,
+  coefficient: float,
+) -> Array:
   """Returns coefficient (mean(d) - d), d = log pi_sampled - log pi_ref.
 
   A penalty on KL(policy || reference) to add to advantages; the mean over the
@@ -65,8 +72,9 @@ def centred_kl_advantages(sampled_logprobs: Array, reference_logprobs: Array,
   return coefficient * masking.select_masked(mask, centred)
 
 
-def generalised_jensen_shannon(student_logits: Array, teacher_logits: Array, *,
-                               beta: float) -> Array:
+def generalised_jensen_shannon(
+  student_logits: Array, teacher_logits: Array, *, beta: float
+) -> Array:
   """Returns beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1-beta) S.
 
   GKD, https://arxiv.org/abs/2306.13649. beta = 0 means KL(T || S) and 1 means

@@ -4,7 +4,7 @@ With d = log pi - log pi_ref at a token sampled from pi. John Schulman,
 "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,10 +66,10 @@ def k3_ratio_weighted(logprobs: Array, reference_logprobs: Array) -> Array:
 
 
 DIVERGENCES: dict[str, Callable[[Array, Array], Array]] = {
-    'k1': k1,
-    'k2': k2,
-    'k3': k3,
-    'absolute': absolute,
-    'k3_straight_through': k3_straight_through,
-    'k3_ratio_weighted': k3_ratio_weighted,
+  'k1': k1,
+  'k2': k2,
+  'k3': k3,
+  'absolute': absolute,
+  'k3_straight_through': k3_straight_through,
+  'k3_ratio_weighted': k3_ratio_weighted,
 }

@@ -26,7 +26,7 @@ Branching = tuple[int, ...]
 
 def width(branching: Branching) -> int:
   """Returns W, the nodes of a tree with its root."""
-  return 1 + sum(math.prod(branching[:d + 1]) for d in range(len(branching)))
+  return 1 + sum(math.prod(branching[: d + 1]) for d in range(len(branching)))
 
 
 def _layout(branching: Branching) -> np.ndarray:
@@ -35,9 +35,9 @@ def _layout(branching: Branching) -> np.ndarray:
   level = [0]
   for depth, children in enumerate(branching):
     first = len(nodes)
-    nodes += [(parent, rank, depth + 1)
-              for parent in level
-              for rank in range(children)]
+    nodes += [
+      (parent, rank, depth + 1) for parent in level for rank in range(children)
+    ]
     level = list(range(first, len(nodes)))
   return np.asarray(nodes, np.int32).T
 
@@ -53,8 +53,9 @@ def plant(root: Array, branching: Branching) -> DraftTree:
   return DraftTree(jnp.full(parents.shape, root, jnp.int32), parents)
 
 
-def _set_level(tree: DraftTree, tokens: Array, depth: Array,
-               branching: Branching) -> DraftTree:
+def _set_level(
+  tree: DraftTree, tokens: Array, depth: Array, branching: Branching
+) -> DraftTree:
   """Sets the tokens of depth + 1; only a first twin keeps its children."""
   parent, _, at = _layout(branching)
   tree = tree.replace(tokens=jnp.where(at == depth + 1, tokens, tree.tokens))
@@ -62,8 +63,9 @@ def _set_level(tree: DraftTree, tokens: Array, depth: Array,
   return tree.replace(parents=jnp.where(at == depth + 2, first, tree.parents))
 
 
-def grow_best(tree: DraftTree, scores: Array, depth: Array, *,
-              branching: Branching) -> DraftTree:
+def grow_best(
+  tree: DraftTree, scores: Array, depth: Array, *, branching: Branching
+) -> DraftTree:
   """Grows the next level: the children of a node are its best tokens in turn.
 
   A draft that depends on more than the past, as this one may, can be verified
@@ -81,12 +83,20 @@ def grow_best(tree: DraftTree, scores: Array, depth: Array, *,
   """
   _, rank, _ = _layout(branching)
   _, best = jax.lax.top_k(scores, max(branching, default=1))
-  return _set_level(tree, best[jnp.maximum(tree.parents, 0), rank], depth,
-                    branching)
+  return _set_level(
+    tree, best[jnp.maximum(tree.parents, 0), rank], depth, branching
+  )
 
 
-def grow_race(tree: DraftTree, law: Array, key: Array, position: Array,
-              depth: Array, *, branching: Branching) -> DraftTree:
+def grow_race(
+  tree: DraftTree,
+  law: Array,
+  key: Array,
+  position: Array,
+  depth: Array,
+  *,
+  branching: Branching,
+) -> DraftTree:
   """Grows the next level by the race that the target will run.
 
   The children of a node are the first arrivals in argmin_v(E_v / q_v), with
@@ -108,14 +118,20 @@ def grow_race(tree: DraftTree, law: Array, key: Array, position: Array,
     The tree with tokens down to `depth` + 1.
   """
   race = jax.vmap(sampling.race_scores, (None, None, 0))
-  return grow_best(tree,
-                   -race(key, position + depth, law),
-                   depth,
-                   branching=branching)
+  return grow_best(
+    tree, -race(key, position + depth, law), depth, branching=branching
+  )
 
 
-def grow_independent(tree: DraftTree, law: Array, key: Array, position: Array,
-                     depth: Array, *, branching: Branching) -> DraftTree:
+def grow_independent(
+  tree: DraftTree,
+  law: Array,
+  key: Array,
+  position: Array,
+  depth: Array,
+  *,
+  branching: Branching,
+) -> DraftTree:
   """Grows the next level: every token is a draw of q, with its own noise.
 
   What multi-round and traversal verification ask for. Siblings may be twins;

@@ -12,10 +12,9 @@ from rlax_llm.ops import masking
 from rlax_llm.types import Array
 
 
-def targeted_entropy_penalty(mean_entropy: Array,
-                             *,
-                             target: float = 0.55,
-                             coefficient: float = 1e-3) -> Array:
+def targeted_entropy_penalty(
+  mean_entropy: Array, *, target: float = 0.55, coefficient: float = 1e-3
+) -> Array:
   """Returns coefficient * |H - target|: a pull towards an entropy.
 
   Targeted entropy regularisation of "Confucius3-Math",
@@ -54,15 +53,17 @@ def top_entropy_mask(entropy: Array, mask: Array, *, fraction: float) -> Array:
   return mask & (masking.select_masked(mask, entropy) >= least)
 
 
-def shaped_advantages(advantages: Array,
-                      entropy: Array,
-                      confidence: Array,
-                      mask: Array,
-                      *,
-                      entropy_weight: float = 1.0,
-                      confidence_weight: float = 1.0,
-                      largest: float = 2.0,
-                      strength: float = 0.1) -> Array:
+def shaped_advantages(
+  advantages: Array,
+  entropy: Array,
+  confidence: Array,
+  mask: Array,
+  *,
+  entropy_weight: float = 1.0,
+  confidence_weight: float = 1.0,
+  largest: float = 2.0,
+  strength: float = 0.1,
+) -> Array:
   """Returns A (1 + strength S): uncertain tokens are credited more.
 
   S = clip(a z(H) + b z(1 - C), +-largest), z whitening over the batch's
@@ -83,17 +84,20 @@ def shaped_advantages(advantages: Array,
     float[...], constant, 0 where the mask is False.
   """
   chex.assert_equal_shape([advantages, entropy, confidence, mask])
-  score = (entropy_weight * batch_advantages.whiten(entropy, mask) +
-           confidence_weight * batch_advantages.whiten(1 - confidence, mask))
+  score = entropy_weight * batch_advantages.whiten(
+    entropy, mask
+  ) + confidence_weight * batch_advantages.whiten(1 - confidence, mask)
   score = jax.lax.stop_gradient(jnp.clip(score, -largest, largest))
   return masking.select_masked(mask, advantages * (1 + strength * score))
 
 
-def tail_confidence(confidence: Array,
-                    mask: Array,
-                    *,
-                    window: int = 16,
-                    segments: Array | None = None) -> Array:
+def tail_confidence(
+  confidence: Array,
+  mask: Array,
+  *,
+  window: int = 16,
+  segments: Array | None = None,
+) -> Array:
   """Returns at each position the mean over its sample's last tokens.
 
   Args:
@@ -106,11 +110,9 @@ def tail_confidence(confidence: Array,
   return masking.sample_mean(tail, confidence, segments)
 
 
-def confidence_clip(tail: Array,
-                    *,
-                    least: float = 0.05,
-                    most: float = 0.2,
-                    steepness: float = 4.0) -> Array:
+def confidence_clip(
+  tail: Array, *, least: float = 0.05, most: float = 0.2, steepness: float = 4.0
+) -> Array:
   """Returns least + (most - least) sigmoid(steepness (1 - tail)).
 
   ECHO's clip range, https://arxiv.org/abs/2602.02150, for both sides of

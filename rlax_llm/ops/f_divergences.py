@@ -8,7 +8,7 @@ https://arxiv.org/abs/2509.07430. The samples carry their stored
 log-probabilities: no reference model runs.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import chex
 import jax
@@ -53,10 +53,9 @@ def jensen_shannon(logprobs: Array, reference_logprobs: Array) -> Array:
   return u * gap - (u + 1) * (jax.nn.softplus(gap) - jnp.log(2.0))
 
 
-def alpha_divergence(logprobs: Array,
-                     reference_logprobs: Array,
-                     *,
-                     alpha: float = 0.2) -> Array:
+def alpha_divergence(
+  logprobs: Array, reference_logprobs: Array, *, alpha: float = 0.2
+) -> Array:
   """Returns (u^(1 - a) - (1 - a) u - a) / (a (a - 1)).
 
   Between the two Kullback-Leibler divergences: a -> 1 gives forward_kl, a -> 0
@@ -74,7 +73,7 @@ def alpha_divergence(logprobs: Array,
 
 
 F_DIVERGENCES: dict[str, Callable[[Array, Array], Array]] = {
-    'forward_kl': forward_kl,
-    'jensen_shannon': jensen_shannon,
-    'alpha': alpha_divergence,
+  'forward_kl': forward_kl,
+  'jensen_shannon': jensen_shannon,
+  'alpha': alpha_divergence,
 }

@@ -27,12 +27,14 @@ def _known(name: str, value: str, choices: tuple[str, ...]) -> None:
     raise ValueError(f'{name} {value!r} is none of {", ".join(choices)}')
 
 
-def importance_weights(old_logprobs: Array,
-                       behaviour_logprobs: Array,
-                       mask: Array,
-                       *,
-                       level: str,
-                       segments: Array | None = None) -> Array:
+def importance_weights(
+  old_logprobs: Array,
+  behaviour_logprobs: Array,
+  mask: Array,
+  *,
+  level: str,
+  segments: Array | None = None,
+) -> Array:
   """Returns pi_old / pi_behaviour by token, unbounded but for exp(+-20).
 
     token      of the token: biased, of low variance
@@ -93,11 +95,9 @@ def zero_outside(weights: Array, *, lower: float, upper: float) -> Array:
   return jnp.where(inside, weights, 0.0)
 
 
-def normalise(weights: Array,
-              mask: Array,
-              *,
-              level: str,
-              segments: Array | None = None) -> Array:
+def normalise(
+  weights: Array, mask: Array, *, level: str, segments: Array | None = None
+) -> Array:
   """Returns the weights divided by their mean over the batch.
 
   So that truncation does not shrink the step. The mean is over tokens, or
@@ -126,19 +126,22 @@ def normalise(weights: Array,
 
 class Rejection(NamedTuple):
   """Which tokens are trained on, and what decided it."""
+
   keep: Array  # bool[..., L]
   statistic: Array  # float[..., L], nats
 
 
-def reject(old_logprobs: Array,
-           behaviour_logprobs: Array,
-           mask: Array,
-           *,
-           statistic: str,
-           over: str,
-           upper: float,
-           lower: float | None = None,
-           segments: Array | None = None) -> Rejection:
+def reject(
+  old_logprobs: Array,
+  behaviour_logprobs: Array,
+  mask: Array,
+  *,
+  statistic: str,
+  over: str,
+  upper: float,
+  lower: float | None = None,
+  segments: Array | None = None,
+) -> Rejection:
   """Drops tokens, or whole samples, whose policies disagree too much.
 
   The statistic estimates KL(behaviour || old): with d = log pi_old - log
@@ -164,8 +167,9 @@ def reject(old_logprobs: Array,
   _known('statistic', statistic, STATISTICS)
   _known('over', over, OVER)
   if lower is not None and statistic != 'k1':
-    raise ValueError(f'lower={lower} bounds k1 only; {statistic} is at least '
-                     '0: remove it')
+    raise ValueError(
+      f'lower={lower} bounds k1 only; {statistic} is at least 0: remove it'
+    )
   old = masking.select_masked(mask, old_logprobs)
   behaviour = masking.select_masked(mask, behaviour_logprobs)
   value = divergences.DIVERGENCES[statistic](behaviour, old)
@@ -184,13 +188,15 @@ def reject(old_logprobs: Array,
   return Rejection(mask & keep, value)
 
 
-def reject_stale_failures(logprobs: Array,
-                          behaviour_logprobs: Array,
-                          advantages: Array,
-                          mask: Array,
-                          *,
-                          largest_gap: float,
-                          segments: Array | None = None) -> Array:
+def reject_stale_failures(
+  logprobs: Array,
+  behaviour_logprobs: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  largest_gap: float,
+  segments: Array | None = None,
+) -> Array:
   """Keeps samples with A >= 0, and others near the policy that sampled them.
 
   Off-policy sequence masking: a bad sample is kept while mean_t(log
@@ -213,8 +219,12 @@ def reject_stale_failures(logprobs: Array,
   return mask & (good | (gap <= largest_gap))
 
 
-def interpolated_logprobs(logprobs: Array, behaviour_logprobs: Array,
-                          version: Array, behaviour_version: Array) -> Array:
+def interpolated_logprobs(
+  logprobs: Array,
+  behaviour_logprobs: Array,
+  version: Array,
+  behaviour_version: Array,
+) -> Array:
   """Returns an estimate of log pi_prox without the pass that computes it.
 
   log pi_behav + a (log pi - log pi_behav), a = (v - 1 - v_behav) / (v -
@@ -233,8 +243,9 @@ def interpolated_logprobs(logprobs: Array, behaviour_logprobs: Array,
   return behaviour_logprobs + share * (now - behaviour_logprobs)
 
 
-def effective_sample_ratio(log_weights: Array,
-                           mask: Array | None = None) -> Array:
+def effective_sample_ratio(
+  log_weights: Array, mask: Array | None = None
+) -> Array:
   """Returns (sum w)^2 / (n sum w^2), in (0, 1]: 1 if all weights are equal.
 
   The share of the n samples that is left after importance weighting, from
@@ -260,6 +271,7 @@ def effective_sample_ratio(log_weights: Array,
 
 class Mismatch(NamedTuple):
   """How far the sampler's law is from the trainer's. All float[]."""
+
   k1_mean: Array  # nats, of KL(behaviour || old), by token
   k3_mean: Array  # nats
   token_effective_ratio: Array
@@ -267,11 +279,13 @@ class Mismatch(NamedTuple):
   probability_gap_max: Array
 
 
-def mismatch(old_logprobs: Array,
-             behaviour_logprobs: Array,
-             mask: Array,
-             *,
-             segments: Array | None = None) -> Mismatch:
+def mismatch(
+  old_logprobs: Array,
+  behaviour_logprobs: Array,
+  mask: Array,
+  *,
+  segments: Array | None = None,
+) -> Mismatch:
   """Returns what to watch when the sampler is not the trainer.
 
   Args:
@@ -285,11 +299,12 @@ def mismatch(old_logprobs: Array,
   last = masking.tokens_left(mask, segments) == 1
   gap = old - behaviour
   apart = jnp.abs(jnp.exp(old) - jnp.exp(behaviour))
-  return Mismatch(k1_mean=masking.masked_mean(mask, -gap),
-                  k3_mean=masking.masked_mean(mask,
-                                              divergences.k3(behaviour, old)),
-                  token_effective_ratio=effective_sample_ratio(gap, mask),
-                  sequence_effective_ratio=effective_sample_ratio(
-                      masking.sample_sum(mask, gap, segments), last),
-                  probability_gap_max=jnp.max(masking.select_masked(
-                      mask, apart)))
+  return Mismatch(
+    k1_mean=masking.masked_mean(mask, -gap),
+    k3_mean=masking.masked_mean(mask, divergences.k3(behaviour, old)),
+    token_effective_ratio=effective_sample_ratio(gap, mask),
+    sequence_effective_ratio=effective_sample_ratio(
+      masking.sample_sum(mask, gap, segments), last
+    ),
+    probability_gap_max=jnp.max(masking.select_masked(mask, apart)),
+  )

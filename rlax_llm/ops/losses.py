@@ -22,6 +22,7 @@ _LARGEST_MEAN_LOG_RATIO = 10.0
 
 class TokenLoss(NamedTuple):
   """A loss and what it did, by token."""
+
   loss: Array  # float[...]
   ratio: Array  # float[...], pi / pi_old
   clipped: Array  # bool[...]: the clip was active
@@ -30,12 +31,17 @@ class TokenLoss(NamedTuple):
 def importance_ratio(logprobs: Array, old_logprobs: Array) -> Array:
   """Returns exp(logprobs - old_logprobs), clamped to exp(+-20)."""
   return jnp.exp(
-      jnp.clip(logprobs - old_logprobs, -_LARGEST_LOG_RATIO,
-               _LARGEST_LOG_RATIO))
+    jnp.clip(logprobs - old_logprobs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+  )
 
 
-def _clip_ratio(ratio: Array, advantages: Array, clip_low: Array | float,
-                clip_high: Array | float, dual_clip: float | None) -> TokenLoss:
+def _clip_ratio(
+  ratio: Array,
+  advantages: Array,
+  clip_low: Array | float,
+  clip_high: Array | float,
+  dual_clip: float | None,
+) -> TokenLoss:
   clipped_ratio = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
   free, held = ratio * advantages, clipped_ratio * advantages
   loss, clipped = -jnp.minimum(free, held), held < free
@@ -47,13 +53,15 @@ def _clip_ratio(ratio: Array, advantages: Array, clip_low: Array | float,
   return TokenLoss(loss, ratio, clipped)
 
 
-def clipped_surrogate(logprobs: Array,
-                      old_logprobs: Array,
-                      advantages: Array,
-                      *,
-                      clip_low: Array | float,
-                      clip_high: Array | float,
-                      dual_clip: float | None = None) -> TokenLoss:
+def clipped_surrogate(
+  logprobs: Array,
+  old_logprobs: Array,
+  advantages: Array,
+  *,
+  clip_low: Array | float,
+  clip_high: Array | float,
+  dual_clip: float | None = None,
+) -> TokenLoss:
   """Returns -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
   PPO, https://arxiv.org/abs/1707.06347; clip_high > clip_low is DAPO's
@@ -70,18 +78,25 @@ def clipped_surrogate(logprobs: Array,
     dual_clip: c > 1, static; None leaves the loss unbounded.
   """
   chex.assert_equal_shape([logprobs, old_logprobs, advantages])
-  return _clip_ratio(importance_ratio(logprobs, old_logprobs), advantages,
-                     clip_low, clip_high, dual_clip)
+  return _clip_ratio(
+    importance_ratio(logprobs, old_logprobs),
+    advantages,
+    clip_low,
+    clip_high,
+    dual_clip,
+  )
 
 
-def sequence_clipped_surrogate(logprobs: Array,
-                               old_logprobs: Array,
-                               advantages: Array,
-                               mask: Array,
-                               *,
-                               clip_low: float,
-                               clip_high: float,
-                               segments: Array | None = None) -> TokenLoss:
+def sequence_clipped_surrogate(
+  logprobs: Array,
+  old_logprobs: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  clip_low: float,
+  clip_high: float,
+  segments: Array | None = None,
+) -> TokenLoss:
   """Returns the clipped surrogate of the sequence's geometric-mean ratio.
 
   GSPO, "Group Sequence Policy Optimization",
@@ -109,8 +124,9 @@ def sequence_clipped_surrogate(logprobs: Array,
   return _clip_ratio(ratio, advantages, clip_low, clip_high, None)
 
 
-def surrogate(logprobs: Array, old_logprobs: Array,
-              advantages: Array) -> TokenLoss:
+def surrogate(
+  logprobs: Array, old_logprobs: Array, advantages: Array
+) -> TokenLoss:
   """Returns -r A: the importance-weighted objective, without a clip.
 
   Args:
@@ -123,8 +139,9 @@ def surrogate(logprobs: Array, old_logprobs: Array,
   return TokenLoss(-ratio * advantages, ratio, jnp.zeros(ratio.shape, bool))
 
 
-def reinforce(logprobs: Array, old_logprobs: Array,
-              advantages: Array) -> TokenLoss:
+def reinforce(
+  logprobs: Array, old_logprobs: Array, advantages: Array
+) -> TokenLoss:
   """Returns -sg(r) A log pi: the policy gradient, importance weighted.
 
   On-policy r is 1 and this is REINFORCE,
@@ -139,12 +156,14 @@ def reinforce(logprobs: Array, old_logprobs: Array,
   return truncated_reinforce(logprobs, old_logprobs, advantages)
 
 
-def truncated_reinforce(logprobs: Array,
-                        old_logprobs: Array,
-                        advantages: Array,
-                        *,
-                        ratio_low: float | None = None,
-                        ratio_high: float | None = None) -> TokenLoss:
+def truncated_reinforce(
+  logprobs: Array,
+  old_logprobs: Array,
+  advantages: Array,
+  *,
+  ratio_low: float | None = None,
+  ratio_high: float | None = None,
+) -> TokenLoss:
   """Returns -sg(clip(r, ratio_low, ratio_high)) A log pi.
 
   CISPO, "MiniMax-M1", https://arxiv.org/abs/2506.13585: the weight is clipped
@@ -175,9 +194,15 @@ def weighted(token: TokenLoss, weights: Array) -> TokenLoss:
   return token._replace(loss=jax.lax.stop_gradient(weights) * token.loss)
 
 
-def decoupled_surrogate(logprobs: Array, proximal_logprobs: Array,
-                        behaviour_logprobs: Array, advantages: Array, *,
-                        clip_low: float, clip_high: float) -> TokenLoss:
+def decoupled_surrogate(
+  logprobs: Array,
+  proximal_logprobs: Array,
+  behaviour_logprobs: Array,
+  advantages: Array,
+  *,
+  clip_low: float,
+  clip_high: float,
+) -> TokenLoss:
   """Returns sg(pi_prox / pi_behav) times the surrogate clipped around pi_prox.
 
   Decoupled PPO: the trust region is around the proximal policy, the measure
@@ -195,17 +220,21 @@ def decoupled_surrogate(logprobs: Array, proximal_logprobs: Array,
     clip_low: static.
     clip_high: static.
   """
-  token = clipped_surrogate(logprobs,
-                            proximal_logprobs,
-                            advantages,
-                            clip_low=clip_low,
-                            clip_high=clip_high)
-  return weighted(token, importance_ratio(proximal_logprobs,
-                                          behaviour_logprobs))
+  token = clipped_surrogate(
+    logprobs,
+    proximal_logprobs,
+    advantages,
+    clip_low=clip_low,
+    clip_high=clip_high,
+  )
+  return weighted(
+    token, importance_ratio(proximal_logprobs, behaviour_logprobs)
+  )
 
 
-def quadratic_regularised(logprobs: Array, old_logprobs: Array,
-                          advantages: Array, *, beta: float) -> TokenLoss:
+def quadratic_regularised(
+  logprobs: Array, old_logprobs: Array, advantages: Array, *, beta: float
+) -> TokenLoss:
   """Returns -(A log pi - beta / 2 (log pi - log pi_old)^2).
 
   DRO, "Offline Regularised Reinforcement Learning",
@@ -220,16 +249,19 @@ def quadratic_regularised(logprobs: Array, old_logprobs: Array,
   chex.assert_equal_shape([logprobs, old_logprobs, advantages])
   ratio = importance_ratio(logprobs, old_logprobs)
   penalty = beta / 2 * jnp.square(logprobs - old_logprobs)
-  return TokenLoss(penalty - advantages * logprobs, ratio,
-                   jnp.zeros(ratio.shape, bool))
+  return TokenLoss(
+    penalty - advantages * logprobs, ratio, jnp.zeros(ratio.shape, bool)
+  )
 
 
-def soft_gated_surrogate(logprobs: Array,
-                         old_logprobs: Array,
-                         advantages: Array,
-                         *,
-                         temperature_positive: float = 1.0,
-                         temperature_negative: float = 1.05) -> TokenLoss:
+def soft_gated_surrogate(
+  logprobs: Array,
+  old_logprobs: Array,
+  advantages: Array,
+  *,
+  temperature_positive: float = 1.0,
+  temperature_negative: float = 1.05,
+) -> TokenLoss:
   """Returns -(4 / tau) sigmoid(tau (r - 1)) A.
 
   SAPO, "Soft Adaptive Policy Optimization",
@@ -252,5 +284,6 @@ def soft_gated_surrogate(logprobs: Array,
 
 def negative_log_likelihood(logprobs: Array) -> TokenLoss:
   """Returns -log pi: supervised learning as a loss of the same kind."""
-  return TokenLoss(-logprobs, jnp.ones_like(logprobs),
-                   jnp.zeros(logprobs.shape, bool))
+  return TokenLoss(
+    -logprobs, jnp.ones_like(logprobs), jnp.zeros(logprobs.shape, bool)
+  )

@@ -1,6 +1,6 @@
 """Masks from lengths, and named reductions with global denominators."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import chex
 import jax
@@ -66,8 +66,9 @@ def spread(values: Array, known: Array | None = None) -> Array:
   """
   if known is None:
     return jnp.ptp(values)
-  return (jnp.max(select_masked(known, values, -jnp.inf)) -
-          jnp.min(select_masked(known, values, jnp.inf)))
+  return jnp.max(select_masked(known, values, -jnp.inf)) - jnp.min(
+    select_masked(known, values, jnp.inf)
+  )
 
 
 def deviation(values: Array, known: Array | None = None) -> Array:
@@ -87,8 +88,9 @@ def deviation(values: Array, known: Array | None = None) -> Array:
   return jnp.sqrt(jnp.sum(jnp.square(centred)) / freedom)
 
 
-def _over_sample(reduce: Callable[..., Array], values: Array,
-                 segments: Array) -> Array:
+def _over_sample(
+  reduce: Callable[..., Array], values: Array, segments: Array
+) -> Array:
   """Reduces the last axis by segment; every position gets its segment's."""
   length = values.shape[-1]
 
@@ -101,9 +103,9 @@ def _over_sample(reduce: Callable[..., Array], values: Array,
   return done.reshape(values.shape)
 
 
-def sample_sum(mask: Array,
-               values: Array,
-               segments: Array | None = None) -> Array:
+def sample_sum(
+  mask: Array, values: Array, segments: Array | None = None
+) -> Array:
   """Returns at each position the sum over its sample's masked tokens.
 
   Args:
@@ -122,9 +124,9 @@ def sample_sum(mask: Array,
   return _over_sample(jax.ops.segment_sum, values, segments)
 
 
-def sample_mean(mask: Array,
-                values: Array,
-                segments: Array | None = None) -> Array:
+def sample_mean(
+  mask: Array, values: Array, segments: Array | None = None
+) -> Array:
   """Returns at each position the mean over its sample's masked tokens.
 
   A sample without any has mean 0.
@@ -139,9 +141,9 @@ def sample_mean(mask: Array,
   return sample_sum(mask, values, segments) / jnp.maximum(count, 1)
 
 
-def sample_max(mask: Array,
-               values: Array,
-               segments: Array | None = None) -> Array:
+def sample_max(
+  mask: Array, values: Array, segments: Array | None = None
+) -> Array:
   """Returns at each position the maximum over its sample's masked tokens.
 
   A sample without any has maximum -inf.
@@ -193,8 +195,9 @@ def _sequence_mean_token_sum(lengths: np.ndarray, constant: int) -> np.ndarray:
   return np.full(lengths.shape, 1.0 / sequences)
 
 
-def _sequence_sum_token_mean_constant(lengths: np.ndarray,
-                                      constant: int) -> np.ndarray:
+def _sequence_sum_token_mean_constant(
+  lengths: np.ndarray, constant: int
+) -> np.ndarray:
   sequences = max(int(np.count_nonzero(lengths)), 1)
   return np.full(lengths.shape, 1.0 / (sequences * constant))
 
@@ -209,8 +212,9 @@ def _sequence_mean_over_all(lengths: np.ndarray, constant: int) -> np.ndarray:
   return 1.0 / (max(lengths.size, 1) * np.maximum(lengths, 1))
 
 
-def _sequence_sum_token_mean_constant_over_all(lengths: np.ndarray,
-                                               constant: int) -> np.ndarray:
+def _sequence_sum_token_mean_constant_over_all(
+  lengths: np.ndarray, constant: int
+) -> np.ndarray:
   return np.full(lengths.shape, 1.0 / (max(lengths.size, 1) * constant))
 
 
@@ -218,25 +222,19 @@ def _sequence_sum_token_mean_constant_over_all(lengths: np.ndarray,
 # weight of one token of each sample; the loss is then a plain weighted sum,
 # which neither microbatches nor devices can change.
 REDUCTIONS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    'token_mean':
-        _token_mean,
-    'sequence_mean':
-        _sequence_mean,
-    'sequence_mean_token_sum':
-        _sequence_mean_token_sum,
-    'sequence_sum_token_mean_constant':
-        _sequence_sum_token_mean_constant,
-    'token_sum':
-        _token_sum,
-    'sequence_mean_over_all':
-        _sequence_mean_over_all,
-    'sequence_sum_token_mean_constant_over_all':
-        _sequence_sum_token_mean_constant_over_all,
+  'token_mean': _token_mean,
+  'sequence_mean': _sequence_mean,
+  'sequence_mean_token_sum': _sequence_mean_token_sum,
+  'sequence_sum_token_mean_constant': _sequence_sum_token_mean_constant,
+  'token_sum': _token_sum,
+  'sequence_mean_over_all': _sequence_mean_over_all,
+  'sequence_sum_token_mean_constant_over_all': _sequence_sum_token_mean_constant_over_all,
 }
 
 
-def token_weights(lengths: np.ndarray, *, reduction: str,
-                  constant: int) -> np.ndarray:
+def token_weights(
+  lengths: np.ndarray, *, reduction: str, constant: int
+) -> np.ndarray:
   """Returns the loss weight of each sample's tokens.
 
   With L_i trained tokens in sample i, N = sum L_i, B samples, and S of them

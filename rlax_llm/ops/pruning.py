@@ -11,8 +11,9 @@ _ITERATIONS = 50  # of a bisection, to 1e-12
 _SLOPE = 1e3  # of survival by probability of success, at most
 
 
-def survival_probabilities(success: np.ndarray, *, keep: float, share: float,
-                           least: float) -> np.ndarray:
+def survival_probabilities(
+  success: np.ndarray, *, keep: float, share: float, least: float
+) -> np.ndarray:
   """Returns the probability with which each sample goes on.
 
   The closest to uniform that keeps `keep n` samples, of which a share succeeds

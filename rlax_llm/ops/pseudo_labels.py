@@ -1,11 +1,14 @@
 """Labels from the policy's own answers. Host side."""
 
 import collections
-from typing import Hashable, NamedTuple, Sequence
+from collections.abc import Hashable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 
 class Vote(NamedTuple):
   """The answer that most samples gave."""
+
   answer: Hashable | None  # None: no sample had an answer
   share: float  # of all samples, those without an answer included
 
@@ -36,8 +39,9 @@ def majority_rewards(answers: Sequence[Hashable | None]) -> list[float]:
   return [float(a is not None and a == majority) for a in answers]
 
 
-def reward_accuracy(answers: Sequence[Hashable | None],
-                    truth: Hashable) -> float:
+def reward_accuracy(
+  answers: Sequence[Hashable | None], truth: Hashable
+) -> float:
   """Returns how often the pseudo-reward is the true one.
 
   It can be high while the majority is wrong: wrong minorities are rightly
@@ -48,6 +52,7 @@ def reward_accuracy(answers: Sequence[Hashable | None],
     truth: the right answer.
   """
   rewards = majority_rewards(answers)
-  agree = sum(reward == float(answer == truth)
-              for reward, answer in zip(rewards, answers))
+  agree = sum(
+    reward == float(answer == truth) for reward, answer in zip(rewards, answers)
+  )
   return agree / max(len(answers), 1)

@@ -38,29 +38,42 @@ def _residual(target: Array, draft: Array, weight: Array) -> Array:
   return jnp.where(jnp.any(left > 0), left, target)
 
 
-def _check(tokens: Array, target: Array, draft: Array, uniforms: Array,
-           clocks: Array) -> None:
+def _check(
+  tokens: Array, target: Array, draft: Array, uniforms: Array, clocks: Array
+) -> None:
   chex.assert_rank([tokens, uniforms, clocks], 1)
   chex.assert_equal_shape([tokens, uniforms])
   chex.assert_shape([target, draft], (tokens.shape[0], clocks.shape[0]))
   chex.assert_type([target, draft, uniforms, clocks], float)
 
 
-def _chain_path(tokens: Array, target: Array, draft: Array, clocks: Array,
-                last: Array, weight: Array) -> Path:
+def _chain_path(
+  tokens: Array,
+  target: Array,
+  draft: Array,
+  clocks: Array,
+  last: Array,
+  weight: Array,
+) -> Path:
   """Returns the path that ends at node `last` of a chain."""
   width = tokens.shape[0]
-  law = jnp.where(last == width - 1, target[last],
-                  _residual(target[last], draft[last], weight))
+  law = jnp.where(
+    last == width - 1,
+    target[last],
+    _residual(target[last], draft[last], weight),
+  )
   node = jnp.arange(width, dtype=jnp.int32)
   token = _draw(clocks, law)
-  return Path(nodes=node,
-              tokens=jnp.where(node < last, jnp.roll(tokens, -1), token),
-              length=last + 1)
+  return Path(
+    nodes=node,
+    tokens=jnp.where(node < last, jnp.roll(tokens, -1), token),
+    length=last + 1,
+  )
 
 
-def chain(tokens: Array, target: Array, draft: Array, uniforms: Array,
-          clocks: Array) -> Path:
+def chain(
+  tokens: Array, target: Array, draft: Array, uniforms: Array, clocks: Array
+) -> Path:
   """Accepts the tokens of a chain one by one, up to the first rejection.
 
   Token x behind laws p and q is accepted with probability min(1, p_x / q_x),
@@ -90,8 +103,9 @@ def chain(tokens: Array, target: Array, draft: Array, uniforms: Array,
   return _chain_path(tokens, target, draft, clocks, last, jnp.float32(1))
 
 
-def block(tokens: Array, target: Array, draft: Array, uniforms: Array,
-          clocks: Array) -> Path:
+def block(
+  tokens: Array, target: Array, draft: Array, uniforms: Array, clocks: Array
+) -> Path:
   """Accepts a prefix of a chain by its joint probability.
 
   With w_0 = 1 and w_i = min(1, w_{i-1} p(x_i) / q(x_i)), the longest prefix is
@@ -141,13 +155,16 @@ def _tree_path(tree: DraftTree, here: Array, token: Array) -> Path:
   nodes = verification.by_depth(line[here], line)
   last = verification.depths(line)[here]
   after = jnp.roll(tree.tokens[nodes], -1)
-  return Path(nodes=nodes,
-              tokens=jnp.where(jnp.arange(len(nodes)) < last, after, token),
-              length=last + 1)
+  return Path(
+    nodes=nodes,
+    tokens=jnp.where(jnp.arange(len(nodes)) < last, after, token),
+    length=last + 1,
+  )
 
 
-def multi_round(tree: DraftTree, target: Array, draft: Array, uniforms: Array,
-                clocks: Array) -> Path:
+def multi_round(
+  tree: DraftTree, target: Array, draft: Array, uniforms: Array, clocks: Array
+) -> Path:
   """Tries the children of a node in turn, and goes on from the one accepted.
 
   Child x is accepted with probability min(1, p_x / q_x); on rejection p becomes
@@ -180,16 +197,19 @@ def multi_round(tree: DraftTree, target: Array, draft: Array, uniforms: Array,
     accepted = uniforms[i] * q[x] < law[x]
     left = _residual(law, q, jnp.float32(1))
     law = jnp.where(tried & ~accepted, left / jnp.sum(left), law)
-    return (jnp.where(tried & accepted, i,
-                      here), jnp.where(tried & accepted, target[i], law))
+    return (
+      jnp.where(tried & accepted, i, here),
+      jnp.where(tried & accepted, target[i], law),
+    )
 
   start = jnp.int32(0), target[0]
   here, law = jax.lax.fori_loop(1, tree.tokens.shape[0], visit, start)
   return _tree_path(tree, here, _draw(clocks, law))
 
 
-def traversal(tree: DraftTree, target: Array, draft: Array, uniforms: Array,
-              clocks: Array) -> Path:
+def traversal(
+  tree: DraftTree, target: Array, draft: Array, uniforms: Array, clocks: Array
+) -> Path:
   """Accepts whole paths, from the first leaf upwards, by their joint weight.
 
   Going down, w(child) = min(1, w(a) p_a(x) / q_a(x)). A leaf is accepted, with
@@ -219,7 +239,8 @@ def traversal(tree: DraftTree, target: Array, draft: Array, uniforms: Array,
   width = tree.tokens.shape[0]
   weights = jnp.zeros(width).at[0].set(1)
   waiting = (
-      verification.first_twins(tree) == jnp.arange(width)).at[0].set(False)
+    (verification.first_twins(tree) == jnp.arange(width)).at[0].set(False)
+  )
 
   def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
     here, _, waiting, p, q, weights = state
@@ -244,7 +265,8 @@ def traversal(tree: DraftTree, target: Array, draft: Array, uniforms: Array,
     keep = lambda new, old: jnp.where(up, new, old)
     p = p.at[parent].set(keep(left / jnp.sum(left), p[parent]))
     q = q.at[parent].set(
-        keep(jnp.where(total > 0, rest / total, rest), q[parent]))
+      keep(jnp.where(total > 0, rest / total, rest), q[parent])
+    )
     weights = weights.at[parent].set(keep(weight, weights[parent]))
     entered = jnp.minimum(1, weights[here] * ratio)
     weights = weights.at[child].set(jnp.where(down, entered, weights[child]))
@@ -253,8 +275,10 @@ def traversal(tree: DraftTree, target: Array, draft: Array, uniforms: Array,
     return here.astype(jnp.int32), accepted, waiting, p, q, weights
 
   here, _, _, p, _, _ = jax.lax.while_loop(
-      lambda state: ~state[1], step,
-      (jnp.int32(0), jnp.bool_(False), waiting, target, draft, weights))
+    lambda state: ~state[1],
+    step,
+    (jnp.int32(0), jnp.bool_(False), waiting, target, draft, weights),
+  )
   return _tree_path(tree, here, _draw(clocks, p[here]))
 
 

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 
 
-def overlong_penalty(lengths: Array,
-                     *,
-                     most: int,
-                     buffer: int,
-                     factor: float = 1.0) -> Array:
+def overlong_penalty(
+  lengths: Array, *, most: int, buffer: int, factor: float = 1.0
+) -> Array:
   """Returns min(0, factor (most - buffer - length) / buffer), to be added.
 
   Soft overlong punishment of DAPO, https://arxiv.org/abs/2503.14476: 0 up to
@@ -129,17 +127,20 @@ def parallel_reward(correct: Array, well_formed: Array, blocks: Array) -> Array:
   outcome = jnp.where(correct, 1.0, -1.0)
   form = jnp.where(well_formed, 0.3, -0.3)
   effort = jnp.log1p(blocks)
-  bonus = jnp.where(correct & well_formed, 0.6 * effort,
-                    jnp.where(correct, 0.0, -0.1 * effort))
+  bonus = jnp.where(
+    correct & well_formed, 0.6 * effort, jnp.where(correct, 0.0, -0.1 * effort)
+  )
   return outcome + form + bonus
 
 
-def extra_rollouts(accuracy: float,
-                   *,
-                   samples: int,
-                   most: int,
-                   hardness_weighted: bool,
-                   scaled: bool = False) -> int:
+def extra_rollouts(
+  accuracy: float,
+  *,
+  samples: int,
+  most: int,
+  hardness_weighted: bool,
+  scaled: bool = False,
+) -> int:
   """Returns how many more samples a hard prompt gets after the first.
 
   A prompt of accuracy a weighs N S(a) in a group's gradient, S = 2 a (1 - a),
@@ -165,5 +166,6 @@ def extra_rollouts(accuracy: float,
   goal = samples * (1.0 if scaled else 0.5)
   if hardness_weighted:
     goal *= 2 * (1 - a)
-  return max(0,
-             min(math.ceil((goal - samples * weight) / weight), most - samples))
+  return max(
+    0, min(math.ceil((goal - samples * weight) / weight), most - samples)
+  )

@@ -28,6 +28,7 @@ class Sampling(NamedTuple):
       reaches it; 1 keeps all.
     min_p: drop tokens less probable than min_p times the most probable one.
   """
+
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -105,8 +106,9 @@ def confidence(log_probabilities: Array, count: int) -> Array:
   return jnp.mean(jnp.exp(jax.lax.top_k(log_probabilities, count)[0]), axis=-1)
 
 
-def sample_keys(seed: int, domain: Array, step: Array, request: Array,
-                index: Array) -> Array:
+def sample_keys(
+  seed: int, domain: Array, step: Array, request: Array, index: Array
+) -> Array:
   """Returns the noise keys of samples: one key for each, used nowhere else.
 
   The key is `fold_in` of (seed, domain, step, request, index), so that no two

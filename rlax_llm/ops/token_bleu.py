@@ -7,9 +7,14 @@ from rlax_llm.ops import masking
 from rlax_llm.types import Array
 
 
-def clipped_matches(candidate: Array, candidate_length: Array, reference: Array,
-                    reference_length: Array, *,
-                    orders: int) -> tuple[Array, Array]:
+def clipped_matches(
+  candidate: Array,
+  candidate_length: Array,
+  reference: Array,
+  reference_length: Array,
+  *,
+  orders: int,
+) -> tuple[Array, Array]:
   """Counts n-grams by comparing all pairs: no table of n-grams is built.
 
   A kind that occurs c times in the candidate and r times in the reference
@@ -53,13 +58,15 @@ def _shifted(equal: Array, by: int) -> Array:
   return jnp.pad(inside, ((0, rows), (0, columns)))
 
 
-def token_bleu(candidate: Array,
-               candidate_length: Array,
-               reference: Array,
-               reference_length: Array,
-               *,
-               orders: int = 4,
-               smooth: bool = False) -> Array:
+def token_bleu(
+  candidate: Array,
+  candidate_length: Array,
+  reference: Array,
+  reference_length: Array,
+  *,
+  orders: int = 4,
+  smooth: bool = False,
+) -> Array:
   """Returns bp exp(mean_n log(matches_n / total_n)), in [0, 1].
 
   bp = exp(min(0, 1 - R / C)). BLEU, https://aclanthology.org/P02-1040, as a
@@ -77,17 +84,16 @@ def token_bleu(candidate: Array,
   Returns:
     float[].
   """
-  matches, totals = clipped_matches(candidate,
-                                    candidate_length,
-                                    reference,
-                                    reference_length,
-                                    orders=orders)
+  matches, totals = clipped_matches(
+    candidate, candidate_length, reference, reference_length, orders=orders
+  )
   if smooth:
     extra = (jnp.arange(orders) > 0).astype(matches.dtype)
     matches, totals = matches + extra, totals + extra
   hit = jnp.all(matches > 0)
   precision = jnp.where(matches > 0, matches, 1) / jnp.maximum(totals, 1)
-  brevity = jnp.minimum(0.0,
-                        1 - reference_length / jnp.maximum(candidate_length, 1))
+  brevity = jnp.minimum(
+    0.0, 1 - reference_length / jnp.maximum(candidate_length, 1)
+  )
   score = jnp.exp(jnp.mean(jnp.log(precision)) + brevity)
   return jnp.where(hit, score, 0.0)

@@ -1,6 +1,7 @@
 """Draft trees of candidate nodes. One row; callers vmap."""
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ from rlax_llm.types import Array
 from rlax_llm.types import UNUSED
 
 
-def select(tokens: Array, parents: Array, logprobs: Array,
-           nodes: int) -> tuple[Array, Array, Array]:
+def select(
+  tokens: Array, parents: Array, logprobs: Array, nodes: int
+) -> tuple[Array, Array, Array]:
   """Keeps the most probable of the candidate nodes: a tree of their lines.
 
   A line is never more probable than its beginning, so the most probable nodes
@@ -39,13 +41,16 @@ def select(tokens: Array, parents: Array, logprobs: Array,
   found = jnp.where(parents[chosen] == 0, 0, found)
   found = jnp.where(real, found, UNUSED).astype(jnp.int32)
   pad = (0, nodes - size)
-  return (jnp.pad(tokens[chosen],
-                  pad), jnp.pad(found, pad,
-                                constant_values=UNUSED), jnp.pad(chosen, pad))
+  return (
+    jnp.pad(tokens[chosen], pad),
+    jnp.pad(found, pad, constant_values=UNUSED),
+    jnp.pad(chosen, pad),
+  )
 
 
-def fold(step: Callable[[Array], Array], parents: Array, root: Array,
-         depth: int) -> Array:
+def fold(
+  step: Callable[[Array], Array], parents: Array, root: Array, depth: int
+) -> Array:
   """Computes values of nodes from those of their parents, down every line.
 
   Args:
@@ -66,13 +71,15 @@ def fold(step: Callable[[Array], Array], parents: Array, root: Array,
 
 class Merged(NamedTuple):
   """The nodes of several trees, each once; see `merge`."""
+
   parents: Array  # int32[M]
   depth: Array  # int32[M], 1 below the root
   conditional: Array  # float32[Q, M] by source; 0 for all: not a node
 
 
-def merge(tokens: Array, parents: Array, conditional: Array,
-          depth: int) -> Merged:
+def merge(
+  tokens: Array, parents: Array, conditional: Array, depth: int
+) -> Merged:
   """Makes one tree of several: nodes of equal lines become the first of them.
 
   Args:
@@ -86,18 +93,23 @@ def merge(tokens: Array, parents: Array, conditional: Array,
   zero = jnp.zeros((), jnp.int32)
   level = fold(lambda above: above + 1, parents, zero, depth)
   # Lines agree where their hashes do. Should different ones, a draft is worse.
-  line = fold(lambda above: (above ^ tokens) * _HASH_FACTOR + _HASH_STEP,
-              parents, zero, depth)
+  line = fold(
+    lambda above: (above ^ tokens) * _HASH_FACTOR + _HASH_STEP,
+    parents,
+    zero,
+    depth,
+  )
   same = (line[:, None] == line[None]) & (level[:, None] == level[None])
   same = same & real[:, None] & real[None]
   first = jnp.argmax(same, axis=-1)
   kept = real & (first == jnp.arange(tokens.shape[0]))
   best = jnp.max(jnp.where(same[None], conditional[:, None], 0.0), axis=-1)
   moved = first[jnp.maximum(parents - 1, 0)] + 1
-  return Merged(parents=jnp.where(parents > 0, moved,
-                                  parents).astype(jnp.int32),
-                depth=level,
-                conditional=jnp.where(kept[None], best, 0.0))
+  return Merged(
+    parents=jnp.where(parents > 0, moved, parents).astype(jnp.int32),
+    depth=level,
+    conditional=jnp.where(kept[None], best, 0.0),
+  )
 
 
 _HASH_FACTOR, _HASH_STEP = 0x01000193, 0x2545F491  # any odd numbers do

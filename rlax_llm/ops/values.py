@@ -17,18 +17,21 @@ from rlax_llm.types import Array
 
 class Advantages(NamedTuple):
   """What a critic is trained towards, and what a policy is trained with."""
+
   advantages: Array  # float[..., L]
   returns: Array  # float[..., L], before any whitening
 
 
 class ValueLoss(NamedTuple):
   """The loss of a critic, by token."""
+
   loss: Array  # float[...]
   clipped: Array  # bool[...]: the clipped branch was the larger one
 
 
-def penalised_rewards(scores: Array, divergence: Array, mask: Array, *,
-                      coefficient: float) -> Array:
+def penalised_rewards(
+  scores: Array, divergence: Array, mask: Array, *, coefficient: float
+) -> Array:
   """Returns scores - coefficient * divergence on masked tokens, else 0.
 
   KL in the reward: with k1 of the *old* policy, a constant, this is the one
@@ -43,13 +46,15 @@ def penalised_rewards(scores: Array, divergence: Array, mask: Array, *,
   return masking.select_masked(mask, scores - coefficient * divergence)
 
 
-def generalised_advantages(rewards: Array,
-                           values: Array,
-                           mask: Array,
-                           *,
-                           discount: float = 1.0,
-                           trace: float = 1.0,
-                           segments: Array | None = None) -> Advantages:
+def generalised_advantages(
+  rewards: Array,
+  values: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  trace: float = 1.0,
+  segments: Array | None = None,
+) -> Advantages:
   """Returns A_t = sum_k (discount * trace)^k delta_{t+k}, and A_t + V_t.
 
   With delta_t = r_t + discount V_{t+1} - V_t and V = 0 after the last token,
@@ -93,11 +98,13 @@ def generalised_advantages(rewards: Array,
   return Advantages(advantages, advantages + values)
 
 
-def returns_to_go(rewards: Array,
-                  mask: Array,
-                  *,
-                  discount: float = 1.0,
-                  segments: Array | None = None) -> Array:
+def returns_to_go(
+  rewards: Array,
+  mask: Array,
+  *,
+  discount: float = 1.0,
+  segments: Array | None = None,
+) -> Array:
   """Returns R_t = r_t + discount R_{t+1} over masked tokens, else 0.
 
   Args:
@@ -106,18 +113,14 @@ def returns_to_go(rewards: Array,
     discount: gamma, static.
     segments: int[..., L] as in `Batch`; None: a row is one sample.
   """
-  return generalised_advantages(rewards,
-                                jnp.zeros_like(rewards),
-                                mask,
-                                discount=discount,
-                                segments=segments).returns
+  return generalised_advantages(
+    rewards, jnp.zeros_like(rewards), mask, discount=discount, segments=segments
+  ).returns
 
 
-def value_loss(values: Array,
-               old_values: Array,
-               returns: Array,
-               *,
-               clip: float | None = None) -> ValueLoss:
+def value_loss(
+  values: Array, old_values: Array, returns: Array, *, clip: float | None = None
+) -> ValueLoss:
   """Returns max((V - R)^2, (clip(V, V_old +- c) - R)^2) / 2.
 
   As in PPO's code, https://arxiv.org/abs/1707.06347: beyond the range the
@@ -138,13 +141,15 @@ def value_loss(values: Array,
   return ValueLoss(jnp.maximum(free, held) / 2, held > free)
 
 
-def agent_advantages(rewards: Array,
-                     values: Array,
-                     bootstrap: Array,
-                     alive: Array,
-                     *,
-                     discount: float = 0.99,
-                     trace: float = 0.95) -> Advantages:
+def agent_advantages(
+  rewards: Array,
+  values: Array,
+  bootstrap: Array,
+  alive: Array,
+  *,
+  discount: float = 0.99,
+  trace: float = 0.95,
+) -> Advantages:
   """Returns generalised advantages over agents that act one after another.
 
   The successor of an agent is the next agent of the same step, that of the
@@ -165,7 +170,7 @@ def agent_advantages(rewards: Array,
   """
   chex.assert_equal_shape([rewards, values, alive[:-1]])
   hops = rewards.size
-  reached = alive.reshape(-1)[1:hops + 1].astype(rewards.dtype)
+  reached = alive.reshape(-1)[1 : hops + 1].astype(rewards.dtype)
   flat = jax.lax.stop_gradient(values).reshape(-1)
   successors = jnp.append(flat[1:], bootstrap)
   deltas = rewards.reshape(-1) + discount * successors * reached - flat
@@ -175,8 +180,8 @@ def agent_advantages(rewards: Array,
     advantage = delta + discount * trace * reached * advantage
     return advantage, advantage
 
-  scanned: Array = jax.lax.scan(back,
-                                jnp.zeros_like(flat[0]), (deltas, reached),
-                                reverse=True)[1]
+  scanned: Array = jax.lax.scan(
+    back, jnp.zeros_like(flat[0]), (deltas, reached), reverse=True
+  )[1]
   advantages = scanned.reshape(rewards.shape)
   return Advantages(advantages, advantages + values)

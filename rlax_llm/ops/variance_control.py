@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 
 
-def step_scale(effective_ratio: Array,
-               *,
-               base_ratio: float = 1.0,
-               power: float = 0.5) -> Array:
+def step_scale(
+  effective_ratio: Array, *, base_ratio: float = 1.0, power: float = 0.5
+) -> Array:
   """Returns min(1, rho / base_ratio)^power: the factor of the learning rate.
 
   The noise of a gradient goes with 1 / (rho B), as if the batch had rho B
@@ -28,11 +27,12 @@ def step_scale(effective_ratio: Array,
       trainer do not agree exactly.
     power: static.
   """
-  return jnp.minimum(1.0, effective_ratio / base_ratio)**power
+  return jnp.minimum(1.0, effective_ratio / base_ratio) ** power
 
 
-def minimum_variance_baseline(rewards: Array, weights: Array,
-                              squared_norms: Array) -> Array:
+def minimum_variance_baseline(
+  rewards: Array, weights: Array, squared_norms: Array
+) -> Array:
   """Returns b = sum(w^2 n R) / sum(w^2 n), n = |grad log pi(y_i)|^2.
 
   The constant that minimises E |w grad log pi (R - b)|^2; on-policy with
@@ -56,11 +56,13 @@ def minimum_variance_baseline(rewards: Array, weights: Array,
   return jnp.sum(shares * rewards) / jnp.sum(shares)
 
 
-def off_policy_baselined(rewards: Array,
-                         weights: Array,
-                         squared_norms: Array,
-                         *,
-                         least_std: float = 1e-8) -> Array:
+def off_policy_baselined(
+  rewards: Array,
+  weights: Array,
+  squared_norms: Array,
+  *,
+  least_std: float = 1e-8,
+) -> Array:
   """Returns (R - b) / std, b the baseline of minimum variance, ddof = 0.
 
   Args:

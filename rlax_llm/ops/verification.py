@@ -91,6 +91,8 @@ def follow(tree: DraftTree, target_tokens: Array) -> Path:
   # A node is reached if it and all its ancestors are taken and one is node 0.
   reached = jnp.all(taken[None] | ~line, axis=-1) & line[:, 0]
   nodes = by_depth(reached, line)
-  return Path(nodes=nodes,
-              tokens=target_tokens[nodes],
-              length=jnp.sum(reached, dtype=jnp.int32))
+  return Path(
+    nodes=nodes,
+    tokens=target_tokens[nodes],
+    length=jnp.sum(reached, dtype=jnp.int32),
+  )

@@ -8,9 +8,13 @@ order of the requests, as if W were 1. A policy over a `SpeedView` decides when
 things happen on the device and never what; it may see anything.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import heapq
 import math
-from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +23,7 @@ from rlax_llm.types import Request
 
 class SampleView(NamedTuple):
   """What a decision on training values may see: a tick of logical time."""
+
   tick: int
   requests: tuple[Request, ...]  # in the order in which they are sampled
   complete: Mapping[int, int]  # place of a request -> tick of its last token
@@ -42,10 +47,11 @@ def stop_at_groups(target: int, oldest: int) -> StopPolicy:
   """
 
   def stop(view: SampleView) -> bool:
-    return (len(view.complete) >= target and
-            all(place in view.complete
-                for place, request in enumerate(view.requests)
-                if request.step < oldest))
+    return len(view.complete) >= target and all(
+      place in view.complete
+      for place, request in enumerate(view.requests)
+      if request.step < oldest
+    )
 
   return stop
 
@@ -58,8 +64,9 @@ class LogicalTime:
   gone through once every token that they need has been sampled.
   """
 
-  def __init__(self, requests: Sequence[Request], numbers: Sequence[int],
-               slots: int) -> None:
+  def __init__(
+    self, requests: Sequence[Request], numbers: Sequence[int], slots: int
+  ) -> None:
     """Stands at tick 0.
 
     Args:
@@ -73,8 +80,9 @@ class LogicalTime:
     self.begin: dict[int, int] = {}  # sample -> tick; by logical order
     self.end: dict[int, int] = {}
     self._free = slots
-    self._left = np.bincount(np.asarray(numbers, np.int64),
-                             minlength=len(requests))
+    self._left = np.bincount(
+      np.asarray(numbers, np.int64), minlength=len(requests)
+    )
     # What has nothing left to sample is complete before the first tick.
     self._complete = {int(n): 0 for n in np.flatnonzero(self._left == 0)}
 
@@ -82,8 +90,9 @@ class LogicalTime:
   def view(self) -> SampleView:
     return SampleView(self.tick, self._requests, self._complete)
 
-  def advance(self, tokens: Sequence[int],
-              ended: Sequence[bool]) -> Iterator[SampleView]:
+  def advance(
+    self, tokens: Sequence[int], ended: Sequence[bool]
+  ) -> Iterator[SampleView]:
     """Goes as far as the tokens allow; yields when groups become complete.
 
     Args:
@@ -132,6 +141,7 @@ class LogicalTime:
 
 class SpeedView(NamedTuple):
   """What a decision on speed may see, anything; here: the slots."""
+
   rows: int  # N
   decoding: int  # rows of this step that decode
   counted: int  # rows that do not run ahead, free ones among them

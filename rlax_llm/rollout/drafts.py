@@ -1,6 +1,9 @@
 """The drafter's state of one `generate`, brought up to date when needed."""
 
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +22,13 @@ class Drafts:
   comes. Rows that took a sample meanwhile are among those that are behind.
   """
 
-  def __init__(self, executor: Executor, drafter: Drafter, params: DraftParams,
-               slots: Slots) -> None:
+  def __init__(
+    self,
+    executor: Executor,
+    drafter: Drafter,
+    params: DraftParams,
+    slots: Slots,
+  ) -> None:
     """Makes the state before anything is sampled.
 
     Args:
@@ -53,8 +61,9 @@ class Drafts:
     """Notes that rows hold tokens that the drafter has not seen."""
     self._behind = True
 
-  def admit(self, slots: Slots, block: PromptBlock,
-            sources: Mapping[int, int]) -> None:
+  def admit(
+    self, slots: Slots, block: PromptBlock, sources: Mapping[int, int]
+  ) -> None:
     """Notes the samples that rows begin.
 
     Args:
@@ -66,21 +75,23 @@ class Drafts:
       return
     source = np.full(slots.length.shape, -1, np.int32)
     source[list(sources)] = list(sources.values())
-    self._state = self._executor.draft_admit(self._params, self._state,
-                                             self._drafter, slots, block,
-                                             source)
+    self._state = self._executor.draft_admit(
+      self._params, self._state, self._drafter, slots, block, source
+    )
 
   def gather(self, order: Sequence[int]) -> None:
     """Keeps the named rows, in that order."""
     if self._drafter.rows is not None:
-      self._state = self._executor.draft_gather(self._state, self._drafter,
-                                                order)
+      self._state = self._executor.draft_gather(
+        self._state, self._drafter, order
+      )
 
   def grow(self, capacity: int) -> None:
     """Enlarges S."""
     if self._drafter.rows is not None:
-      self._state = self._executor.draft_grow(self._state, self._drafter,
-                                              capacity)
+      self._state = self._executor.draft_grow(
+        self._state, self._drafter, capacity
+      )
 
   def take(self, width: int, slots: Slots) -> Any:
     """Returns the state for a segment of this width; `put` it back after it.
@@ -93,12 +104,14 @@ class Drafts:
       self._behind = True
       return ()
     for texts in self._loads:
-      self._state = self._executor.load(self._params, self._state,
-                                        self._drafter, *texts())
+      self._state = self._executor.load(
+        self._params, self._state, self._drafter, *texts()
+      )
     self._loads.clear()
     if self._behind:
-      self._state = self._executor.sync(self._params, self._state,
-                                        self._drafter, slots)
+      self._state = self._executor.sync(
+        self._params, self._state, self._drafter, slots
+      )
       self._behind = False
     return self._state
 

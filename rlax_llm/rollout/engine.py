@@ -1,29 +1,30 @@
 """The engine: what can be prepared and checked before anything is sampled."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from rlax_llm import sharding
 from rlax_llm.config import check_positions
 from rlax_llm.config import ConfigError
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import freeze
 from rlax_llm.config import list_widths
 from rlax_llm.config import RolloutConfig
+from rlax_llm.config.draft_configs import Arm
 from rlax_llm.drafting import drafters
-from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.drafter import Drafter
 from rlax_llm.drafting.strategy import table
 from rlax_llm.drafting.strategy.base import Strategy
 from rlax_llm.drafting.strategy.make import make_strategy
-from rlax_llm.executables import ExecutablePool
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import segment as segments
@@ -35,6 +36,8 @@ from rlax_llm.rollout.generation import IdleWork
 from rlax_llm.rollout.parts import Parts
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
+from rlax_llm.runtime import sharding
+from rlax_llm.runtime.executables import ExecutablePool
 from rlax_llm.types import DraftParams
 from rlax_llm.types import Params
 from rlax_llm.types import Request
@@ -43,6 +46,7 @@ from rlax_llm.types import Rollout
 
 class Networks(NamedTuple):
   """What forwards of rollouts run, bound to a mesh."""
+
   model: LanguageModel
   learned: drafters.Learned | None = None  # what drafts
 
@@ -50,24 +54,26 @@ class Networks(NamedTuple):
 class RolloutEngine:
   """Generates rollouts. One engine serves one model, config and mesh."""
 
-  def __init__(self,
-               model: LanguageModel,
-               *,
-               rollout: RolloutConfig,
-               control: ControlConfig,
-               sampling: Sampling,
-               eos_ids: tuple[int, ...],
-               seed: int,
-               mesh: Mesh,
-               clock: Callable[[], float] = time.perf_counter,
-               on_boundary: Callable[[], None] = lambda: None,
-               drafter: Drafter | None = None,
-               learned: drafters.Learned | None = None,
-               strategy: Strategy | None = None,
-               params_placement: Any = None,
-               pool: ExecutablePool | None = None,
-               replicas: int = 1,
-               on_mesh: Callable[[Mesh], Networks] | None = None) -> None:
+  def __init__(
+    self,
+    model: LanguageModel,
+    *,
+    rollout: RolloutConfig,
+    control: ControlConfig,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    seed: int,
+    mesh: Mesh,
+    clock: Callable[[], float] = time.perf_counter,
+    on_boundary: Callable[[], None] = lambda: None,
+    drafter: Drafter | None = None,
+    learned: drafters.Learned | None = None,
+    strategy: Strategy | None = None,
+    params_placement: Any = None,
+    pool: ExecutablePool | None = None,
+    replicas: int = 1,
+    on_mesh: Callable[[Mesh], Networks] | None = None,
+  ) -> None:
     """Prepares an engine; nothing is compiled yet.
 
     Args:
@@ -104,23 +110,28 @@ class RolloutEngine:
     self._learned = learned
     ways = sharding.ways(mesh)
     if rollout.slots % ways:
-      raise ConfigError(f'rollout.slots={rollout.slots} is not divisible by '
-                        f'{ways} devices; make it a multiple')
+      raise ConfigError(
+        f'rollout.slots={rollout.slots} is not divisible by '
+        f'{ways} devices; make it a multiple'
+      )
     width = drafter.width if drafter else max(list_widths(rollout, control))
     check_positions(rollout, width, model.max_positions)
     self.pool = pool or ExecutablePool(clock)
-    self._make_executor = functools.partial(Executor,
-                                            config=segments.SegmentConfig(
-                                                sampling, tuple(eos_ids)),
-                                            seed=seed,
-                                            pool=self.pool)
+    self._make_executor = functools.partial(
+      Executor,
+      config=segments.SegmentConfig(sampling, tuple(eos_ids)),
+      seed=seed,
+      pool=self.pool,
+    )
     self._executor = self._make_executor(model, mesh=mesh)
     if strategy is None:
-      strategy = (table.fixed(max(drafters.given(drafter))) if drafter else
-                  make_strategy(rollout,
-                                control,
-                                seed=seed,
-                                sources=drafters.enabled_sources(learned)))
+      strategy = (
+        table.fixed(max(drafters.given(drafter)))
+        if drafter
+        else make_strategy(
+          rollout, control, seed=seed, sources=drafters.enabled_sources(learned)
+        )
+      )
     self.strategy = strategy
     own = freeze(dataclasses.replace(rollout, slots=rollout.slots // replicas))
     self._parts = []
@@ -129,13 +140,20 @@ class RolloutEngine:
       if replicas > 1 and on_mesh:
         networks = on_mesh(part)
       self._parts.append(
-          self._make_part(part, networks, own, control, sampling, drafter,
-                          width))
+        self._make_part(part, networks, own, control, sampling, drafter, width)
+      )
     self.stats = RolloutStats()
 
-  def _make_part(self, mesh: Mesh, networks: Networks, rollout: RolloutConfig,
-                 control: ControlConfig, sampling: Sampling,
-                 drafter: Drafter | None, width: int) -> Parts:
+  def _make_part(
+    self,
+    mesh: Mesh,
+    networks: Networks,
+    rollout: RolloutConfig,
+    control: ControlConfig,
+    sampling: Sampling,
+    drafter: Drafter | None,
+    width: int,
+  ) -> Parts:
     """Returns what a replica is made of.
 
     Args:
@@ -153,50 +171,64 @@ class RolloutEngine:
     # of new prompts comes in.
     places = rollout.slots + block_rows
     capacities = shapes.list_capacities(rollout, width)
-    by_arm = (drafters.given(drafter) if drafter else drafters.make_drafters(
+    by_arm = (
+      drafters.given(drafter)
+      if drafter
+      else drafters.make_drafters(
         rollout,
         control,
         places=places,
         capacity=capacities[-1],
         target=drafters.Target(networks.model, sampling),
-        learned=networks.learned))
+        learned=networks.learned,
+      )
+    )
     _check_corpus(by_arm[max(by_arm)], rollout, places)
     executor = self._executor
     if mesh != executor.mesh:
       executor = self._make_executor(networks.model, mesh=mesh)
-    return Parts(mesh=mesh,
-                 rollout=rollout,
-                 control=control,
-                 executor=executor,
-                 drafters=by_arm,
-                 strategy=self.strategy,
-                 capacities=capacities,
-                 row_counts=shapes.list_row_counts(rollout.slots, control,
-                                                   sharding.ways(mesh)),
-                 block_rows=block_rows,
-                 clock=self._clock)
+    return Parts(
+      mesh=mesh,
+      rollout=rollout,
+      control=control,
+      executor=executor,
+      drafters=by_arm,
+      strategy=self.strategy,
+      capacities=capacities,
+      row_counts=shapes.list_row_counts(
+        rollout.slots, control, sharding.ways(mesh)
+      ),
+      block_rows=block_rows,
+      clock=self._clock,
+    )
 
   def reachable_keys(self) -> list[tuple[int, int, Arm]]:
     """Returns every (N, S, arm) whose segment this engine can compile."""
     first = self._parts[0]
-    return [(rows, capacity, arm)
-            for rows in first.row_counts
-            for capacity in first.capacities
-            for arm in first.arms(rows)]
+    return [
+      (rows, capacity, arm)
+      for rows in first.row_counts
+      for capacity in first.capacities
+      for arm in first.arms(rows)
+    ]
 
   def segment_bytes(self) -> dict[tuple[int, int, Arm], int]:
     """Returns bytes on one device by (N, S, arm), of the segments compiled."""
     found = {}
     for part in self._parts:
       names = {drafter: arm for arm, drafter in part.drafters.items()}
-      for (rows, capacity,
-           drafter), size in part.executor.segment_bytes().items():
+      for (
+        rows,
+        capacity,
+        drafter,
+      ), size in part.executor.segment_bytes().items():
         if drafter in names:
           found[rows, capacity, names[drafter]] = size
     return found
 
-  def compile_largest(self, params: Params,
-                      drafter_params: Params = ()) -> None:
+  def compile_largest(
+    self, params: Params, drafter_params: Params = ()
+  ) -> None:
     """Compiles the largest segments from shapes alone.
 
     Of the largest N and S, and of fewer rows as far as they draft more nodes.
@@ -205,8 +237,9 @@ class RolloutEngine:
       params: shapes, dtypes and shardings, as `generate` is given them.
       drafter_params: likewise.
     """
-    placed = self._brought(self._executor.gathered_shapes, params,
-                           drafter_params)
+    placed = self._brought(
+      self._executor.gathered_shapes, params, drafter_params
+    )
     for part in self._parts:
       widest = 0
       own = sharding.on_part(placed, part.mesh)
@@ -214,20 +247,22 @@ class RolloutEngine:
         arm = max(part.arms(rows))
         if arm.width > widest:
           widest = arm.width
-          part.executor.compile_decode(own, rows, part.capacities[-1],
-                                       part.drafters[arm])
+          part.executor.compile_decode(
+            own, rows, part.capacities[-1], part.drafters[arm]
+          )
 
   def generate(
-      self,
-      params: Params,
-      requests: Sequence[Request],
-      state: RolloutState,
-      *,
-      ahead: Sequence[Request] = (),
-      policies: Sequence[StopPolicy] = (),
-      limit: int | None = None,
-      drafter_params: Params = (),
-      idle: IdleWork = lambda mesh: None) -> tuple[list[Rollout], RolloutState]:
+    self,
+    params: Params,
+    requests: Sequence[Request],
+    state: RolloutState,
+    *,
+    ahead: Sequence[Request] = (),
+    policies: Sequence[StopPolicy] = (),
+    limit: int | None = None,
+    drafter_params: Params = (),
+    idle: IdleWork = lambda mesh: None,
+  ) -> tuple[list[Rollout], RolloutState]:
     """Samples every request `request.samples` times.
 
     What `state.earlier` holds of a sample is not sampled again: a suspended
@@ -262,26 +297,34 @@ class RolloutEngine:
       ValueError: if a network drafts and its parameters are missing.
     """
     self._check(requests)
-    if (self._learned and self._learned.placement is not None and
-        not jax.tree.leaves(drafter_params)):
-      raise ValueError('rollouts are drafted by a network, and `generate` is '
-                       'given no drafter_params; give them')
+    if (
+      self._learned
+      and self._learned.placement is not None
+      and not jax.tree.leaves(drafter_params)
+    ):
+      raise ValueError(
+        'rollouts are drafted by a network, and `generate` is '
+        'given no drafter_params; give them'
+      )
     start, compiled = self._clock(), self.pool.seconds
     self.stats = RolloutStats()
     placed = self._brought(self._executor.gather_params, params, drafter_params)
     if placed.policy is not params:
       jax.block_until_ready(placed)
-      self.stats.reshard_seconds = (self._clock() - start -
-                                    (self.pool.seconds - compiled))
+      self.stats.reshard_seconds = (
+        self._clock() - start - (self.pool.seconds - compiled)
+      )
     generation = Generation(
-        self._parts, [sharding.on_part(placed, p.mesh) for p in self._parts],
-        requests,
-        state,
-        self.stats,
-        ahead=ahead,
-        policies=policies,
-        limit=limit,
-        idle=idle)
+      self._parts,
+      [sharding.on_part(placed, p.mesh) for p in self._parts],
+      requests,
+      state,
+      self.stats,
+      ahead=ahead,
+      policies=policies,
+      limit=limit,
+      idle=idle,
+    )
     while generation.admit():
       self._on_boundary()
       generation.decode()
@@ -292,18 +335,21 @@ class RolloutEngine:
     self.stats.executables = len(self.segment_bytes())
     rollouts = generation.outcomes.rollouts(requests)
     self.stats.nonfinite_samples = sum(
-        not np.isfinite(r.behaviour_logprobs).all() for r in rollouts)
+      not np.isfinite(r.behaviour_logprobs).all() for r in rollouts
+    )
     return rollouts, state
 
-  def _brought(self, bring: Callable, params: Params,
-               drafter_params: Params) -> DraftParams:
+  def _brought(
+    self, bring: Callable, params: Params, drafter_params: Params
+  ) -> DraftParams:
     """Returns what rollouts read, brought in place by a way of the executor."""
     if self._params_placement is not None:
       params = bring(params, self._params_placement)
     learned = self._learned
     if learned and learned.placement is not None:
-      drafter_params = bring(drafter_params, learned.placement,
-                             learned.draft_model.rounded)
+      drafter_params = bring(
+        drafter_params, learned.placement, learned.draft_model.rounded
+      )
     return DraftParams(params, drafter_params)
 
   @property
@@ -316,18 +362,22 @@ class RolloutEngine:
     for request in requests:
       if not self._parts[0].fits(request):
         raise ConfigError(
-            f'request {request.request} of step {request.step} has '
-            f'{len(request.prompt)} prompt tokens; rollout.prompt_length '
-            f'allows 1 to {longest}: raise it or shorten the prompts')
+          f'request {request.request} of step {request.step} has '
+          f'{len(request.prompt)} prompt tokens; rollout.prompt_length '
+          f'allows 1 to {longest}: raise it or shorten the prompts'
+        )
 
 
-def _check_corpus(drafter: Drafter, rollout: RolloutConfig,
-                  places: int) -> None:
+def _check_corpus(
+  drafter: Drafter, rollout: RolloutConfig, places: int
+) -> None:
   """Refuses a drafter of yours whose corpus cannot hold what is sampled."""
   corpus = drafter.corpus
-  if corpus and (corpus.prompts < places or
-                 corpus.capacity < rollout.prompt_length):
+  if corpus and (
+    corpus.prompts < places or corpus.capacity < rollout.prompt_length
+  ):
     raise ConfigError(
-        f"the drafter's corpus has {corpus.prompts} places of "
-        f'{corpus.capacity} tokens; {rollout.slots} slots need {places} '
-        f'places of at least {rollout.prompt_length}: enlarge its shape')
+      f"the drafter's corpus has {corpus.prompts} places of "
+      f'{corpus.capacity} tokens; {rollout.slots} slots need {places} '
+      f'places of at least {rollout.prompt_length}: enlarge its shape'
+    )

@@ -1,6 +1,7 @@
 """One `generate` under way: replicas that share a queue, in logical time."""
 
-from typing import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
@@ -26,17 +27,19 @@ class Generation:
   holds up one replica only.
   """
 
-  def __init__(self,
-               parts: Sequence[Parts],
-               params: Sequence[DraftParams],
-               requests: Sequence[Request],
-               state: RolloutState,
-               stats: RolloutStats,
-               *,
-               ahead: Sequence[Request],
-               policies: Sequence[control.StopPolicy] = (),
-               limit: int | None = None,
-               idle: IdleWork = lambda mesh: None) -> None:
+  def __init__(
+    self,
+    parts: Sequence[Parts],
+    params: Sequence[DraftParams],
+    requests: Sequence[Request],
+    state: RolloutState,
+    stats: RolloutStats,
+    *,
+    ahead: Sequence[Request],
+    policies: Sequence[control.StopPolicy] = (),
+    limit: int | None = None,
+    idle: IdleWork = lambda mesh: None,
+  ) -> None:
     """Begins with empty slots; nothing is decoded yet.
 
     Args:
@@ -59,22 +62,24 @@ class Generation:
     most = first.rollout.max_new_tokens
     self._queue = Queue(requests, most=most, earlier=state.earlier, limit=limit)
     fit = [r for r in ahead if first.fits(r)] if first.runs_ahead else []
-    coming = Queue(fit if state.store is not None else [],
-                   most=most,
-                   ahead=True)
+    coming = Queue(
+      fit if state.store is not None else [], most=most, ahead=True
+    )
     self._samples = tuple(self._queue.samples)
     self.outcomes = Outcomes(state.earlier, state.version, most)
     self._policies = policies
     slots = sum(p.rollout.slots for p in parts)
-    self._time = control.LogicalTime(requests,
-                                     [s.number for s in self._samples],
-                                     first.control.logical_slots or slots)
+    self._time = control.LogicalTime(
+      requests,
+      [s.number for s in self._samples],
+      first.control.logical_slots or slots,
+    )
     self._stopped = False
     corpus = first.widest.corpus
     self._hints = state.store if corpus and corpus.hints else None
     self._replicas = [
-        Replica(own, placed, self._queue, coming, self.outcomes, state, stats)
-        for own, placed in zip(parts, params)
+      Replica(own, placed, self._queue, coming, self.outcomes, state, stats)
+      for own, placed in zip(parts, params)
     ]
 
   def admit(self) -> bool:
@@ -124,8 +129,10 @@ class Generation:
 
   def _stops(self) -> bool:
     """Goes through logical time; returns whether a policy stops at its tick."""
-    views = self._time.advance([s.length - s.begin for s in self._samples],
-                               [s.done for s in self._samples])
+    views = self._time.advance(
+      [s.length - s.begin for s in self._samples],
+      [s.done for s in self._samples],
+    )
     return any(policy(view) for view in views for policy in self._policies)
 
   def _suspend(self) -> None:
@@ -138,7 +145,8 @@ class Generation:
       if tokens is None:
         continue
       more = self.outcomes.cut(sample, tokens)
-      self._stats.discarded_tokens += max(sample.length - sample.begin - tokens,
-                                          0)
+      self._stats.discarded_tokens += max(
+        sample.length - sample.begin - tokens, 0
+      )
       if more is not None and self._hints is not None:
         self._hints.add_hint(sample.request, sample.index, more)

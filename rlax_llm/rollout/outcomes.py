@@ -1,7 +1,8 @@
 """What the samples of one `generate` come to."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -17,8 +18,9 @@ _NOTHING = np.zeros(0, np.int32)
 class Outcomes:
   """The rollouts of samples: at their end, or as far as they got."""
 
-  def __init__(self, earlier: Mapping[tuple, Rollout], version: int,
-               longest: int) -> None:
+  def __init__(
+    self, earlier: Mapping[tuple, Rollout], version: int, longest: int
+  ) -> None:
     """Begins with what samples came to before.
 
     Args:
@@ -41,20 +43,22 @@ class Outcomes:
     finished = bool(read.finished[slot])
     length = begun.length + len(tokens)
     self._made[sample_key(sample.request, sample.index)] = Rollout(
-        tokens=join(begun.tokens, tokens),
-        length=length,
-        finished=finished,
-        token_version=join(begun.token_version, version),
-        behaviour_logprobs=join(begun.behaviour_logprobs, read.logprobs[slot,
-                                                                        new]),
-        drafted=join(begun.drafted, read.drafted[slot, new]),
-        forwards=begun.forwards + int(read.forwards[slot]),
-        request=sample.request,
-        index=sample.index,
-        suspended=not finished and length < self._longest,
-        scored_logprobs=begun.scored_logprobs,
-        survival=begun.survival,
-        weight=begun.weight)
+      tokens=join(begun.tokens, tokens),
+      length=length,
+      finished=finished,
+      token_version=join(begun.token_version, version),
+      behaviour_logprobs=join(
+        begun.behaviour_logprobs, read.logprobs[slot, new]
+      ),
+      drafted=join(begun.drafted, read.drafted[slot, new]),
+      forwards=begun.forwards + int(read.forwards[slot]),
+      request=sample.request,
+      index=sample.index,
+      suspended=not finished and length < self._longest,
+      scored_logprobs=begun.scored_logprobs,
+      survival=begun.survival,
+      weight=begun.weight,
+    )
 
   def carry(self, sample: Sample, slot: int, read: SegmentRead) -> np.ndarray:
     """Notes what a sample has come to, which will go on in another slot.
@@ -84,16 +88,17 @@ class Outcomes:
   def new(self, requests: Sequence[Request]) -> list[Rollout]:
     """Returns what came to its end here, in order."""
     return [
-        r for r in self.rollouts(requests)
-        if not r.suspended and sample_key(r.request, r.index) in self._made
+      r
+      for r in self.rollouts(requests)
+      if not r.suspended and sample_key(r.request, r.index) in self._made
     ]
 
   def rollouts(self, requests: Sequence[Request]) -> list[Rollout]:
     """Returns every rollout, in the order of requests and of samples."""
     return [
-        self._made.get(sample_key(request, i), self._begun(request, i))
-        for request in requests
-        for i in range(request.samples)
+      self._made.get(sample_key(request, i), self._begun(request, i))
+      for request in requests
+      for i in range(request.samples)
     ]
 
   def _begun(self, request: Request, index: int) -> Rollout:
@@ -101,26 +106,29 @@ class Outcomes:
     before = self._earlier.get(sample_key(request, index))
     if before is not None:
       return before
-    return Rollout(_NOTHING,
-                   0,
-                   False,
-                   _NOTHING,
-                   np.zeros(0, np.float32),
-                   np.zeros(0, bool),
-                   0,
-                   request,
-                   index,
-                   suspended=True)
+    return Rollout(
+      _NOTHING,
+      0,
+      False,
+      _NOTHING,
+      np.zeros(0, np.float32),
+      np.zeros(0, bool),
+      0,
+      request,
+      index,
+      suspended=True,
+    )
 
 
 def _shortened(rollout: Rollout, length: int) -> Rollout:
   """Returns a rollout up to a length, suspended."""
   return dataclasses.replace(
-      rollout,
-      tokens=rollout.tokens[:length],
-      length=length,
-      finished=False,
-      token_version=rollout.token_version[:length],
-      behaviour_logprobs=rollout.behaviour_logprobs[:length],
-      drafted=rollout.drafted[:length],
-      suspended=True)
+    rollout,
+    tokens=rollout.tokens[:length],
+    length=length,
+    finished=False,
+    token_version=rollout.token_version[:length],
+    behaviour_logprobs=rollout.behaviour_logprobs[:length],
+    drafted=rollout.drafted[:length],
+    suspended=True,
+  )

@@ -1,13 +1,13 @@
 """What a replica is made of, once for all that it generates."""
 
+from collections.abc import Callable
 import dataclasses
-from typing import Callable
 
 from jax.sharding import Mesh
 
 from rlax_llm.config import ControlConfig
 from rlax_llm.config import RolloutConfig
-from rlax_llm.drafting.arms import Arm
+from rlax_llm.config.draft_configs import Arm
 from rlax_llm.drafting.drafter import Drafter
 from rlax_llm.drafting.strategy.base import Strategy
 from rlax_llm.rollout.executor import Executor
@@ -17,6 +17,7 @@ from rlax_llm.types import Request
 @dataclasses.dataclass(frozen=True)
 class Parts:
   """What all generations of one replica share."""
+
   rollout: RolloutConfig
   control: ControlConfig
   mesh: Mesh  # the replica's devices
@@ -54,8 +55,9 @@ class Parts:
       return 0
     wanted = self.control.run_ahead_rows
     # Never below the least N that compaction can reach.
-    return max([n for n in self.row_counts if n <= wanted],
-               default=self.row_counts[-1])
+    return max(
+      [n for n in self.row_counts if n <= wanted], default=self.row_counts[-1]
+    )
 
   def fits(self, request: Request) -> bool:
     """Whether the request's prompt is one that slots can hold."""

@@ -1,7 +1,9 @@
 """What samples begin with: prefilled, and placed in the drafter's state."""
 
 import collections
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +44,7 @@ class Places:
 
 class Text(NamedTuple):
   """What samples begin with: a prompt, or one with a part of a completion."""
+
   tokens: np.ndarray  # int32[length]
   known: int  # of them, of a completion
   number: int  # of the request, in its queue

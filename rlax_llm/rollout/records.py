@@ -1,7 +1,8 @@
 """Rollouts as JSON-able records, for checkpoints: bit for bit."""
 
 import base64
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 import zlib
 
 import numpy as np
@@ -11,10 +12,10 @@ from rlax_llm.types import Rollout
 
 # By field of Rollout: what stands at each token.
 _BY_TOKEN = {
-    'tokens': '<i4',
-    'token_version': '<i4',
-    'behaviour_logprobs': '<f4',
-    'drafted': '|b1',
+  'tokens': '<i4',
+  'token_version': '<i4',
+  'behaviour_logprobs': '<f4',
+  'drafted': '|b1',
 }
 
 
@@ -22,9 +23,9 @@ def pack_array(array: np.ndarray) -> dict[str, Any]:
   """Returns an array as a record; `unpack_array` undoes it."""
   data = zlib.compress(np.ascontiguousarray(array).tobytes(), level=1)
   return {
-      'dtype': array.dtype.str,
-      'shape': list(array.shape),
-      'data': base64.b64encode(data).decode(),
+    'dtype': array.dtype.str,
+    'shape': list(array.shape),
+    'data': base64.b64encode(data).decode(),
   }
 
 
@@ -48,21 +49,20 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
   request = rollouts[0].request
   scored = [r.scored_logprobs for r in rollouts]
   record: dict[str, Any] = {
-      'request': [
-          request.samples, request.domain, request.step, request.request
-      ],
-      'index': [r.index for r in rollouts],
-      'length': [r.length for r in rollouts],
-      'finished': [r.finished for r in rollouts],
-      'suspended': [r.suspended for r in rollouts],
-      'forwards': [r.forwards for r in rollouts],
-      'survival': [r.survival for r in rollouts],
-      'weight': [r.weight for r in rollouts],
-      'scored': [-1 if s is None else len(s) for s in scored],
-      'scored_logprobs':
-          pack_array(
-              np.concatenate(
-                  [np.zeros(0, '<f4'), *(s for s in scored if s is not None)])),
+    'request': [request.samples, request.domain, request.step, request.request],
+    'index': [r.index for r in rollouts],
+    'length': [r.length for r in rollouts],
+    'finished': [r.finished for r in rollouts],
+    'suspended': [r.suspended for r in rollouts],
+    'forwards': [r.forwards for r in rollouts],
+    'survival': [r.survival for r in rollouts],
+    'weight': [r.weight for r in rollouts],
+    'scored': [-1 if s is None else len(s) for s in scored],
+    'scored_logprobs': pack_array(
+      np.concatenate(
+        [np.zeros(0, '<f4'), *(s for s in scored if s is not None)]
+      )
+    ),
   }
   for name, dtype in _BY_TOKEN.items():
     parts = [getattr(r, name).astype(dtype) for r in rollouts]
@@ -70,8 +70,9 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
   return record
 
 
-def unpack_rollouts(record: dict[str, Any],
-                    prompt: np.ndarray) -> tuple[Rollout, ...]:
+def unpack_rollouts(
+  record: dict[str, Any], prompt: np.ndarray
+) -> tuple[Rollout, ...]:
   """Returns the rollouts of a record.
 
   Args:
@@ -82,21 +83,24 @@ def unpack_rollouts(record: dict[str, Any],
   request = Request(prompt, samples, domain, step, number)
   ends = np.cumsum(record['length'])[:-1]
   arrays = {
-      name: np.split(unpack_array(record[name]), ends) for name in _BY_TOKEN
+    name: np.split(unpack_array(record[name]), ends) for name in _BY_TOKEN
   }
   known = np.maximum(record['scored'], 0)
-  scored = np.split(unpack_array(record['scored_logprobs']),
-                    np.cumsum(known)[:-1])
+  scored = np.split(
+    unpack_array(record['scored_logprobs']), np.cumsum(known)[:-1]
+  )
   return tuple(
-      Rollout(length=length,
-              finished=record['finished'][i],
-              forwards=record['forwards'][i],
-              survival=record['survival'][i],
-              weight=record['weight'][i],
-              request=request,
-              index=record['index'][i],
-              suspended=record['suspended'][i],
-              scored_logprobs=None if record['scored'][i] < 0 else scored[i],
-              **{
-                  name: parts[i] for name, parts in arrays.items()
-              }) for i, length in enumerate(record['length']))
+    Rollout(
+      length=length,
+      finished=record['finished'][i],
+      forwards=record['forwards'][i],
+      survival=record['survival'][i],
+      weight=record['weight'][i],
+      request=request,
+      index=record['index'][i],
+      suspended=record['suspended'][i],
+      scored_logprobs=None if record['scored'][i] < 0 else scored[i],
+      **{name: parts[i] for name, parts in arrays.items()},
+    )
+    for i, length in enumerate(record['length'])
+  )

@@ -5,15 +5,17 @@ drafter's state. The host acts on it only between its segments, reads its
 devices once for each, and decides nothing that a token depends on.
 """
 
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from rlax_llm import processes
+from rlax_llm.config.draft_configs import Arm
 from rlax_llm.drafting import store as stores
-from rlax_llm.drafting.arms import Arm
 from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
 from rlax_llm.rollout import control
@@ -31,11 +33,13 @@ from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import Queue
 from rlax_llm.rollout.table import Sample
 from rlax_llm.rollout.table import Table
+from rlax_llm.runtime import processes
 from rlax_llm.types import DraftParams
 
 
 class _Flight(NamedTuple):
   """A segment that runs."""
+
   packed: jax.Array  # what `SegmentRead.unpack` takes
   occupancy: Occupancy
   arm: Arm
@@ -60,9 +64,16 @@ class _Line:
 class Replica:
   """The slots of one part of the mesh, for one `generate`."""
 
-  def __init__(self, parts: Parts, params: DraftParams, queue: Queue,
-               coming: Queue, outcomes: Outcomes, state: RolloutState,
-               stats: RolloutStats) -> None:
+  def __init__(
+    self,
+    parts: Parts,
+    params: DraftParams,
+    queue: Queue,
+    coming: Queue,
+    outcomes: Outcomes,
+    state: RolloutState,
+    stats: RolloutStats,
+  ) -> None:
     """Begins with empty slots; nothing is decoded yet.
 
     Args:
@@ -80,9 +91,11 @@ class Replica:
     self._state = state
     self._stats = stats
     slots = parts.executor.empty(parts.rollout.slots, parts.capacities[0])
-    self._table = Table(slots,
-                        Drafts(parts.executor, parts.widest, params, slots),
-                        [None] * parts.rollout.slots)
+    self._table = Table(
+      slots,
+      Drafts(parts.executor, parts.widest, params, slots),
+      [None] * parts.rollout.slots,
+    )
     corpus = parts.widest.corpus
     self._places = Places(corpus.prompts) if corpus else None
     self._main = _Line(queue, self._prefill)
@@ -141,13 +154,14 @@ class Replica:
     """
     table, decoding = self._table, self.decoding
     fewer = [
-        n for n in self._parts.row_counts
-        if decoding / 2 <= n < min(decoding, len(table.owners))
+      n
+      for n in self._parts.row_counts
+      if decoding / 2 <= n < min(decoding, len(table.owners))
     ]
     if not fewer:
       return []
     seated = [i for i, o in enumerate(table.owners) if o and not o.ahead]
-    kept, moved = seated[:fewer[0]], seated[fewer[0]:]
+    kept, moved = seated[: fewer[0]], seated[fewer[0] :]
     given = []
     for slot in moved:
       sample = table.owners[slot]
@@ -156,8 +170,12 @@ class Replica:
         assert self._read is not None
         tokens = self._outcomes.carry(sample, slot, self._read)
         prompt = sample.request.prompt
-        sample.text = Text(np.concatenate([prompt, tokens]), len(tokens),
-                           sample.number, sample.request)
+        sample.text = Text(
+          np.concatenate([prompt, tokens]),
+          len(tokens),
+          sample.number,
+          sample.request,
+        )
       given.append(sample)
     for owner in table.owners:
       if owner and owner.ahead:
@@ -191,10 +209,13 @@ class Replica:
     capacity = self._parts.rollout.prompt_length
     if longest > capacity:
       capacity = min(c for c in self._parts.capacities if c >= longest)
-    return self._parts.executor.prefill(self._params.policy,
-                                        [t.tokens for t in members],
-                                        self._parts.block_rows, capacity,
-                                        self._table.drafts.wants_hidden)
+    return self._parts.executor.prefill(
+      self._params.policy,
+      [t.tokens for t in members],
+      self._parts.block_rows,
+      capacity,
+      self._table.drafts.wants_hidden,
+    )
 
   def _place(self, ahead: bool, members: Sequence[Text]) -> None:
     """Gives the prompts of texts places, and the drafter what it knows."""
@@ -209,8 +230,14 @@ class Replica:
         taken.append(places.take(group))
         requests.append(text.request)
     taken += [corpus.prompts] * (rows - len(taken))
-    self._table.drafts.load(lambda: (taken, *stores.corpus_texts(
-        self._state.store, requests, rows, corpus, merge=processes.merge)))
+    self._table.drafts.load(
+      lambda: (
+        taken,
+        *stores.corpus_texts(
+          self._state.store, requests, rows, corpus, merge=processes.merge
+        ),
+      )
+    )
 
   def _admit(self, line: _Line) -> None:
     """Fills free slots from a queue, in order."""
@@ -224,7 +251,7 @@ class Replica:
       if line.prefilled.row(line.waiting[0].text) is None:
         # Texts of samples in a row; no text twice.
         texts = list({id(s.text): s.text for s in line.waiting}.values())
-        members = texts[:self._parts.block_rows]
+        members = texts[: self._parts.block_rows]
         self._place(line.waiting[0].ahead, members)
         line.prefilled.fill(members)
       taken = {}
@@ -244,19 +271,21 @@ class Replica:
       block = line.prefilled.block
       self._grow_to(block.tokens.shape[1])
       table.slots = self._parts.executor.admit(table.slots, block, taken)
-      table.drafts.admit(table.slots, block, {
-          slot: seat.row for slot, seat in taken.items()
-      })
+      table.drafts.admit(
+        table.slots, block, {slot: seat.row for slot, seat in taken.items()}
+      )
 
   def _speed_view(self) -> control.SpeedView:
     table, parts = self._table, self._parts
-    return control.SpeedView(rows=len(table.owners),
-                             decoding=self.decoding,
-                             counted=int(np.sum(table.counted())),
-                             pending=self._main.pending,
-                             row_counts=parts.row_counts,
-                             ahead_rows=parts.ahead_rows,
-                             refill_threshold=parts.control.refill_threshold)
+    return control.SpeedView(
+      rows=len(table.owners),
+      decoding=self.decoding,
+      counted=int(np.sum(table.counted())),
+      pending=self._main.pending,
+      row_counts=parts.row_counts,
+      ahead_rows=parts.ahead_rows,
+      refill_threshold=parts.control.refill_threshold,
+    )
 
   def _compact(self) -> None:
     """Shrinks N as far as `control.compacted_rows` says.
@@ -304,8 +333,9 @@ class Replica:
     rows, capacity = table.slots.text.shape
     running = sum(o is not None and not o.ahead for o in table.owners)
     occupancy = Occupancy(running, rows, capacity)
-    arm, limit, timed = parts.strategy.choose(occupancy,
-                                              parts.rollout.segment_forwards)
+    arm, limit, timed = parts.strategy.choose(
+      occupancy, parts.rollout.segment_forwards
+    )
     # It reads clocks, which differ between processes: the first one's decide.
     arms = list(parts.drafters)
     place, limit, timed = processes.broadcast([arms.index(arm), limit, timed])
@@ -322,13 +352,14 @@ class Replica:
       jax.block_until_ready(drafts)
     start = self._now()
     table.slots, drafts, packed = parts.executor.decode(
-        self._params,
-        table.slots,
-        drafts,
-        parts.drafters[arm],
-        forwards=limit,
-        done_rows=control.done_rows(self._speed_view()),
-        counted=table.counted())
+      self._params,
+      table.slots,
+      drafts,
+      parts.drafters[arm],
+      forwards=limit,
+      done_rows=control.done_rows(self._speed_view()),
+      counted=table.counted(),
+    )
     table.drafts.put(width, drafts)
     self._flight = _Flight(packed, occupancy, arm, timed, begin, start)
 
@@ -352,12 +383,16 @@ class Replica:
     self._stats.tokens += int(spent.tokens)
     self._stats.ahead_tokens += int(spent.ahead_tokens)
     self._parts.strategy.observe(
-        flight.occupancy, flight.arm,
-        Spent(seconds=seconds if flight.timed else None,
-              preparation=flight.start - flight.begin,
-              forwards=forwards,
-              row_forwards=row_forwards,
-              accepted=spent.accepted.tolist()))
+      flight.occupancy,
+      flight.arm,
+      Spent(
+        seconds=seconds if flight.timed else None,
+        preparation=flight.start - flight.begin,
+        forwards=forwards,
+        row_forwards=row_forwards,
+        accepted=spent.accepted.tolist(),
+      ),
+    )
     self._collect(read)
 
   def _collect(self, read: SegmentRead) -> None:
@@ -370,8 +405,10 @@ class Replica:
       if owner.ahead:
         assert self._state.store is not None
         self._state.store.add_hint(
-            owner.request, owner.index,
-            read.text[slot, owner.base:owner.length].copy())
+          owner.request,
+          owner.index,
+          read.text[slot, owner.base : owner.length].copy(),
+        )
       elif owner.done:
         self._outcomes.book(owner, slot, read)
     for slot, owner in enumerate(table.owners):

@@ -4,7 +4,8 @@ Nothing here knows what a drafter or a policy is made of. W = 1 is plain
 sampling by the same path.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -29,6 +30,7 @@ class Limits(flax.struct.PyTreeNode):
 
   Arrays, not static: other limits do not compile another executable.
   """
+
   forwards: Array  # int32: forwards spent
   done_rows: Array  # int32: this many of the counted rows are done
   counted: Array  # bool[N]: not a row that runs ahead of its step
@@ -36,6 +38,7 @@ class Limits(flax.struct.PyTreeNode):
 
 class Counters(flax.struct.PyTreeNode):
   """Speed values of one segment."""
+
   forwards: Array  # int32
   row_forwards: Array  # int32: sum over forwards of the rows that decoded
   tokens: Array  # int32: tokens committed
@@ -47,13 +50,19 @@ class Counters(flax.struct.PyTreeNode):
 
 class SegmentConfig(NamedTuple):
   """The static facts of a segment."""
+
   sampling: Sampling
   eos_ids: tuple[int, ...]
 
 
-def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
-              model: LanguageModel,
-              config: SegmentConfig) -> tuple[Slots, Path, Array]:
+def step_rows(
+  params: Params,
+  slots: Slots,
+  tree: DraftTree,
+  *,
+  model: LanguageModel,
+  config: SegmentConfig,
+) -> tuple[Slots, Path, Array]:
   """Runs one forward over a draft tree per row and commits what follows.
 
   Args:
@@ -75,9 +84,13 @@ def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
   node_mask = lines(tree.parents)
   depth = verification.depths(node_mask)
   depth = jnp.broadcast_to(depth, tree.tokens.shape)
-  hidden, nodes = model.extend(params, tree.tokens,
-                               slots.length[:, None] - 1 + depth, node_mask,
-                               slots.cache)
+  hidden, nodes = model.extend(
+    params,
+    tree.tokens,
+    slots.length[:, None] - 1 + depth,
+    node_mask,
+    slots.cache,
+  )
   law = sampling_ops.log_law(model.logits(params, hidden), config.sampling)
   # The noise of a token belongs to its place in the completion: nodes of one
   # depth share it.
@@ -101,18 +114,20 @@ def step_rows(params: Params, slots: Slots, tree: DraftTree, *,
   # Writes cover all W places: what lies beyond `length` holds no meaning, and
   # rows that are done may stand at the capacity, where writes are dropped.
   write = lambda old, new: old.at[rows, slots.length[:, None] + order].set(
-      new, mode='drop', unique_indices=True, indices_are_sorted=True)
+    new, mode='drop', unique_indices=True, indices_are_sorted=True
+  )
   logprobs = law[rows, path.nodes, path.tokens]
   length = slots.length + kept
-  slots = slots.replace(text=write(slots.text, path.tokens),
-                        logprobs=write(slots.logprobs, logprobs),
-                        drafted=write(slots.drafted, order
-                                      < path.length[:, None] - 1),
-                        length=length,
-                        forwards=slots.forwards + ~slots.done,
-                        finished=slots.finished | hit,
-                        done=slots.done | hit | (length >= slots.limit),
-                        cache=kv_cache.commit(slots.cache, nodes, committed))
+  slots = slots.replace(
+    text=write(slots.text, path.tokens),
+    logprobs=write(slots.logprobs, logprobs),
+    drafted=write(slots.drafted, order < path.length[:, None] - 1),
+    length=length,
+    forwards=slots.forwards + ~slots.done,
+    finished=slots.finished | hit,
+    done=slots.done | hit | (length >= slots.limit),
+    cache=kv_cache.commit(slots.cache, nodes, committed),
+  )
   return slots, committed, hidden
 
 
@@ -129,15 +144,17 @@ def count_nodes(path: Path, counted: Array) -> Array:
   return jnp.sum(reached, axis=(0, 1), dtype=jnp.int32)
 
 
-def segment(params: Params,
-            slots: Slots,
-            drafter_state: Any,
-            limits: Limits,
-            own: Params = (),
-            *,
-            model: LanguageModel,
-            drafter: Drafter,
-            config: SegmentConfig) -> tuple[Slots, Any, Counters]:
+def segment(
+  params: Params,
+  slots: Slots,
+  drafter_state: Any,
+  limits: Limits,
+  own: Params = (),
+  *,
+  model: LanguageModel,
+  drafter: Drafter,
+  config: SegmentConfig,
+) -> tuple[Slots, Any, Counters]:
   """Decodes until the limits are reached: one `while_loop`, no host.
 
   A segment ends when every row is done, when `limits.forwards` forwards are
@@ -164,29 +181,32 @@ def segment(params: Params,
   def proceed(carry: tuple) -> Array:
     slots, _, counters = carry
     fits = slots.done | (slots.length + drafter.width <= capacity)
-    return (jnp.all(fits) & (counters.forwards < limits.forwards) &
-            (jnp.sum(slots.done & limits.counted) < limits.done_rows) &
-            ~jnp.all(slots.done))
+    return (
+      jnp.all(fits)
+      & (counters.forwards < limits.forwards)
+      & (jnp.sum(slots.done & limits.counted) < limits.done_rows)
+      & ~jnp.all(slots.done)
+    )
 
   def body(carry: tuple) -> tuple:
     slots, state, counters = carry
     tree, state = drafter.propose(draft_params, state, slots)
-    after, path, hidden = step_rows(params,
-                                    slots,
-                                    tree,
-                                    model=model,
-                                    config=config)
+    after, path, hidden = step_rows(
+      params, slots, tree, model=model, config=config
+    )
     state = drafter.observe(draft_params, state, after, path, hidden)
     add = lambda x: jnp.sum(x, dtype=jnp.int32)
     counters = Counters(
-        forwards=counters.forwards + 1,
-        row_forwards=counters.row_forwards + add(~slots.done & limits.counted),
-        tokens=counters.tokens + add(path.length * limits.counted),
-        ahead_tokens=counters.ahead_tokens + add(path.length * ~limits.counted),
-        accepted=counters.accepted + count_nodes(path, limits.counted))
+      forwards=counters.forwards + 1,
+      row_forwards=counters.row_forwards + add(~slots.done & limits.counted),
+      tokens=counters.tokens + add(path.length * limits.counted),
+      ahead_tokens=counters.ahead_tokens + add(path.length * ~limits.counted),
+      accepted=counters.accepted + count_nodes(path, limits.counted),
+    )
     return after, state, counters
 
   zero = jnp.zeros((), jnp.int32)
-  counters = Counters(zero, zero, zero, zero, jnp.zeros(drafter.width,
-                                                        jnp.int32))
+  counters = Counters(
+    zero, zero, zero, zero, jnp.zeros(drafter.width, jnp.int32)
+  )
   return jax.lax.while_loop(proceed, body, (slots, drafter_state, counters))

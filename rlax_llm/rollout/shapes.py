@@ -28,7 +28,10 @@ def list_row_counts(slots: int, control: ControlConfig, ways: int) -> list[int]:
   """
   counts = [slots]
   least = max(control.min_slots, ways)
-  while (control.compact and counts[-1] // 2 >= least and
-         counts[-1] % (2 * ways) == 0):
+  while (
+    control.compact
+    and counts[-1] // 2 >= least
+    and counts[-1] % (2 * ways) == 0
+  ):
     counts.append(counts[-1] // 2)
   return counts

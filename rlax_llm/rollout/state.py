@@ -1,19 +1,22 @@
 """What outlives a `generate`: the state of rollouts, and its speed values."""
 
+from collections.abc import Mapping
 import dataclasses
-from typing import Mapping
 
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.types import Rollout
 
-NOT_FINITE = ('tokens were drawn from logits that are not finite: parameters '
-              'are NaN or infinite, or the forward pass overflows in '
-              'learning.precision.compute')
+NOT_FINITE = (
+  'tokens were drawn from logits that are not finite: parameters '
+  'are NaN or infinite, or the forward pass overflows in '
+  'learning.precision.compute'
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutState:
   """What rollouts of later steps may depend on; host side, checkpointed."""
+
   version: int = 0  # policy version: the step whose parameters sample
   # Past rollouts to draft from; `generate` adds those it makes. None: nothing
   # is remembered.
@@ -26,6 +29,7 @@ class RolloutState:
 @dataclasses.dataclass
 class RolloutStats:
   """Speed values of one `generate`."""
+
   tokens: int = 0
   forwards: int = 0
   row_forwards: int = 0  # sum over forwards of the rows that decoded
@@ -45,8 +49,8 @@ class RolloutStats:
   def __add__(self, other: 'RolloutStats') -> 'RolloutStats':
     """Returns the speed values of both."""
     both = {
-        field.name: getattr(self, field.name) + getattr(other, field.name)
-        for field in dataclasses.fields(self)
+      field.name: getattr(self, field.name) + getattr(other, field.name)
+      for field in dataclasses.fields(self)
     }
     return RolloutStats(**both | {'executables': other.executables})
 
@@ -60,15 +64,15 @@ class RolloutStats:
     """Returns the metrics under their fixed names."""
     decoding = max(self.seconds - self.compile_seconds, 1e-9)
     return {
-        'rollout/tokens_per_second': self.tokens / decoding,
-        'rollout/accept_length': self.tokens / max(self.row_forwards, 1),
-        'rollout/forwards': self.forwards,
-        'rollout/occupancy': self.row_forwards / max(self.slot_forwards, 1),
-        'rollout/width_mean': self.node_forwards / max(self.forwards, 1),
-        'rollout/ahead_tokens': self.ahead_tokens,
-        'rollout/discarded_tokens': self.discarded_tokens,
-        'rollout/segments': self.segments,
-        'rollout/executables': self.executables,
-        'rollout/nonfinite_samples': self.nonfinite_samples,
-        'time/reshard': self.reshard_seconds,
+      'rollout/tokens_per_second': self.tokens / decoding,
+      'rollout/accept_length': self.tokens / max(self.row_forwards, 1),
+      'rollout/forwards': self.forwards,
+      'rollout/occupancy': self.row_forwards / max(self.slot_forwards, 1),
+      'rollout/width_mean': self.node_forwards / max(self.forwards, 1),
+      'rollout/ahead_tokens': self.ahead_tokens,
+      'rollout/discarded_tokens': self.discarded_tokens,
+      'rollout/segments': self.segments,
+      'rollout/executables': self.executables,
+      'rollout/nonfinite_samples': self.nonfinite_samples,
+      'time/reshard': self.reshard_seconds,
     }

@@ -1,8 +1,9 @@
 """Who waits, and who sits in which slot."""
 
 import collections
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from rlax_llm.types import Slots
 @dataclasses.dataclass
 class Sample:
   """One sample, from the queue to its rollout."""
+
   order: int  # place among the samples of the queue
   request: Request
   number: int  # of the request, in its queue
@@ -41,13 +43,15 @@ class Sample:
 class Queue:
   """Samples that wait, in order."""
 
-  def __init__(self,
-               requests: Sequence[Request],
-               *,
-               most: int,
-               ahead: bool = False,
-               earlier: Mapping[tuple, Rollout] | None = None,
-               limit: int | None = None) -> None:
+  def __init__(
+    self,
+    requests: Sequence[Request],
+    *,
+    most: int,
+    ahead: bool = False,
+    earlier: Mapping[tuple, Rollout] | None = None,
+    limit: int | None = None,
+  ) -> None:
     """Lines up every sample that is not at its end.
 
     Args:
@@ -68,12 +72,23 @@ class Queue:
       for known, index in sorted(going, key=lambda part: part[0].size == 0):
         text = prompt
         if known.size:
-          text = Text(np.concatenate([request.prompt, known]), known.size,
-                      number, request)
+          text = Text(
+            np.concatenate([request.prompt, known]), known.size, number, request
+          )
         begin, rest = len(text.tokens), most - known.size
         self.samples.append(
-            Sample(len(self.samples), request, number, index, text, begin,
-                   min(rest, limit or rest), begin, ahead))
+          Sample(
+            len(self.samples),
+            request,
+            number,
+            index,
+            text,
+            begin,
+            min(rest, limit or rest),
+            begin,
+            ahead,
+          )
+        )
 
   def claim(self, texts: int) -> list[Sample]:
     """Takes the samples of the next texts out of the queue.
@@ -91,8 +106,9 @@ class Queue:
     return taken
 
 
-def _known(earlier: Mapping[tuple, Rollout], request: Request,
-           index: int) -> np.ndarray | None:
+def _known(
+  earlier: Mapping[tuple, Rollout], request: Request, index: int
+) -> np.ndarray | None:
   """Returns the tokens that a sample has; None: it is at its end."""
   before = earlier.get(sample_key(request, index))
   if before is None:
@@ -108,6 +124,7 @@ def sample_key(request: Request, index: int) -> tuple[int, int, int, int]:
 @dataclasses.dataclass
 class Table:
   """The slots and who sits in them; None is a free slot."""
+
   slots: Slots
   drafts: Drafts
   owners: list[Sample | None]

@@ -12,8 +12,8 @@ import logging
 import re
 from typing import Any
 
-from rlax_llm import answer_text
 from rlax_llm import config as config_lib
+from rlax_llm.tasks import answer_text
 
 _MARGIN = 256  # characters beyond twice the right answer's
 _MAX_DEPTH = 16  # nested braces
@@ -21,20 +21,27 @@ _MAX_DEPTH = 16  # nested braces
 # four digits or of an expression, powers of numbers in an exponent, exponents
 # and binomials of five digits. The worker's limits end what is left.
 _EXPLOSIVE = re.compile(
-    r'[0-9]{4,}\s*!|[)}!]\s*!|'
-    r'(?:\^|\*\*)\s*[{(]*\s*-?\s*[0-9]{5,}|'
-    r'(?:\^|\*\*)\s*(?:\{[^{}A-Za-z]*|[0-9]\s*)(?:\^|\*\*|!)|'
-    r'binom[{\s]*[0-9]{5,}')
+  r'[0-9]{4,}\s*!|[)}!]\s*!|'
+  r'(?:\^|\*\*)\s*[{(]*\s*-?\s*[0-9]{5,}|'
+  r'(?:\^|\*\*)\s*(?:\{[^{}A-Za-z]*|[0-9]\s*)(?:\^|\*\*|!)|'
+  r'binom[{\s]*[0-9]{5,}'
+)
 _SPACE = r'(?:\s|\\[ ,;:]|~)'
 # The grammar multiplies, or adds up, what stands side by side. A mixed number
 # with its fraction in \frac it reads as one; thousands it reads with a comma.
-_MIXED = re.compile(rf'(?<![\w.,^}}])([0-9]+){_SPACE}+([0-9]+)\s*/\s*([0-9]+)'
-                    r'(?![\w/]|[.,][0-9])')
-_THOUSANDS = re.compile(rf'(?<![\w.,^}}])([1-9][0-9]{{0,2}})((?:{_SPACE}[0-9]'
-                        r'{3})+)(?![\w/]|,[0-9])')
+_MIXED = re.compile(
+  rf'(?<![\w.,^}}])([0-9]+){_SPACE}+([0-9]+)\s*/\s*([0-9]+)'
+  r'(?![\w/]|[.,][0-9])'
+)
+_THOUSANDS = re.compile(
+  rf'(?<![\w.,^}}])([1-9][0-9]{{0,2}})((?:{_SPACE}[0-9]'
+  r'{3})+)(?![\w/]|,[0-9])'
+)
 # Arguments without braces are no numbers that stand apart: \frac 1 2, \log_2 8.
-_ARGUMENTS = re.compile(r'\\[dtc]?(?:frac|binom)\s*[0-9]\s*[0-9]|'
-                        r'\\sqrt\s*[0-9]|[_^]\s*[0-9]+')
+_ARGUMENTS = re.compile(
+  r'\\[dtc]?(?:frac|binom)\s*[0-9]\s*[0-9]|'
+  r'\\sqrt\s*[0-9]|[_^]\s*[0-9]+'
+)
 _APART = re.compile(rf'[0-9.]{_SPACE}+\.?[0-9]')
 
 
@@ -48,9 +55,10 @@ def require() -> None:
     importlib.import_module('math_verify')
   except ImportError as error:
     raise config_lib.ConfigError(
-        "task.match='math' needs the package math-verify "
-        f"({error}); pip install 'rlax_llm[math]', or set task.match to "
-        'numeric or exact') from error
+      "task.match='math' needs the package math-verify "
+      f"({error}); pip install 'rlax_llm[math]', or set task.match to "
+      'numeric or exact'
+    ) from error
   # It warns that its own time limits are off, and of every text it cannot
   # read.
   for name in ('math_verify', 'latex2sympy2_extended'):
@@ -95,9 +103,10 @@ def _parse(text: str) -> list[Any]:
   # No time limit of its own: it is the process's one alarm, which the worker
   # has set to end a hung sample.
   return math_verify.parse(
-      f'\\boxed{{{text}}}',
-      extraction_config=[math_verify.LatexExtractionConfig()],
-      parsing_timeout=None)
+    f'\\boxed{{{text}}}',
+    extraction_config=[math_verify.LatexExtractionConfig()],
+    parsing_timeout=None,
+  )
 
 
 # The samples of one problem come one after the other.
@@ -119,14 +128,19 @@ def is_equivalent(answer: str, truth: str) -> bool:
     truth: the right answer.
   """
   import math_verify  # pylint: disable=g-import-not-at-top
-  answer, truth = (_with_one_meaning(answer_text.strip_formula(text))
-                   for text in (answer, truth))
+
+  answer, truth = (
+    _with_one_meaning(answer_text.strip_formula(text))
+    for text in (answer, truth)
+  )
   if answer.split() == truth.split():
     return True
-  if not _admit(answer, truth) or any(map(_holds_numbers_apart,
-                                          (answer, truth))):
+  if not _admit(answer, truth) or any(
+    map(_holds_numbers_apart, (answer, truth))
+  ):
     return False
   return bool(
-      math_verify.verify(_parse_truth(truth),
-                         _parse(answer),
-                         timeout_seconds=None))
+    math_verify.verify(
+      _parse_truth(truth), _parse(answer), timeout_seconds=None
+    )
+  )

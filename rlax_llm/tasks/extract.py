@@ -1,9 +1,16 @@
 """Where the answer stands in a completion."""
 
-from rlax_llm import answer_text
+from rlax_llm.tasks import answer_text
 
-FORMATS = ('tag', 'scratchpad', 'last_line', 'after_equals', 'boxed', 'hashes',
-           'all')
+FORMATS = (
+  'tag',
+  'scratchpad',
+  'last_line',
+  'after_equals',
+  'boxed',
+  'hashes',
+  'all',
+)
 # Formats whose mark a completion either has or lacks.
 MARKED = ('tag', 'boxed', 'hashes')
 
@@ -11,12 +18,12 @@ _OPEN = '<answer>'
 _CLOSE = '</answer>'
 _HASHES = '####'
 _OPENINGS = {
-    'tag': _OPEN,
-    'scratchpad': ')',
-    'last_line': '\n',
-    'after_equals': '=',
-    'boxed': '\\boxed{',
-    'hashes': f'\n{_HASHES} ',
+  'tag': _OPEN,
+  'scratchpad': ')',
+  'last_line': '\n',
+  'after_equals': '=',
+  'boxed': '\\boxed{',
+  'hashes': f'\n{_HASHES} ',
 }
 
 
@@ -41,7 +48,7 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
   if answer_format == 'tag':
     end = completion.rfind(_CLOSE)
     begin = completion.rfind(_OPEN, 0, end) if end >= 0 else -1
-    answer = completion[begin + len(_OPEN):end] if begin >= 0 else ''
+    answer = completion[begin + len(_OPEN) : end] if begin >= 0 else ''
   elif answer_format == 'scratchpad':
     answer = completion.rpartition(')')[2]
   elif answer_format == 'last_line':
@@ -56,8 +63,10 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
   elif answer_format == 'all':
     answer = completion
   else:
-    raise ValueError(f'task.answer_format {answer_format!r} is unknown; '
-                     f'use one of {", ".join(FORMATS)}')
+    raise ValueError(
+      f'task.answer_format {answer_format!r} is unknown; '
+      f'use one of {", ".join(FORMATS)}'
+    )
   return answer.strip() or None
 
 

@@ -1,6 +1,6 @@
 """Whether two answers are the same number, text or mathematical object."""
 
-from rlax_llm import answer_text
+from rlax_llm.tasks import answer_text
 from rlax_llm.tasks import equivalence
 
 MATCHES = ('numeric', 'exact', 'math')

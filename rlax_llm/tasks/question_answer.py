@@ -1,12 +1,15 @@
 """Questions and their right answers: what tasks made of data sets share."""
 
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import math
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any
 
-from rlax_llm import answer_text
 from rlax_llm import config as config_lib
+from rlax_llm.tasks import answer_text
 from rlax_llm.tasks import equivalence
 from rlax_llm.tasks import extract
 from rlax_llm.tasks import match as match_lib
@@ -16,28 +19,31 @@ from rlax_llm.tasks import task as task_lib
 GOLD_FORMATS = ('all', 'boxed', 'hashes')
 # Options of every such task, with their defaults.
 OPTIONS: Mapping[str, str] = {
-    'question_field': 'question',
-    'answer_field': 'answer',
-    'gold_format': 'all',
+  'question_field': 'question',
+  'answer_field': 'answer',
+  'gold_format': 'all',
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Numeral:
   """A number as its file writes it; a float would round it."""
+
   text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
   """One problem of a data set."""
+
   question: str
   answer: str
   trace: str | None  # the data's own solution, where it fits the answer format
 
 
-def read_options(config: config_lib.TaskConfig,
-                 defaults: Mapping[str, str]) -> dict[str, str]:
+def read_options(
+  config: config_lib.TaskConfig, defaults: Mapping[str, str]
+) -> dict[str, str]:
   """Returns `config.options` with the defaults of what it leaves out.
 
   Raises:
@@ -46,22 +52,30 @@ def read_options(config: config_lib.TaskConfig,
   """
   for name, value in config.options.items():
     if name not in defaults:
-      raise ValueError(f'task.options[{name!r}] is no option of {config.name!r}'
-                       f'{config_lib.nearest(name, defaults)}; its options are '
-                       f'{", ".join(sorted(defaults))}')
+      raise ValueError(
+        f'task.options[{name!r}] is no option of {config.name!r}'
+        f'{config_lib.nearest(name, defaults)}; its options are '
+        f'{", ".join(sorted(defaults))}'
+      )
     if not isinstance(value, str):
-      raise ValueError(f'task.options[{name!r}]={value!r} is of type '
-                       f'{type(value).__name__}; give it as str')
+      raise ValueError(
+        f'task.options[{name!r}]={value!r} is of type '
+        f'{type(value).__name__}; give it as str'
+      )
   options = {**defaults, **config.options}
   if options['gold_format'] not in GOLD_FORMATS:
     raise ValueError(
-        f"task.options['gold_format']={options['gold_format']!r} is unknown"
-        f'; use one of {", ".join(GOLD_FORMATS)}')
+      f"task.options['gold_format']={options['gold_format']!r} is unknown"
+      f'; use one of {", ".join(GOLD_FORMATS)}'
+    )
   return options
 
 
-def make_row(fields: Mapping[str, Any], options: Mapping[str, str],
-             config: config_lib.TaskConfig) -> Row:
+def make_row(
+  fields: Mapping[str, Any],
+  options: Mapping[str, str],
+  config: config_lib.TaskConfig,
+) -> Row:
   """Returns the problem that a data set's record holds.
 
   Args:
@@ -76,8 +90,9 @@ def make_row(fields: Mapping[str, Any], options: Mapping[str, str],
   for name in names:
     if name not in fields:
       raise ValueError(
-          f'lacks the field {name!r}{config_lib.nearest(name, fields)}; give '
-          f'{names[0]} and {names[1]}, or name the fields in task.options')
+        f'lacks the field {name!r}{config_lib.nearest(name, fields)}; give '
+        f'{names[0]} and {names[1]}, or name the fields in task.options'
+      )
   question, gold = (fields[name] for name in names)
   if not isinstance(question, str) or not question.strip():
     raise ValueError(f'field {names[0]!r} must be a string that is not blank')
@@ -87,23 +102,26 @@ def make_row(fields: Mapping[str, Any], options: Mapping[str, str],
   if isinstance(gold, Numeral):
     gold = gold.text
   if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
-    raise ValueError(f'{field} is a {type(gold).__name__}; it must be a string '
-                     'or a number')
+    raise ValueError(
+      f'{field} is a {type(gold).__name__}; it must be a string or a number'
+    )
   gold = str(gold).strip()
   if not gold:
     raise ValueError(f'{field} is blank; remove the problem or fill it in')
   answer = extract.extract_answer(gold, options['gold_format'])
   if answer is None:
     raise ValueError(
-        f'{field} ends in {gold[-60:]!r}, without an answer in the format '
-        f"{options['gold_format']!r}; correct it, or set "
-        "task.options['gold_format']")
+      f'{field} ends in {gold[-60:]!r}, without an answer in the format '
+      f'{options["gold_format"]!r}; correct it, or set '
+      "task.options['gold_format']"
+    )
   if config.match == 'numeric' and answer_text.parse_number(answer) is None:
     raise ValueError(
-        f'{field} has the answer {answer[:60]!r}, no number; set '
-        "task.match='exact' or 'math', or write one number, of at most "
-        f'{answer_text.MAX_CHARACTERS} characters and with an exponent of at '
-        'most three digits')
+      f'{field} has the answer {answer[:60]!r}, no number; set '
+      "task.match='exact' or 'math', or write one number, of at most "
+      f'{answer_text.MAX_CHARACTERS} characters and with an exponent of at '
+      'most three digits'
+    )
   fits = options['gold_format'] == config.answer_format != 'all'
   return Row(question, answer, gold if fits else None)
 
@@ -121,11 +139,15 @@ class QuestionAnswerTask:
       ValueError: an unknown or unfit value, or math-verify is missing.
     """
     if config.match not in match_lib.MATCHES:
-      raise ValueError(f'task.match {config.match!r} is unknown; use one of '
-                       f'{", ".join(match_lib.MATCHES)}')
+      raise ValueError(
+        f'task.match {config.match!r} is unknown; use one of '
+        f'{", ".join(match_lib.MATCHES)}'
+      )
     if config.prompt_format != 'question':
-      raise ValueError(f'task.prompt_format={config.prompt_format!r} does not '
-                       f"fit {config.name!r}; use 'question'")
+      raise ValueError(
+        f'task.prompt_format={config.prompt_format!r} does not '
+        f"fit {config.name!r}; use 'question'"
+      )
     extract.extract_answer('', config.answer_format)
     if config.match == 'math':
       equivalence.require()
@@ -133,8 +155,14 @@ class QuestionAnswerTask:
     self._problems: dict[str, Sequence[Row]] = {}
     self._way_out = ''
 
-  def _set_problems(self, train: Iterable[Row], held_out: Sequence[Row] | None,
-                    *, seed: int, way_out: str) -> None:
+  def _set_problems(
+    self,
+    train: Iterable[Row],
+    held_out: Sequence[Row] | None,
+    *,
+    seed: int,
+    way_out: str,
+  ) -> None:
     """Orders the training problems by the seed.
 
     Args:
@@ -154,9 +182,9 @@ class QuestionAnswerTask:
       return hashlib.sha256(text).digest()
 
     self._problems = {
-        'train': sorted(train, key=order),
-        # In the data's order: every seed is evaluated on the same ones.
-        'held_out': held_out,
+      'train': sorted(train, key=order),
+      # In the data's order: every seed is evaluated on the same ones.
+      'held_out': held_out,
     }
 
   def problem(self, split: task_lib.Split, index: int) -> task_lib.Problem:
@@ -167,21 +195,26 @@ class QuestionAnswerTask:
     """
     rows = self._problems[split]
     if not rows:
-      raise ValueError(f'{self._config.name!r} has no {split} problem; '
-                       f'{self._way_out}')
+      raise ValueError(
+        f'{self._config.name!r} has no {split} problem; {self._way_out}'
+      )
     row = rows[index % len(rows)]
     return task_lib.make_problem(
-        self._config.name, task_lib.with_instruction(row.question,
-                                                     self._config), row.answer,
-        row.trace, {'answer': row.answer})
+      self._config.name,
+      task_lib.with_instruction(row.question, self._config),
+      row.answer,
+      row.trace,
+      {'answer': row.answer},
+    )
 
   def score(self, entry: Mapping[str, Any], completion: str) -> float:
     """Returns 1.0 for the right answer, else 0.0."""
     answer = extract.extract_answer(completion, self._config.answer_format)
     if answer is None:
       return 0.0
-    return float(match_lib.is_equal(answer, entry['answer'],
-                                    self._config.match))
+    return float(
+      match_lib.is_equal(answer, entry['answer'], self._config.match)
+    )
 
   def num_problems(self, split: task_lib.Split) -> int | None:
     """Returns how many problems the split has."""

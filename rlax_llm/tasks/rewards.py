@@ -1,14 +1,17 @@
 """What a completion is worth: named rewards, weighted and summed."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 import inspect
 import math
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from rlax_llm import config as config_lib
-from rlax_llm import metric_names
 from rlax_llm.tasks import extract
 from rlax_llm.tasks import task as task_lib
+from rlax_llm.workdir import metric_names
 
 # A reward: (problem, completion, tokens, finished) -> float, or `task.Score`: a
 # float and metrics to log beside it.
@@ -27,6 +30,7 @@ _LARGEST = 3e38  # a reward is kept as float32
 
 class Result(NamedTuple):
   """What the rewards say of a sample."""
+
   total: float  # sum of weight * reward, rounded once: whatever the order
   parts: dict[str, float]  # every reward by name
   metrics: dict[str, float]  # of the user's own, by name
@@ -54,6 +58,7 @@ def soft_overlong(tokens: int, limit: int, cache: int) -> float:
 @dataclasses.dataclass(frozen=True)
 class Rewards:
   """Rewards by name, and their weights. `correct` is always among them."""
+
   functions: Mapping[str, Reward]
   weights: Mapping[str, float]
 
@@ -61,8 +66,13 @@ class Rewards:
     """Returns the reward of the task's verifier alone."""
     return Rewards({'correct': self.functions['correct']}, {'correct': 1.0})
 
-  def __call__(self, problem: task_lib.Problem, completion: str, tokens: int,
-               finished: bool) -> Result:
+  def __call__(
+    self,
+    problem: task_lib.Problem,
+    completion: str,
+    tokens: int,
+    finished: bool,
+  ) -> Result:
     """Returns what the rewards say of a completion.
 
     A metric that cannot be logged is left out; the reward beside it stands.
@@ -81,8 +91,9 @@ class Rewards:
       _add_metrics(metrics, faults, found.metrics, name)
     total = math.fsum(w * values[name] for name, w in self.weights.items())
     if not abs(total) < _LARGEST:
-      raise ValueError(f'the weighted rewards {values} sum to {total}; lower '
-                       'task.rewards')
+      raise ValueError(
+        f'the weighted rewards {values} sum to {total}; lower task.rewards'
+      )
     return Result(total, values, metrics, faults)
 
 
@@ -93,16 +104,19 @@ def _finite(what: str, value: Any) -> float:
       raise TypeError('text')  # which float() would read
     number = float(value)
   except (TypeError, ValueError, OverflowError) as error:
-    raise ValueError(f'{what} returned {str(value)[:80]!r}, a '
-                     f'{type(value).__name__}; return a finite '
-                     'number') from error
+    raise ValueError(
+      f'{what} returned {str(value)[:80]!r}, a '
+      f'{type(value).__name__}; return a finite '
+      'number'
+    ) from error
   if not abs(number) < _LARGEST:
     raise ValueError(f'{what} returned {number}; return a finite number')
   return number
 
 
-def _add_metrics(known: dict[str, float], faults: dict[str, str], found: Any,
-                 reward: str) -> None:
+def _add_metrics(
+  known: dict[str, float], faults: dict[str, str], found: Any, reward: str
+) -> None:
   """Adds the metrics of one reward that can be logged.
 
   Args:
@@ -113,23 +127,27 @@ def _add_metrics(known: dict[str, float], faults: dict[str, str], found: Any,
   """
   if not isinstance(found, Mapping):
     faults[f'{reward} type'] = (
-        f'reward {reward!r} returned the metrics {str(found)[:80]!r}, a '
-        f'{type(found).__name__}; return numbers by name')
+      f'reward {reward!r} returned the metrics {str(found)[:80]!r}, a '
+      f'{type(found).__name__}; return numbers by name'
+    )
     return
   for name, value in found.items():
     if not isinstance(name, str) or not metric_names.is_user_name(name):
       faults[f'{reward} name'] = (
-          f'reward {reward!r} returned the metric {str(name)[:120]!r}; name it '
-          'with letters, digits and _ . - /, at most '
-          f'{metric_names.LONGEST_NAME} of them')
+        f'reward {reward!r} returned the metric {str(name)[:120]!r}; name it '
+        'with letters, digits and _ . - /, at most '
+        f'{metric_names.LONGEST_NAME} of them'
+      )
     elif name in known:
       faults[f'{reward} {name} again'] = (
-          f'reward {reward!r} returned the metric {name!r}, as another reward '
-          'does; give each a name of its own')
+        f'reward {reward!r} returned the metric {name!r}, as another reward '
+        'does; give each a name of its own'
+      )
     else:
       try:
-        known[name] = _finite(f'the metric {name!r} of reward {reward!r}',
-                              value)
+        known[name] = _finite(
+          f'the metric {name!r} of reward {reward!r}', value
+        )
       except ValueError as error:
         faults[f'{reward} {name}'] = str(error)
 
@@ -148,7 +166,8 @@ def make_rewards(config: config_lib.TaskConfig, task: task_lib.Task) -> Rewards:
   """
   if not config.rewards:
     raise config_lib.ConfigError(
-        "task.rewards is empty; the default is {'correct': 1.0}")
+      "task.rewards is empty; the default is {'correct': 1.0}"
+    )
   functions = {'correct': _correct(task)}
   for name in config.rewards:
     if name != 'correct':
@@ -156,9 +175,10 @@ def make_rewards(config: config_lib.TaskConfig, task: task_lib.Task) -> Rewards:
   unused = config.length_limit or config.length_cache
   if unused and 'length' not in config.rewards:
     raise config_lib.ConfigError(
-        f'task.length_limit={config.length_limit} and length_cache='
-        f"{config.length_cache} are for the reward 'length', which is not in "
-        'task.rewards; add it, or set both to 0')
+      f'task.length_limit={config.length_limit} and length_cache='
+      f"{config.length_cache} are for the reward 'length', which is not in "
+      'task.rewards; add it, or set both to 0'
+    )
   return Rewards(functions, dict(config.rewards))
 
 
@@ -169,23 +189,26 @@ def _make_reward(name: str, config: config_lib.TaskConfig) -> Reward:
     return _length(config.length_limit, config.length_cache)
   if ':' not in name:
     raise config_lib.ConfigError(
-        f'task.rewards[{name!r}] is unknown'
-        f'{config_lib.nearest(name, BUILT_IN)}; use {", ".join(BUILT_IN)} or '
-        "'module:function'")
+      f'task.rewards[{name!r}] is unknown'
+      f'{config_lib.nearest(name, BUILT_IN)}; use {", ".join(BUILT_IN)} or '
+      "'module:function'"
+    )
   function = task_lib.imported(name, 'task.rewards', 'module:function')
   try:
     inspect.signature(function).bind(None, '', 0, True)
   except (TypeError, ValueError) as error:
     raise config_lib.ConfigError(
-        f'task.rewards[{name!r}] does not take (problem, completion, tokens, '
-        f'finished): {error}') from error
+      f'task.rewards[{name!r}] does not take (problem, completion, tokens, '
+      f'finished): {error}'
+    ) from error
   return function
 
 
 def _correct(task: task_lib.Task) -> Reward:
 
-  def correct(problem: task_lib.Problem, completion: str, tokens: int,
-              finished: bool) -> float | task_lib.Score:
+  def correct(
+    problem: task_lib.Problem, completion: str, tokens: int, finished: bool
+  ) -> float | task_lib.Score:
     del tokens, finished
     return task.score(problem.entry, completion)
 
@@ -196,12 +219,14 @@ def _format(answer_format: str) -> Reward:
   """Returns the reward 1.0 for an answer, right or wrong, in its place."""
   if answer_format not in extract.MARKED:
     raise config_lib.ConfigError(
-        f"task.rewards['format'] does not fit task.answer_format="
-        f'{answer_format!r}, which every text has; use one of '
-        f'{", ".join(extract.MARKED)}, or remove the reward')
+      f"task.rewards['format'] does not fit task.answer_format="
+      f'{answer_format!r}, which every text has; use one of '
+      f'{", ".join(extract.MARKED)}, or remove the reward'
+    )
 
-  def has_answer(problem: task_lib.Problem, completion: str, tokens: int,
-                 finished: bool) -> float:
+  def has_answer(
+    problem: task_lib.Problem, completion: str, tokens: int, finished: bool
+  ) -> float:
     del problem, tokens, finished
     answer = extract.extract_answer(completion, answer_format)
     return float(answer is not None)
@@ -212,12 +237,14 @@ def _format(answer_format: str) -> Reward:
 def _length(limit: int, cache: int) -> Reward:
   if not 1 <= cache <= limit:
     raise config_lib.ConfigError(
-        f"task.rewards['length'] falls over task.length_cache={cache} tokens "
-        f'to -1 at task.length_limit={limit}; set both, the cache from 1 to '
-        'the limit')
+      f"task.rewards['length'] falls over task.length_cache={cache} tokens "
+      f'to -1 at task.length_limit={limit}; set both, the cache from 1 to '
+      'the limit'
+    )
 
-  def length(problem: task_lib.Problem, completion: str, tokens: int,
-             finished: bool) -> float:
+  def length(
+    problem: task_lib.Problem, completion: str, tokens: int, finished: bool
+  ) -> float:
     del problem, completion, finished
     return soft_overlong(tokens, limit, cache)
 

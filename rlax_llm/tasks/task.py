@@ -1,13 +1,17 @@
 """What a task is, how one is made, and which prompts a step trains on."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
 import importlib
-import inspect
 import json
-from typing import (Any, Callable, Literal, Mapping, NamedTuple, Protocol,
-                    Sequence)
+from typing import Any
+from typing import Literal
+from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 
@@ -22,6 +26,7 @@ OTHERS = ('jsonl', 'tfds', 'gsm8k', 'mixture')
 @dataclasses.dataclass(frozen=True)
 class Problem:
   """One prompt, and what is needed to verify a completion of it."""
+
   prompt_id: str  # hash of the task's name and the prompt
   prompt: str  # the text put to the model
   answer: str | None  # one right answer; None: only the verifier knows
@@ -42,6 +47,7 @@ class Score(NamedTuple):
     reward: a finite number.
     metrics: finite numbers by name: letters, digits and `_ . - /`.
   """
+
   reward: float
   metrics: Mapping[str, float] = {}
 
@@ -67,8 +73,13 @@ class Task(Protocol):
     """Returns how many problems there are; None: as many as are asked for."""
 
 
-def make_problem(source: str, prompt: str, answer: str | None,
-                 trace: str | None, entry: Mapping[str, Any]) -> Problem:
+def make_problem(
+  source: str,
+  prompt: str,
+  answer: str | None,
+  trace: str | None,
+  entry: Mapping[str, Any],
+) -> Problem:
   """Returns a problem, its `prompt_id` computed."""
   digest = hashlib.sha256(f'{source}\n{prompt}'.encode('utf-8', 'replace'))
   return Problem(digest.hexdigest(), prompt, answer, trace, source, entry)
@@ -83,14 +94,16 @@ def problem_json(problem: Problem) -> str:
   """
   if not isinstance(problem, Problem) or not isinstance(problem.prompt, str):
     raise config_lib.ConfigError(
-        f'{str(problem)[:80]!r}, of type {type(problem).__name__}, is no '
-        'problem; make it with rlax_llm.tasks.task.make_problem')
+      f'{str(problem)[:80]!r}, of type {type(problem).__name__}, is no '
+      'problem; make it with rlax_llm.tasks.task.make_problem'
+    )
   try:
     return json.dumps({f.name: getattr(problem, f.name) for f in _FIELDS})
   except (TypeError, ValueError) as error:
     raise config_lib.ConfigError(
-        f'the entry of a {problem.source!r} problem is no JSON ({error}); use '
-        'JSON types') from error
+      f'the entry of a {problem.source!r} problem is no JSON ({error}); use '
+      'JSON types'
+    ) from error
 
 
 _FIELDS = dataclasses.fields(Problem)
@@ -130,9 +143,10 @@ def distinct_problems(task: Task, split: Split, count: int) -> list[Problem]:
     if misses > 200 + 10 * count or index == available:
       source = next((p.source for p in found.values()), 'the task')
       raise ValueError(
-          f'{source!r} has about {len(found)} different {split} problems; '
-          f'{count} are wanted: lower task.epoch_prompts or '
-          'evaluate.problems, or widen task.options')
+        f'{source!r} has about {len(found)} different {split} problems; '
+        f'{count} are wanted: lower task.epoch_prompts or '
+        'evaluate.problems, or widen task.options'
+      )
     problem = task.problem(split, index)
     index += 1
     misses = misses + 1 if problem.prompt_id in found else 0
@@ -179,11 +193,11 @@ def demonstrations(task: Task) -> Task:
 
 
 def problems_for_step(
-    task: Task,
-    config: config_lib.TaskConfig,
-    seed: int,
-    step: int,
-    make: Callable[[Sequence[int]], list[Problem]] | None = None
+  task: Task,
+  config: config_lib.TaskConfig,
+  seed: int,
+  step: int,
+  make: Callable[[Sequence[int]], list[Problem]] | None = None,
 ) -> list[Problem]:
   """Returns the B problems of a training step.
 
@@ -227,58 +241,25 @@ def problems_for_step(
 
 # Grain takes 10 ms and more to place one of very few problems.
 @functools.lru_cache(maxsize=4096)
-def _epoch_indices(available: int, count: int, seed: int,
-                   step: int) -> tuple[int, ...]:
+def _epoch_indices(
+  available: int, count: int, seed: int, step: int
+) -> tuple[int, ...]:
   """Returns `count` indices into `available` problems."""
   import grain  # pylint: disable=g-import-not-at-top
+
   if available < 1:
     raise ValueError('the task has no training problems; add some')
   size = min(available, count)
   per_step = -(-count // size)
-  batches = grain.MapDataset.range(available).seed(
-      seed % 2**32).shuffle().batch(size, drop_remainder=True).repeat()
+  batches = (
+    grain.MapDataset.range(available)
+    .seed(seed % 2**32)
+    .shuffle()
+    .batch(size, drop_remainder=True)
+    .repeat()
+  )
   rows = [batches[step * per_step + k] for k in range(per_step)]
   return tuple(np.concatenate(rows)[:count].tolist())
-
-
-def make_task(config: config_lib.TaskConfig, seed: int) -> Task:
-  """Returns the task of a config.
-
-  Args:
-    config: `name` is a reasoning-gym name, 'jsonl', 'tfds', 'gsm8k',
-      'mixture', or 'module:Class', constructed as Class(config, seed).
-    seed: the run's seed; problems are a function of it.
-
-  Raises:
-    ValueError: an unknown name, or a config the task cannot be made from.
-  """
-  task = _make_task(config, seed)
-  if not config.epoch_prompts:
-    return task
-  available = task.num_problems('train')
-  if available is not None and available < config.epoch_prompts:
-    raise ValueError(
-        f'task.epoch_prompts={config.epoch_prompts}, but {config.name!r} has '
-        f'{available} training problems; lower task.epoch_prompts')
-  return FiniteTask(task, config.epoch_prompts)
-
-
-def _make_task(config: config_lib.TaskConfig, seed: int) -> Task:
-  # Imported here: each depends on this module, and reasoning-gym is slow.
-  # pylint: disable=g-import-not-at-top
-  if config.name == 'jsonl':
-    from rlax_llm.tasks import jsonl_task
-    return jsonl_task.JsonlTask(config, seed)
-  if config.name in ('tfds', 'gsm8k'):
-    from rlax_llm.tasks import tfds_task
-    return tfds_task.TfdsTask(config, seed)
-  if config.name == 'mixture':
-    from rlax_llm.tasks import mixture_task
-    return mixture_task.MixtureTask(config, seed)
-  if ':' in config.name:
-    return _imported_task(config, seed)
-  from rlax_llm.tasks import reasoning_gym_task
-  return reasoning_gym_task.ReasoningGymTask(config, seed)
 
 
 def imported(path: str, field: str, form: str) -> Any:
@@ -295,44 +276,14 @@ def imported(path: str, field: str, form: str) -> Any:
   module_name, _, name = path.partition(':')
   if module_name == '__main__':
     raise config_lib.ConfigError(
-        f'{field} {path!r} is in the running script, which worker processes '
-        'cannot import; move it to a module of its own')
+      f'{field} {path!r} is in the running script, which worker processes '
+      'cannot import; move it to a module of its own'
+    )
   try:
     return getattr(importlib.import_module(module_name), name)
   except (Exception, SystemExit) as error:
     raise config_lib.ConfigError(
-        f'{field} {path!r} cannot be imported ({type(error).__name__}: '
-        f'{error}); it is read as {form} and the module must be on '
-        'PYTHONPATH') from error
-
-
-def _imported_task(config: config_lib.TaskConfig, seed: int) -> Task:
-  """Returns an instance of the class that 'module:Class' names."""
-  task_class = imported(config.name, 'task.name', 'module:Class')
-  missing = [
-      name for name in ('problem', 'score', 'num_problems')
-      if not callable(getattr(task_class, name, None))
-  ]
-  if missing:
-    raise ValueError(
-        f'task.name {config.name!r} lacks {", ".join(missing)}; a task has '
-        'the methods of rlax_llm.tasks.task.Task')
-  _check_call(task_class, f'task.name {config.name!r}', config, seed)
-  task = task_class(config, seed)
-  for name, arguments in (('problem', ('train', 0)), ('score', ({}, '')),
-                          ('num_problems', ('train',))):
-    _check_call(getattr(task, name), f'{name} of task.name {config.name!r}',
-                *arguments)
-  return task
-
-
-def _check_call(function: Callable[..., Any], what: str, *arguments:
-                Any) -> None:
-  """Refuses what cannot be called with so many arguments."""
-  try:
-    inspect.signature(function).bind(*arguments)
-  except (TypeError, ValueError) as error:
-    raise config_lib.ConfigError(
-        f'{what} takes other arguments ({error}); a task is constructed as '
-        'Class(config, seed) and has the methods of rlax_llm.tasks.task.Task'
+      f'{field} {path!r} cannot be imported ({type(error).__name__}: '
+      f'{error}); it is read as {form} and the module must be on '
+      'PYTHONPATH'
     ) from error

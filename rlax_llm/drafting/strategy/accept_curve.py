@@ -1,9 +1,11 @@
 """How far drafts are right, from counts that wide drafts share with narrow."""
 
 import collections
+from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 _HORIZON = 8192  # row forwards after which a count weighs 1/e
 _PRIOR = 64  # row forwards that all N together count for at one N
@@ -19,8 +21,9 @@ _LEAST_VARIANCE = 0.05  # tokens^2; that of drafts which are all right, or wrong
 STALE = 16
 
 
-def equal_forwards(accepted: Sequence[int], width: int,
-                   branching: int) -> float:
+def equal_forwards(
+  accepted: Sequence[int], width: int, branching: int
+) -> float:
   """Returns the row forwards that narrower drafts had taken for a segment.
 
   In a chain, a forward that commits a tokens takes ceil(a / W) of W nodes,
@@ -44,6 +47,7 @@ def equal_forwards(accepted: Sequence[int], width: int,
 @dataclasses.dataclass
 class _Count:
   """Tokens, and the row forwards of one W that commit them."""
+
   tokens: float = 0.0
   forwards: float = 0.0
   last: int = 0  # segment that told of it last
@@ -76,7 +80,7 @@ class _Count:
     mean = (length + self.length) / 2
     variance = max((mean - 1) * (width - mean), _LEAST_VARIANCE)
     variance *= _ALIKE * (1 / forwards + 1 / self.forwards)
-    square = (length - self.length)**2 / variance
+    square = (length - self.length) ** 2 / variance
     return math.exp(-max(square - _SURPRISE**2, 0.0) / 2)
 
 
@@ -137,12 +141,9 @@ class AcceptCurve:
     """Returns row forwards that E of this W rests on."""
     return self._all[width].forwards if width > 1 else 0.0
 
-  def length(self,
-             rows: int,
-             width: int,
-             now: int,
-             *,
-             hopeful: bool = False) -> float:
+  def length(
+    self, rows: int, width: int, now: int, *, hopeful: bool = False
+  ) -> float:
     """Returns the accept length to expect, tokens per row and forward.
 
     What is stale lies between two bounds: no less than that of the next
@@ -156,7 +157,7 @@ class AcceptCurve:
       hopeful: take the upper bound where E is stale, else what was seen last.
     """
     known, length, slope = 1, 1.0, 1.0  # of the widest that is not stale
-    for w in self._widths[:self._widths.index(width) + 1 if width > 1 else 0]:
+    for w in self._widths[: self._widths.index(width) + 1 if width > 1 else 0]:
       most = length + slope * (w - known)
       seen = max(length, self._seen(rows, w))
       if not self.is_stale(w, now):
@@ -170,17 +171,19 @@ class AcceptCurve:
     everywhere, here = self._all[width], self._at[rows][width]
     if not everywhere.forwards:
       return 1.0
-    weight = 0.5**((self._segments[rows] - here.last) / _AGE)
-    return ((weight * here.tokens + _PRIOR * everywhere.length) /
-            (weight * here.forwards + _PRIOR))
+    weight = 0.5 ** ((self._segments[rows] - here.last) / _AGE)
+    return (weight * here.tokens + _PRIOR * everywhere.length) / (
+      weight * here.forwards + _PRIOR
+    )
 
   def dump(self) -> list[Any]:
     """Returns everything, as JSON can hold it."""
-    fields = lambda counts: [[w, *dataclasses.astuple(c)]
-                             for w, c in counts.items()]
+    fields = lambda counts: [
+      [w, *dataclasses.astuple(c)] for w, c in counts.items()
+    ]
     return [
-        fields(self._all),
-        [[n, self._segments[n], fields(c)] for n, c in self._at.items()]
+      fields(self._all),
+      [[n, self._segments[n], fields(c)] for n, c in self._at.items()],
     ]
 
   def restore(self, saved: list[Any]) -> None:

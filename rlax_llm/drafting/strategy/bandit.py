@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rlax_llm.drafting.arms import Arm
+from rlax_llm.config.draft_configs import Arm
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
@@ -26,8 +26,9 @@ class Bandit:
   bandit. Rewards of one bucket mix its values of n: keep buckets narrow.
   """
 
-  def __init__(self, buckets: Buckets, *, epsilon: float, window: int,
-               seed: int) -> None:
+  def __init__(
+    self, buckets: Buckets, *, epsilon: float, window: int, seed: int
+  ) -> None:
     """Makes a bandit that knows nothing.
 
     Args:
@@ -54,8 +55,11 @@ class Bandit:
     self._draws += 1
     if rng.random() < self._epsilon:
       return Choice(arms[rng.integers(len(arms))], forwards, True)
-    worth = lambda arm: (statistics.median(self._rewards[bucket, arm])
-                         if self._rewards[bucket, arm] else float('inf'))
+    worth = lambda arm: (
+      statistics.median(self._rewards[bucket, arm])
+      if self._rewards[bucket, arm]
+      else float('inf')
+    )
     return Choice(max(arms, key=worth), forwards, True)
 
   def observe(self, occupancy: Occupancy, arm: Arm, spent: Spent) -> None:
@@ -64,8 +68,11 @@ class Bandit:
       return
     lengths = self._lengths[arm]
     lengths.append(spent.tokens / spent.row_forwards)
-    reward = (statistics.median(lengths) * spent.row_forwards /
-              (spent.seconds + spent.preparation))
+    reward = (
+      statistics.median(lengths)
+      * spent.row_forwards
+      / (spent.seconds + spent.preparation)
+    )
     bucket = self._buckets.find(occupancy.running)
     self._rewards[bucket, arm].append(reward)
 
@@ -76,14 +83,13 @@ class Bandit:
   def dump(self) -> dict[str, Any]:
     """See `Strategy`."""
     return {
-        'strategy':
-            'bandit',
-        'draws':
-            self._draws,
-        'rewards': [[self._limit(bucket), [*arm], [*values]]
-                    for (bucket, arm), values in self._rewards.items()],
-        'lengths':
-            [[[*arm], [*values]] for arm, values in self._lengths.items()],
+      'strategy': 'bandit',
+      'draws': self._draws,
+      'rewards': [
+        [self._limit(bucket), [*arm], [*values]]
+        for (bucket, arm), values in self._rewards.items()
+      ],
+      'lengths': [[[*arm], [*values]] for arm, values in self._lengths.items()],
     }
 
   def restore(self, saved: dict[str, Any]) -> None:
@@ -92,8 +98,9 @@ class Bandit:
       return
     self._draws = saved['draws']
     known = {
-        (self._limit(bucket), arm): bucket
-        for bucket, arms in enumerate(self._buckets.arms) for arm in arms
+      (self._limit(bucket), arm): bucket
+      for bucket, arms in enumerate(self._buckets.arms)
+      for arm in arms
     }
     named = lambda fields: Arm(fields[0], fields[1], tuple(fields[2]))
     for limit, fields, values in saved['rewards']:

@@ -5,9 +5,12 @@ draft. It sees speed values and decides speed values: which tokens are sampled
 does not depend on it.
 """
 
-from typing import Any, NamedTuple, Protocol, Sequence
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+from typing import Protocol
 
-from rlax_llm.drafting.arms import Arm
+from rlax_llm.config.draft_configs import Arm
 
 
 class Occupancy(NamedTuple):
@@ -19,6 +22,7 @@ class Occupancy(NamedTuple):
       seconds belong to N, tokens to n.
     capacity: S.
   """
+
   running: int
   rows: int
   capacity: int
@@ -33,6 +37,7 @@ class Choice(NamedTuple):
     timed: whether its seconds are wanted. A clock on the device's work makes
       the host wait for what was dispatched before.
   """
+
   arm: Arm
   forwards: int
   timed: bool
@@ -52,6 +57,7 @@ class Spent(NamedTuple):
       Chains list nodes by depth, so that as many row forwards committed more
       tokens than the node's number; trees the most probable first.
   """
+
   seconds: float | None
   preparation: float
   forwards: int

@@ -1,11 +1,12 @@
 """The default strategy: tokens per second from measured costs and counts."""
 
 import collections
+from collections.abc import Iterable
 import dataclasses
-from typing import Any, Iterable
+from typing import Any
 
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
 from rlax_llm.drafting.strategy.accept_curve import AcceptCurve
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.drafting.strategy.base import Occupancy
@@ -38,9 +39,11 @@ _MEMORY = 0.8  # of the moving average of preparations, by timed segment
 @dataclasses.dataclass
 class _Cost:
   """What a forward of one (N, S, arm) takes."""
+
   # (seconds of a forward, forwards) of the last timed segments.
   kept: collections.deque = dataclasses.field(
-      default_factory=lambda: collections.deque(maxlen=_KEPT))
+    default_factory=lambda: collections.deque(maxlen=_KEPT)
+  )
   times: int = 0  # timed segments
   last: int = 0  # segment at (N, S) that was timed last
   preparation: float = 0.0  # seconds for each forward, mean
@@ -59,7 +62,7 @@ class _Cost:
     """
     if not self.kept:
       return 0.0
-    half = sorted(self.kept)[:(len(self.kept) + 1) // 2]
+    half = sorted(self.kept)[: (len(self.kept) + 1) // 2]
     weights = [min(forwards, _PROBE_MOST) for _, forwards in half]
     seconds = sum(each * w for (each, _), w in zip(half, weights))
     return seconds / sum(weights) + self.preparation
@@ -68,6 +71,7 @@ class _Cost:
 @dataclasses.dataclass
 class _Site:
   """What is known of one (N, S)."""
+
   rows: int
   costs: dict[Arm, _Cost]
   segments: int = 0
@@ -80,7 +84,7 @@ class _Site:
   def is_due(self, arm: Arm) -> bool:
     """Whether an arm that is not in use is to be timed again."""
     cost = self.costs[arm]
-    rest = min(_REST_FIRST * 2**min(max(cost.times - 1, 0), 10), _REST)
+    rest = min(_REST_FIRST * 2 ** min(max(cost.times - 1, 0), 10), _REST)
     return not cost.known or self.segments - cost.last >= rest
 
   def least(self, arm: Arm) -> float:
@@ -122,9 +126,10 @@ class CostModel:
     self._sites: dict[tuple[int, int], _Site] = {}
     families = {_family(a): a for a in self._arms}
     self._curves = {
-        family:
-            AcceptCurve((a.width for a in self._arms if _family(a) == family),
-                        last.branching) for family, last in families.items()
+      family: AcceptCurve(
+        (a.width for a in self._arms if _family(a) == family), last.branching
+      )
+      for family, last in families.items()
     }
     self._now = 0  # segments so far
     self._drafted = False  # in the last segment
@@ -146,8 +151,9 @@ class CostModel:
       return Choice(probe, min(forwards, short), True)
     site.used = best
     cost = site.costs[best]
-    timed = site.latest == best and (cost.times < _TIMED_FIRST or
-                                     site.segments - cost.last >= _TIMED_EVERY)
+    timed = site.latest == best and (
+      cost.times < _TIMED_FIRST or site.segments - cost.last >= _TIMED_EVERY
+    )
     return Choice(best, forwards, timed)
 
   def observe(self, occupancy: Occupancy, arm: Arm, spent: Spent) -> None:
@@ -174,8 +180,11 @@ class CostModel:
       mine = spent.accepted if family == _family(arm) else ()
       curve.add(site.rows, mine, self._now)
     self._drafted = arm != PLAIN
-    took = spent.preparation + (spent.forwards * cost.forward if spent.seconds
-                                is None else max(spent.seconds, 0.0))
+    took = spent.preparation + (
+      spent.forwards * cost.forward
+      if spent.seconds is None
+      else max(spent.seconds, 0.0)
+    )
     site.seconds += took
     if arm != best and rate and cost.known:
       # Against what the best arm had taken for the same tokens.
@@ -190,19 +199,20 @@ class CostModel:
     """See `Strategy`."""
     cost = lambda c: [[*c.kept], c.times, c.last, c.preparation]
     return {
-        'strategy':
-            'cost_model',
-        'format':
-            _FORMAT,
-        'segments':
-            self._now,
-        'curves': [
-            [[*family], curve.dump()] for family, curve in self._curves.items()
-        ],
-        'sites': [[[*key], [s.segments, s.seconds, s.lost],
-                   [[[*arm], cost(c)]
-                    for arm, c in s.costs.items()]]
-                  for key, s in self._sites.items()],
+      'strategy': 'cost_model',
+      'format': _FORMAT,
+      'segments': self._now,
+      'curves': [
+        [[*family], curve.dump()] for family, curve in self._curves.items()
+      ],
+      'sites': [
+        [
+          [*key],
+          [s.segments, s.seconds, s.lost],
+          [[[*arm], cost(c)] for arm, c in s.costs.items()],
+        ]
+        for key, s in self._sites.items()
+      ],
     }
 
   def restore(self, saved: dict[str, Any]) -> None:
@@ -222,11 +232,12 @@ class CostModel:
         if arm in site.costs:
           kept, times, last, preparation = fields
           # Another process, perhaps on another machine: no longer sure.
-          site.costs[arm] = _Cost(kept=collections.deque(
-              map(tuple, kept), _KEPT),
-                                  times=min(times, 1),
-                                  last=last,
-                                  preparation=preparation)
+          site.costs[arm] = _Cost(
+            kept=collections.deque(map(tuple, kept), _KEPT),
+            times=min(times, 1),
+            last=last,
+            preparation=preparation,
+          )
 
   def _site(self, occupancy: Occupancy) -> _Site:
     key = occupancy.rows, occupancy.capacity
@@ -235,10 +246,9 @@ class CostModel:
     return self._sites[key]
 
   def _length(self, site: _Site, arm: Arm, hopeful: bool = False) -> float:
-    return self._curves[_family(arm)].length(site.rows,
-                                             arm.width,
-                                             self._now,
-                                             hopeful=hopeful)
+    return self._curves[_family(arm)].length(
+      site.rows, arm.width, self._now, hopeful=hopeful
+    )
 
   def _rate(self, site: _Site, arm: Arm) -> float:
     """Returns tokens per row and second; 0 if unknown."""

@@ -1,10 +1,12 @@
 """A fixed table: arms by the number of rows that decode."""
 
 import bisect
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
 
-from rlax_llm.drafting.arms import Arm
-from rlax_llm.drafting.arms import PLAIN
+from rlax_llm.config.draft_configs import Arm
+from rlax_llm.config.draft_configs import PLAIN
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
@@ -17,6 +19,7 @@ class Buckets(NamedTuple):
     limits: ascending.
     arms: of each bucket, and of all n above the last limit.
   """
+
   limits: tuple[int, ...]
   arms: tuple[tuple[Arm, ...], ...]
 
@@ -26,7 +29,7 @@ class Buckets(NamedTuple):
 
   def reachable(self, least: int, most: int) -> list[Arm]:
     """Returns the arms of all buckets that n from least to most can be in."""
-    found = self.arms[self.find(least):self.find(most) + 1]
+    found = self.arms[self.find(least) : self.find(most) + 1]
     return sorted({arm for arms in found for arm in arms})
 
 
@@ -36,8 +39,10 @@ def make_buckets(rows: Sequence[tuple[int, Sequence[Arm]]]) -> Buckets:
   Args:
     rows: (largest n, arms) of each bucket, ascending.
   """
-  return Buckets(tuple(most for most, _ in rows),
-                 tuple(tuple(arms) for _, arms in rows) + ((PLAIN,),))
+  return Buckets(
+    tuple(most for most, _ in rows),
+    tuple(tuple(arms) for _, arms in rows) + ((PLAIN,),),
+  )
 
 
 class Table:

@@ -1,0 +1,33 @@
+"""Typed configuration: what a config file imports."""
+
+from rlax_llm.config.schema import AlgorithmConfig as AlgorithmConfig
+from rlax_llm.config.schema import ARCHITECTURE_FIELDS as ARCHITECTURE_FIELDS
+from rlax_llm.config.schema import BRANCHING as BRANCHING
+from rlax_llm.config.schema import check_positions as check_positions
+from rlax_llm.config.schema import CheckpointConfig as CheckpointConfig
+from rlax_llm.config.schema import Config as Config
+from rlax_llm.config.schema import ControlConfig as ControlConfig
+from rlax_llm.config.schema import DrafterConfig as DrafterConfig
+from rlax_llm.config.schema import DRAFTERS as DRAFTERS
+from rlax_llm.config.schema import EvaluateConfig as EvaluateConfig
+from rlax_llm.config.schema import from_dict as from_dict
+from rlax_llm.config.schema import FROM_ROLLOUTS as FROM_ROLLOUTS
+from rlax_llm.config.schema import largest_group as largest_group
+from rlax_llm.config.schema import LEARNED as LEARNED
+from rlax_llm.config.schema import LearningConfig as LearningConfig
+from rlax_llm.config.schema import list_widths as list_widths
+from rlax_llm.config.schema import LORA_TARGETS as LORA_TARGETS
+from rlax_llm.config.schema import LoRAConfig as LoRAConfig
+from rlax_llm.config.schema import MeshConfig as MeshConfig
+from rlax_llm.config.schema import ModelConfig as ModelConfig
+from rlax_llm.config.schema import PrecisionConfig as PrecisionConfig
+from rlax_llm.config.schema import RolloutConfig as RolloutConfig
+from rlax_llm.config.schema import SFTConfig as SFTConfig
+from rlax_llm.config.schema import SOURCES as SOURCES
+from rlax_llm.config.schema import TaskConfig as TaskConfig
+from rlax_llm.config.section import ConfigError as ConfigError
+from rlax_llm.config.section import freeze as freeze
+from rlax_llm.config.section import FrozenDict as FrozenDict
+from rlax_llm.config.section import nearest as nearest
+from rlax_llm.config.section import Section as Section
+from rlax_llm.config.section import to_dict as to_dict

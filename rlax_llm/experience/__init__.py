@@ -1,0 +1,1 @@
+"""Between rollouts and learning: which groups a step learns from."""

@@ -1,0 +1,1 @@
+"""Published models: config.json, weights in safetensors files."""

@@ -1,0 +1,1 @@
+"""Scores completions in worker processes that may be killed."""

@@ -1,0 +1,1 @@
+"""Whatever a run writes into its folder."""
