@@ -453,7 +453,8 @@ FILES = [
     "'learning.learning_rate'",
   ),
   (
-    'from rlax_llm import testing, validation\ndef get_config():\n'
+    'from rlax_llm import testing\nfrom rlax_llm.config import validation\n'
+    'def get_config():\n'
     '  return validation.validate(testing.tiny_config())',
     'frozen',
   ),

@@ -159,7 +159,7 @@ BUILD = textwrap.dedent("""\
 READ = textwrap.dedent("""\
     import sys
     from rlax_llm import config
-    from rlax_llm.tasks import task
+    from rlax_llm.tasks import registry
     made = registry.make_task(
         config.TaskConfig(name='gsm8k', options={'data_dir': sys.argv[1]}), 0)
     assert made.problem('train', 0).answer

@@ -171,7 +171,7 @@ def test_the_second_signal_ends_the_process():
   """Mutant: the second signal noted like the first."""
   code = (
     'import os, signal\n'
-    'from rlax_llm.stopping import StopRequest\n'
+    'from rlax_llm.runtime.stopping import StopRequest\n'
     'with StopRequest():\n'
     '  os.kill(os.getpid(), signal.SIGTERM)\n'
     '  print("alive", flush=True)\n'
@@ -192,7 +192,7 @@ def test_a_killed_process_frees_its_lock(tmp_path):
   """
   code = (
     'import sys, time\n'
-    'from rlax_llm.workdir_lock import lock_workdir\n'
+    'from rlax_llm.workdir.lock import lock_workdir\n'
     'with lock_workdir(sys.argv[1]):\n'
     '  print("held", flush=True)\n'
     '  time.sleep(60)\n'

@@ -719,8 +719,8 @@ def test_importing_tasks_is_light():
   import sys  # pylint: disable=g-import-not-at-top
 
   code = (
-    'import sys; from rlax_llm.tasks import verifier; '
-    'from rlax_llm import tokenizer; '
+    'import sys; from rlax_llm.tasks.verifier import verifier; '
+    'from rlax_llm.tokenizers import tokenizer; '
     'print([m for m in ("jax", "grain", "reasoning_gym", "sympy") '
     'if m in sys.modules])'
   )
