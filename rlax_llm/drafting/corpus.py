@@ -122,7 +122,7 @@ def extend(
   tokens = tokens[:, WORD - 1 :]
   order = jnp.arange(width)[None]
   prompts, count, capacity = corpus.texts.shape
-  # A row that committed nothing may be a guest of a prompt that has left.
+  # A row that committed nothing may name a prompt that has been evicted.
   row = jnp.where(path.length > 0, slots.prompt, prompts)[:, None]
   # More samples than G share texts, which makes for worse hints only.
   text = (shape.history + slots.index % shape.group)[:, None]

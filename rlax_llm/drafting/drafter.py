@@ -142,7 +142,7 @@ def prompt_lookup(width: int, *, max_match: int = 4) -> Drafter:
 
   The suffix of the row (at most `max_match` tokens) is looked for in the
   row's own prompt and completion; the longest match wins, the latest among
-  equals; the draft is the chain of the W - 1 tokens behind it. No match: the
+  equals; the draft is the chain of the W - 1 tokens after it. No match: the
   draft repeats garbage, which verification rejects. Prompt lookup decoding,
   https://github.com/apoorvumang/prompt-lookup-decoding.
 

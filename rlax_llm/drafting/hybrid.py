@@ -3,14 +3,14 @@
 Past rollouts (tree_cache.py) know what is said word for word, the network
 (model_drafter.py) what is said anew. Each proposes nodes with its estimate of
 the probability that verification takes a node where it took the parent. The
-estimates are on no common scale, so what came of them is counted by source and
+estimates are on no common scale, so acceptances are counted by source and
 depth, and each is multiplied by
 
   accepted(source, depth) / expected(source, depth)
 
 The nodes are merged, a node of both has the larger estimate, and the W - 1 most
-probable lines are drafted. A segment may leave a source out: then its drafts
-cost nothing, and it goes on learning what is sampled.
+probable paths are drafted. A segment may leave a source out: then its drafts
+cost nothing, and it still learns from the sampled tokens.
 """
 
 import functools
@@ -36,7 +36,7 @@ from rlax_llm.types import Slots
 from rlax_llm.types import UNUSED
 
 # Expected acceptances that a new estimate counts for, and how much of the
-# counts remains after a forward: the policy sharpens as a step goes on.
+# counts remains after a forward: the policy sharpens during a step.
 _PRIOR, _MEMORY = 16.0, 0.98
 
 
@@ -164,10 +164,10 @@ def learn(
   path: Path,
   memory: Array | float = _MEMORY,
 ) -> Calibration:
-  """Counts what came of a draft.
+  """Counts which nodes of a draft were accepted.
 
-  A node was tried if its parent was taken. Rows that ended within the path tell
-  nothing of the nodes behind their end.
+  A node was tried if its parent was taken. Rows that ended within the path say
+  nothing about the nodes after their end.
 
   Args:
     calibration: so far.

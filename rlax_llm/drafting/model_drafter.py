@@ -179,7 +179,7 @@ def sync(
   goal = jnp.where(slots.done, have, slots.length - 1)
   order = jnp.arange(width, dtype=jnp.int32)[None]
 
-  def behind(state: DraftState) -> Array:
+  def lags(state: DraftState) -> Array:
     return jnp.any(state.cache.length < goal)
 
   def advance(state: DraftState) -> DraftState:
@@ -195,7 +195,7 @@ def sync(
     count = jnp.clip(goal - have, 0, width)
     return append(params, state, tokens, hidden, count, config.draft_model)
 
-  return jax.lax.while_loop(behind, advance, state)
+  return jax.lax.while_loop(lags, advance, state)
 
 
 def admit(

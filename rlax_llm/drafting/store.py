@@ -114,7 +114,7 @@ class RolloutStore:
     return _TOKEN_BYTES * len(tokens) + _OVERHEAD
 
   def add_hint(self, request: Request, index: int, tokens: np.ndarray) -> None:
-    """Stores what a sample of a coming step has come to so far."""
+    """Stores the tokens sampled so far of a sample of a coming step."""
     if self._keeps(self._key(request)):
       self._hints[request.step, request.request, index] = tokens
 

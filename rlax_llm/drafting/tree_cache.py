@@ -51,8 +51,8 @@ class TreeCacheConfig(NamedTuple):
     budget_factor: a match of m tokens is trusted for at most
       floor(budget_factor * m) nodes when drafts are compared.
     min_probability: nodes less probable than this count nothing.
-    live: whose texts of this step are drafted from: the `group`'s, the row's
-      `own`, or `none`.
+    live: which texts of this step are drafted from: those of the `group`, the
+      row's `own`, or `none`.
   """
 
   shape: CorpusShape
@@ -109,9 +109,9 @@ def find_candidates(
     corpus: of all prompts.
     query: uint32[Q], see `match_lengths`.
     prompt: int32[], which prompt of the corpus.
-    hint: int32[], the text that foretells this very sample, or C.
+    hint: int32[], the lookahead text of this very sample, or C.
     length: int32[], of the row.
-    depth: tokens wanted behind a match.
+    depth: tokens wanted after a match.
     allowed: bool[C], texts that may be used; None: all.
   """
   _, count, capacity = corpus.texts.shape
@@ -214,8 +214,8 @@ def draft_chain(
 ) -> Array:
   """Returns int32[depth], the continuation with the most expected tokens.
 
-  It is never cut: what lies behind its text's end, its budget or the least
-  probability costs nothing, and is garbage where there is no match at all.
+  It always has `depth` tokens: those after the end of the text, the budget or
+  the minimum probability cost nothing. Without a match all are garbage.
   """
   depth = candidates.tokens.shape[1]
   thresholds = jnp.asarray(_thresholds(max_match), jnp.int32)

@@ -8,16 +8,16 @@ import math
 from typing import Any
 
 _HORIZON = 8192  # row forwards after which a count weighs 1/e
-_PRIOR = 64  # row forwards that all N together count for at one N
-_AGE = 16  # segments at one N after which what was seen there counts half
-# What a segment contradicts by more than so many standard errors is forgotten,
-# at all N: probes are few, and must not have to outweigh all that was said
-# before a cache filled. Samples of a prompt are alike: so many tell what one
-# does.
+_PRIOR = 64  # weight, in row forwards, of the counts of all N at one N
+_AGE = 16  # half-life of the counts at one N, in segments
+# Counts that a segment contradicts by more than _SURPRISE standard errors are
+# discarded, at all N: probes are few and must not have to outweigh all counts
+# from before a cache filled. The samples of a prompt are correlated: _ALIKE of
+# them count as one observation.
 _SURPRISE, _ALIKE = 2.0, 8
-_LEAST_VARIANCE = 0.05  # tokens^2; that of drafts which are all right, or wrong
-# A width that no draft reached for so many segments is no longer known:
-# policies sharpen, caches fill.
+_MIN_VARIANCE = 0.05  # tokens^2; for drafts that are all right or all wrong
+# Segments after which a width that no draft reached counts as unknown: policies
+# sharpen and caches fill.
 STALE = 16
 
 
@@ -27,7 +27,7 @@ def equal_forwards(
   """Returns the row forwards that narrower drafts had taken for a segment.
 
   In a chain, a forward that commits a tokens takes ceil(a / W) of W nodes,
-  since the draft of a later token goes on where that of the first broke off;
+  since the draft of a later token continues where that of the first ended;
   summed over forwards that is the number of those with a > 0, W, 2 W ...
   tokens, and node i is reached where a > i. The first W shares alone would
   tell of W nodes too little: after a wide draft more forwards begin where
@@ -78,7 +78,7 @@ class _Count:
       return 1.0
     length = tokens / forwards
     mean = (length + self.length) / 2
-    variance = max((mean - 1) * (width - mean), _LEAST_VARIANCE)
+    variance = max((mean - 1) * (width - mean), _MIN_VARIANCE)
     variance *= _ALIKE * (1 / forwards + 1 / self.forwards)
     square = (length - self.length) ** 2 / variance
     return math.exp(-max(square - _SURPRISE**2, 0.0) / 2)

@@ -76,9 +76,9 @@ class Bandit:
     bucket = self._buckets.find(occupancy.running)
     self._rewards[bucket, arm].append(reward)
 
-  def reachable(self, least: int, most: int) -> list[Arm]:
+  def reachable(self, min_rows: int, max_rows: int) -> list[Arm]:
     """See `Strategy`."""
-    return self._buckets.reachable(least, most)
+    return self._buckets.reachable(min_rows, max_rows)
 
   def dump(self) -> dict[str, Any]:
     """See `Strategy`."""

@@ -90,8 +90,8 @@ class Strategy(Protocol):
       spent: what it took and gave.
     """
 
-  def reachable(self, least: int, most: int) -> Sequence[Arm]:
-    """Returns the arms that `choose` can return for n from least to most."""
+  def reachable(self, min_rows: int, max_rows: int) -> Sequence[Arm]:
+    """Returns the arms that `choose` can return for these n."""
 
   def dump(self) -> dict[str, Any]:
     """Returns everything that was learned, as JSON can hold it."""

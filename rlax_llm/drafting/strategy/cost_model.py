@@ -12,33 +12,36 @@ from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.drafting.strategy.base import Occupancy
 from rlax_llm.drafting.strategy.base import Spent
 
-# A probe is a short segment of an arm whose gain is not known: so many rows
-# times forwards, and so many forwards at least and at most.
-_PROBE_ROWS, _PROBE_LEAST, _PROBE_MOST = 64, 2, 8
-# What probes at one (N, S) may lose, as a share of the time spent there.
+# A probe is a short segment of an arm whose gain is unknown. Its length in
+# forwards is _PROBE_ROWS / rows, within these bounds.
+_PROBE_ROWS, _PROBE_MIN, _PROBE_MAX = 64, 2, 8
+# The share of the time at one (N, S) that its probes may lose.
 _PROBE_SHARE = 0.02
-# An arm in use is timed so often at first, then every so many segments, and so
-# many times are kept: a clock on the device's work makes the host wait for it.
+# The arm in use is timed in its first _TIMED_FIRST segments and then in every
+# _TIMED_EVERY-th; the last _KEPT timings are kept. Timing is rationed because
+# the host has to wait for the device to read its clock.
 _TIMED_FIRST, _TIMED_EVERY, _KEPT = 4, 8, 10
-# One that is not in use is timed again after so many segments at its (N, S),
-# after twice as many each time, up to the second: machines change their speed.
+# An arm that is not in use is timed again after _REST_FIRST segments at its
+# (N, S). The pause doubles each time, up to _REST: machines change their speed.
 _REST_FIRST, _REST = 4, 64
-# Of what n timed segments say, this over n^2 may be somebody else's time, and
-# all of it after so many segments without another.
+# After n timed segments, the fraction _DISTURBED / n^2 of the measured time may
+# come from other processes. After _FORGOTTEN segments without a new timing the
+# measurement is ignored.
 _DISTURBED, _FORGOTTEN = 0.3, 256
-# Drafts must promise so much more than W = 1, where the promise rests on little
-# and where it rests on much, more than so many timed segments and row forwards;
-# then they stay in use as long as they promise no less. Where they promise more
-# and it rests on little, probes follow one another.
+# Speculation starts only if its predicted rate exceeds that of W = 1 by the
+# factor _MARGIN, or by _SURE_MARGIN once the prediction rests on more than
+# _MANY_TIMES timed segments and _MANY_ROWS row forwards. It continues for as
+# long as the predicted rate stays above that of W = 1. A promising arm with few
+# measurements is probed repeatedly.
 _MARGIN, _SURE_MARGIN = 1.1, 1.03
 _MANY_TIMES, _MANY_ROWS = 4, 1024
-_FORMAT = 3  # of what is saved; what another one says is left out
-_MEMORY = 0.8  # of the moving average of preparations, by timed segment
+_FORMAT = 3  # of saved statistics; those of another format are ignored
+_MEMORY = 0.8  # decay of the moving average of preparation seconds
 
 
 @dataclasses.dataclass
 class _Cost:
-  """What a forward of one (N, S, arm) takes."""
+  """Measured cost of a forward of one (N, S, arm)."""
 
   # (seconds of a forward, forwards) of the last timed segments.
   kept: collections.deque = dataclasses.field(
@@ -56,14 +59,14 @@ class _Cost:
   def forward(self) -> float:
     """Seconds of a forward, preparation included; 0: unknown.
 
-    The mean over the forwards of the faster half of the segments: whatever
-    disturbs adds to a segment's seconds, and the least of a few hangs on one of
+    The mean over the forwards of the faster half of the segments: disturbances
+    only add to a segment's seconds, and the minimum of a few hangs on one of
     them. A long segment weighs as much as a probe, which may be newer.
     """
     if not self.kept:
       return 0.0
     half = sorted(self.kept)[: (len(self.kept) + 1) // 2]
-    weights = [min(forwards, _PROBE_MOST) for _, forwards in half]
+    weights = [min(forwards, _PROBE_MAX) for _, forwards in half]
     seconds = sum(each * w for (each, _), w in zip(half, weights))
     return seconds / sum(weights) + self.preparation
 
@@ -79,7 +82,7 @@ class _Site:
   lost: float = 0.0  # of them, by probes, against the best arm
   used: Arm = PLAIN  # last, probes apart
   latest: Arm | None = None  # of the last segment
-  begun: Arm | None = None  # a probe whose first segment was the last one
+  begun: Arm | None = None  # a probe of which one segment has run
 
   def is_due(self, arm: Arm) -> bool:
     """Whether an arm that is not in use is to be timed again."""
@@ -87,8 +90,8 @@ class _Site:
     rest = min(_REST_FIRST * 2 ** min(max(cost.times - 1, 0), 10), _REST)
     return not cost.known or self.segments - cost.last >= rest
 
-  def least(self, arm: Arm) -> float:
-    """Returns what a forward takes at least, as far as is known."""
+  def min_seconds(self, arm: Arm) -> float:
+    """Returns a lower bound of the seconds of a forward."""
     cost = self.costs[arm]
     if cost.known and self.segments - cost.last < _FORGOTTEN:
       return cost.forward * (1 - _DISTURBED / cost.times**2)
@@ -107,7 +110,7 @@ class CostModel:
   comparison; N decides through T.
 
   What remains to be explored is bounded. An arm is probed by a short segment,
-  or by two if its seconds are wanted: the first one behind another arm finds
+  or by two if its seconds are wanted: the first one after another arm finds
   its executable cold. It is probed only if it would win, were its forward no
   dearer than that of a narrower one and nodes that were not offered lately as
   good as those before them, or if it promises more and that rests on little;
@@ -144,10 +147,10 @@ class CostModel:
     if probe:
       # The first segment warms up, and tells about drafts if that is wanted.
       stale = self._curves[_family(probe)].is_stale(probe.width, self._now)
-      wanted = _PROBE_LEAST
+      wanted = _PROBE_MIN
       if stale or site.latest == probe:
         wanted = -(-_PROBE_ROWS // max(occupancy.running, 1))
-      short = max(_PROBE_LEAST, min(wanted, _PROBE_MOST))
+      short = max(_PROBE_MIN, min(wanted, _PROBE_MAX))
       return Choice(probe, min(forwards, short), True)
     site.used = best
     cost = site.costs[best]
@@ -172,7 +175,8 @@ class CostModel:
       cost.kept.append((spent.seconds / spent.forwards, spent.forwards))
       cost.times += 1
       cost.last = site.segments
-      # What a first draft has to make up for is not what drafts go on taking.
+      # The first draft after W = 1 also catches up with the tokens that were
+      # sampled without it; later drafts do not pay for that.
       if self._drafted:
         share = spent.preparation / spent.forwards
         cost.preparation += (1 - _MEMORY) * (share - cost.preparation)
@@ -191,7 +195,7 @@ class CostModel:
       accept = spent.tokens / spent.row_forwards
       site.lost = max(site.lost + took - accept * spent.forwards / rate, 0.0)
 
-  def reachable(self, least: int, most: int) -> list[Arm]:
+  def reachable(self, min_rows: int, max_rows: int) -> list[Arm]:
     """See `Strategy`."""
     return self._arms
 
@@ -292,7 +296,7 @@ class CostModel:
     for arm in self._arms:
       stale = self._curves[_family(arm)].is_stale(arm.width, self._now)
       if arm not in (PLAIN, best) and (stale or site.is_due(arm)):
-        rate = self._length(site, arm, hopeful=True) / site.least(arm)
+        rate = self._length(site, arm, hopeful=True) / site.min_seconds(arm)
         if rate > hope:
           found, hope = arm, rate
     return found

@@ -27,9 +27,9 @@ class Buckets(NamedTuple):
     """Returns the bucket of n."""
     return bisect.bisect_left(self.limits, running)
 
-  def reachable(self, least: int, most: int) -> list[Arm]:
-    """Returns the arms of all buckets that n from least to most can be in."""
-    found = self.arms[self.find(least) : self.find(most) + 1]
+  def reachable(self, min_rows: int, max_rows: int) -> list[Arm]:
+    """Returns the arms of all buckets that hold one of these n."""
+    found = self.arms[self.find(min_rows) : self.find(max_rows) + 1]
     return sorted({arm for arms in found for arm in arms})
 
 
@@ -71,9 +71,9 @@ class Table:
   def observe(self, occupancy: Occupancy, arm: Arm, spent: Spent) -> None:
     """See `Strategy`."""
 
-  def reachable(self, least: int, most: int) -> list[Arm]:
+  def reachable(self, min_rows: int, max_rows: int) -> list[Arm]:
     """See `Strategy`."""
-    return self._buckets.reachable(least, most)
+    return self._buckets.reachable(min_rows, max_rows)
 
   def dump(self) -> dict[str, Any]:
     """See `Strategy`."""
