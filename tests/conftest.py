@@ -8,10 +8,12 @@ the environment win: `XLA_FLAGS='--xla_backend_optimization_level=3
 --xla_cpu_use_fusion_emitters=true' pytest` tests what users run.
 """
 
+import collections
 import gc
 from importlib import metadata
 import os
 import pathlib
+import time
 
 _FLAGS = [
   '--xla_force_host_platform_device_count=8',
@@ -40,6 +42,64 @@ def pytest_addoption(parser):
     '--full',
     action='store_true',
     help='the long forms of the crash, soak and replica tests',
+  )
+
+
+# `.ci/run` sets it, in seconds since the epoch: a machine that is slower than
+# expected leaves out the rest of the slow tests instead of being killed.
+_DEADLINE = 'SLOW_TESTS_UNTIL'
+_TOO_LATE = f'not started: {_DEADLINE} has passed'
+
+
+def pytest_runtest_setup(item):
+  """Skips a slow test after the deadline, before its fixtures are made."""
+  deadline = os.environ.get(_DEADLINE)
+  if deadline and item.get_closest_marker('slow'):
+    if time.time() > float(deadline):
+      pytest.skip(_TOO_LATE)
+
+
+def _reports(terminalreporter):
+  for reports in terminalreporter.stats.values():
+    for report in reports:
+      if isinstance(report, pytest.TestReport):
+        yield report
+
+
+def _was_too_late(report):
+  # A skip's longrepr is (file, line, reason), also when a worker sends it.
+  return (
+    report.skipped
+    and isinstance(report.longrepr, tuple)
+    and _TOO_LATE in report.longrepr[2]
+  )
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Lists the tests that the deadline left out, and seconds by file.
+
+  Seconds are setup, call and teardown of all tests of a file; workers add up,
+  so that the total may exceed the wall time. They are shown if TEST_SECONDS is
+  1.
+  """
+  left_out = [r.nodeid for r in _reports(terminalreporter) if _was_too_late(r)]
+  if left_out:
+    terminalreporter.section(f'{len(left_out)} slow tests not run')
+    terminalreporter.write_line(f'{_DEADLINE} passed before their start:')
+    for name in sorted(left_out):
+      terminalreporter.write_line(f'  {name}')
+  if os.environ.get('TEST_SECONDS') != '1':
+    return
+  seconds, tests = collections.Counter(), collections.Counter()
+  for report in _reports(terminalreporter):
+    file = report.nodeid.split('::')[0]
+    seconds[file] += report.duration
+    tests[file] += report.when == 'setup'
+  terminalreporter.section('seconds by file')
+  for file, total in seconds.most_common():
+    terminalreporter.write_line(f'{total:9.1f} s {tests[file]:5} tests  {file}')
+  terminalreporter.write_line(
+    f'{seconds.total():9.1f} s {tests.total():5} tests  in all'
   )
 
 
