@@ -49,6 +49,7 @@ from rlax_llm.ops import f_divergences
 from rlax_llm.ops import losses
 from rlax_llm.ops import masking
 from rlax_llm.ops import metrics as metric_ops
+from rlax_llm.ops import values
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
@@ -951,7 +952,8 @@ def test_estimators_of_a_batch():
     assert np.all(np.asarray(by_part(parts, _floats([1, 0.3]), None)) == 0)
   place, ends = jnp.arange(3)[None], lengths.reshape(4, 1)
   outcome = jnp.where(place == ends - 1, rewards.reshape(4, 1), 0.0)
-  by_token = batch_advantages.reinforce_plus_plus(outcome, place < ends)
+  returns = values.returns_to_go(outcome, place < ends)
+  by_token = batch_advantages.whiten(returns, place < ends)
   np.testing.assert_allclose(
     get('whitened').reshape(4), by_token[:, 0], rtol=1e-5
   )

@@ -9,44 +9,10 @@ from oracle_helpers import float64  # noqa: F401
 from oracle_helpers import load
 import pytest
 
-from rlax_llm.ops import coefficients
 from rlax_llm.ops import metrics
 from rlax_llm.ops import pseudo_labels
 from rlax_llm.ops import rewards
 from rlax_llm.ops import token_bleu
-
-
-def test_overlong_penalty():
-  """Law: 0 to T - buffer, linear to -1 at T; equal outcomes give no signal.
-
-  Mutants: a clamp at -1 (24576 tokens give -2); a signal only where all differ
-  from the first.
-  """
-  oracle = load('dapo_extras')
-  case = oracle['overlong']
-  check(
-    rewards.overlong_penalty(
-      jnp.asarray(case['lengths']),
-      most=case['max_response_length'],
-      buffer=case['buffer'],
-      factor=case['factor'],
-    ),
-    case['penalty'],
-  )
-  small = case['small']
-  check(
-    rewards.overlong_penalty(
-      jnp.asarray(small['lengths']), most=small['max'], buffer=small['buffer']
-    ),
-    small['penalty'],
-  )
-  with pytest.raises(ValueError, match='buffer=0 must be between 1 and most=8'):
-    rewards.overlong_penalty(jnp.asarray([1]), most=8, buffer=0)
-  groups = oracle['dynamic_sampling']['groups']
-  kept = rewards.has_signal(jnp.asarray(list(groups.values())))
-  assert [name for name, keep in zip(groups, kept) if keep] == oracle[
-    'dynamic_sampling'
-  ]['kept']
 
 
 def test_extra_rollouts():
@@ -69,10 +35,10 @@ def test_extra_rollouts():
 
 
 def test_progress_improvement_and_parallel_rewards():
-  """Law: MRT's progress and regret, ExIt's reward and priorities, Parallel-R1.
+  """Law: MRT's progress, ExIt's reward and priorities, Parallel-R1.
 
-  Mutants: the regret averaged; an improvement reward below 0; the priority
-  without its normalisation; the parallel bonus without a right format.
+  Mutants: an improvement reward below 0; the priority without its
+  normalisation; the parallel bonus without a right format.
   """
   oracle = load('mrt_exit_parallel')
   mrt = oracle['mrt']
@@ -81,10 +47,6 @@ def test_progress_improvement_and_parallel_rewards():
   check(
     mrt['alpha'] * rewards.progress_bonus(success),
     mrt['example_block_advantage'],
-  )
-  check(
-    rewards.cumulative_regret(success, best=mrt['best']),
-    mrt['cumulative_regret'],
   )
   stored = array(list(oracle['exit']['group_returns'].values()))
   check(rewards.replay_probabilities(stored), oracle['exit']['sampling_prob'])
@@ -107,7 +69,7 @@ def test_progress_improvement_and_parallel_rewards():
 
 
 def test_majority_vote():
-  """Law: TTRL's majority, its share of all samples, rewards and accuracies.
+  """Law: TTRL's majority, its share of all samples, rewards and accuracy.
 
   Mutants: the share of the answered samples; None rewarded where nobody
   answered; ties to the last seen.
@@ -119,9 +81,6 @@ def test_majority_vote():
   assert pseudo_labels.majority_rewards(answers) == oracle['rewards']
   truth = oracle['true_answer']
   assert float(vote.answer == truth) == oracle['label_accuracy']
-  assert (
-    pseudo_labels.reward_accuracy(answers, truth) == oracle['reward_accuracy']
-  )
   assert pseudo_labels.majority_vote([None, None]) == (None, 0.0)
   assert pseudo_labels.majority_rewards([None, None]) == [0.0, 0.0]
   assert pseudo_labels.majority_vote(['b', 'a', 'b', 'a']).answer == 'b'
@@ -186,21 +145,3 @@ def test_token_bleu(smooth, name):
     ids(7, 1), two, ids(7, 7), two, orders=1
   )
   check(matches, [1])
-
-
-def test_coefficients_by_hand():
-  """Law: KL at twice its target moves beta up by 0.2 n / horizon, at most;
-  entropy below its target moves the bonus up by delta, within [0, 1].
-
-  Mutants: the error not clipped; the sign of delta.
-  """
-  adapt = lambda kl: coefficients.adapted_kl_coefficient(
-    array(0.5), array(kl), target=0.1, samples=100, horizon=1000
-  )
-  check(adapt(0.2), 0.5 * 1.02)
-  check(adapt(0.11), 0.5 * 1.01)
-  check(adapt(0.0), 0.5 * 0.98)
-  move = coefficients.adapted_entropy_coefficient
-  check(move(array(0.1), array(0.1)), 0.105)
-  check(move(array(0.1), array(0.3)), 0.095)
-  check(move(array(0.0), array(0.3)), 0.0)

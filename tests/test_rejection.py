@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.verification import draft_trees
+from experiments.verification import rejection
 from experiments.verification import rules
-from rlax_llm.ops import draft_trees
-from rlax_llm.ops import rejection
 from rlax_llm.ops import sampling
 from rlax_llm.types import DraftTree
 from rlax_llm.types import UNUSED

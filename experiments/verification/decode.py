@@ -8,16 +8,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from experiments.verification import draft_trees
 from experiments.verification import rules
+from experiments.verification.draft_trees import Branching
 from experiments.verification.rules import Noise
 from rlax_llm.models import kv_cache
 from rlax_llm.models.kv_cache import KVCache
 from rlax_llm.models.kv_cache import KVNodes
 from rlax_llm.models.language_model import LanguageModel
-from rlax_llm.ops import draft_trees
 from rlax_llm.ops import sampling
 from rlax_llm.ops import verification
-from rlax_llm.ops.draft_trees import Branching
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.rollout import slots as slot_ops
 from rlax_llm.types import Array

@@ -13,6 +13,7 @@ from scipy import stats
 
 from experiments import common
 from experiments.verification import decode as decoding
+from experiments.verification import rejection
 from experiments.verification import rules
 from experiments.verification import settings
 from experiments.verification import tables
@@ -20,7 +21,6 @@ from experiments.verification.decode import Pair
 from rlax_llm.components import make_run
 from rlax_llm.components import Run
 from rlax_llm.learning.supervised import warm_start
-from rlax_llm.ops import rejection
 from rlax_llm.ops import sampling
 from rlax_llm.types import Array
 from rlax_llm.types import EVALUATE

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlax_llm.ops import draft_trees
-from rlax_llm.ops import rejection
+from experiments.verification import draft_trees
+from experiments.verification import rejection
+from experiments.verification.draft_trees import Branching
 from rlax_llm.ops import sampling
 from rlax_llm.ops import verification
-from rlax_llm.ops.draft_trees import Branching
 from rlax_llm.types import Array
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Path
@@ -34,7 +34,7 @@ class Rule(NamedTuple):
   """A rule.
 
   Attributes:
-    draft: race | best | independent; see `ops.draft_trees`.
+    draft: race | best | independent; see `draft_trees`.
     verify: what is kept of a draft; the position is that of the token after
       the root, in the completion.
     works_on: chain | tree | any; a tree's rule works on a chain, and is there
@@ -57,7 +57,7 @@ def _follow(
 
 
 def _rejecting(rule: Callable[..., Path], *, chain: bool) -> Verify:
-  """Returns a rule of `ops.rejection` with its noise drawn."""
+  """Returns a rule of `rejection` with its noise drawn."""
 
   def verify(
     tree: DraftTree, target: Array, draft: Array, noise: Noise, position: Array

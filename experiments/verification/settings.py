@@ -6,8 +6,8 @@ from typing import Any
 from configs import quickstart
 from experiments.verification import rules
 from experiments.verification.decode import Pair
+from experiments.verification.draft_trees import Branching
 from rlax_llm.config import Config
-from rlax_llm.ops.draft_trees import Branching
 
 TEMPERATURES = (0.2, 0.6, 1.0, 1.2)
 

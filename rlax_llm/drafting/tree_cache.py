@@ -34,6 +34,8 @@ from rlax_llm.drafting.drafter import chain_parents
 from rlax_llm.drafting.drafter import CorpusShape
 from rlax_llm.drafting.drafter import Drafter
 from rlax_llm.drafting.drafter import last_tokens
+from rlax_llm.ops.trees import HASH_FACTOR
+from rlax_llm.ops.trees import HASH_STEP
 from rlax_llm.types import Array
 from rlax_llm.types import DraftTree
 from rlax_llm.types import Slots
@@ -167,7 +169,7 @@ def estimate(candidates: Candidates, thresholds: Array) -> Estimates:
   state = jnp.zeros(candidates.match.shape, jnp.int32)
   states = [state]
   for d in range(depth):
-    state = (state ^ candidates.tokens[:, d]) * _HASH_FACTOR + _HASH_STEP
+    state = (state ^ candidates.tokens[:, d]) * HASH_FACTOR + HASH_STEP
     states.append(state)
   hashes = jnp.stack(states)  # [depth + 1, K]
   same = lambda h: h.T[:, :, None] == h[None]
@@ -182,9 +184,6 @@ def estimate(candidates: Candidates, thresholds: Array) -> Estimates:
   for d in range(depth):
     probability.append(probability[-1] * share[:, d])
   return Estimates(probability[1:], agree)
-
-
-_HASH_FACTOR, _HASH_STEP = 0x01000193, 0x2545F491  # any odd numbers do
 
 
 def _counts(weight: Array, nodes: Array) -> Array:

@@ -187,7 +187,7 @@ def token_loss(algorithm: Algorithm, tokens: Tokens) -> Corrected:
   """Returns the loss of a preset by token, corrected for its sampler.
 
   sg(w) [kept] l(pi, pi_old, A) with w = pi_old / pi_behaviour bounded as the
-  preset says; see `losses.decoupled_surrogate`. On-policy w is exactly 1.
+  preset says; decoupled PPO. On-policy w is exactly 1.
 
   Args:
     algorithm: static.

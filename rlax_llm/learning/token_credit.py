@@ -69,8 +69,9 @@ def _gae(algorithm: Algorithm, batch: Batch) -> Batch:
 def _minimum_variance(algorithm: Algorithm, batch: Batch) -> Batch:
   """Less b = sum(w^2 n A) / sum(w^2 n) of the group; VCPO.
 
-  `variance_control.minimum_variance_baseline` for groups that lie packed. A
-  baseline moves with a shift of the rewards, so that A may be centred.
+  The constant that minimises E |w grad log pi (A - b)|^2, with n the squared
+  norm of grad log pi, for groups that lie packed. A baseline moves with a shift
+  of the rewards, so that A may be centred.
   """
   del algorithm
   last, groups = _last(batch), batch.groups

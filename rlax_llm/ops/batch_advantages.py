@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from rlax_llm.ops import masking
-from rlax_llm.ops import values
 from rlax_llm.types import Array
 
 
@@ -134,32 +133,6 @@ def signal_scaled(
   correctness = masking.select_known(known, correctness)
   samples = masking.count_known(correctness, known)
   return centred * (samples / jnp.maximum(jnp.count_nonzero(correctness), 1))
-
-
-def reinforce_plus_plus(
-  rewards: Array,
-  mask: Array,
-  *,
-  discount: float = 1.0,
-  segments: Array | None = None,
-) -> Array:
-  """Returns the whitened return-to-go of every token; groups play no part.
-
-  REINFORCE++, https://arxiv.org/abs/2501.03262: dividing by a group's own
-  deviation is biased, and by the batch's less so the larger the batch. Its
-  variant with a baseline is `whiten` of the group-centred rewards.
-
-  Args:
-    rewards: float[..., L], by token: the outcome at the last token less the
-      divergence at each, `values.penalised_rewards`.
-    mask: bool[..., L]; rewards are arbitrary where it is False.
-    discount: static.
-    segments: int[..., L] as in `Batch`; None: a row is one sample.
-  """
-  returns = values.returns_to_go(
-    rewards, mask, discount=discount, segments=segments
-  )
-  return whiten(returns, mask)
 
 
 def turn_advantages(

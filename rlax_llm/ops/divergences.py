@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 
 # exp of a larger gap overflows float32 sums; verl clamps at the same place.
-_LARGEST_GAP = 20.0
+LARGEST_GAP = 20.0
 
 
 def k1(logprobs: Array, reference_logprobs: Array) -> Array:
@@ -30,7 +30,7 @@ def k3(logprobs: Array, reference_logprobs: Array) -> Array:
 
   As a term of the loss its gradient is that of KL(ref || pi). GRPO's choice.
   """
-  gap = jnp.clip(reference_logprobs - logprobs, -_LARGEST_GAP, _LARGEST_GAP)
+  gap = jnp.clip(reference_logprobs - logprobs, -LARGEST_GAP, LARGEST_GAP)
   return jnp.exp(gap) - gap - 1
 
 

@@ -12,47 +12,6 @@ from rlax_llm.ops import masking
 from rlax_llm.types import Array
 
 
-def targeted_entropy_penalty(
-  mean_entropy: Array, *, target: float = 0.55, coefficient: float = 1e-3
-) -> Array:
-  """Returns coefficient * |H - target|: a pull towards an entropy.
-
-  Targeted entropy regularisation of "Confucius3-Math",
-  https://arxiv.org/abs/2506.18330: below the target the term turns into a
-  bonus, at the target its gradient is 0. Its argument is the mean over the
-  batch's tokens, not one token's.
-
-  Args:
-    mean_entropy: float[...], nats.
-    target: nats, static.
-    coefficient: static.
-  """
-  gap = mean_entropy - target
-  return coefficient * gap * jax.lax.stop_gradient(jnp.sign(gap))
-
-
-def top_entropy_mask(entropy: Array, mask: Array, *, fraction: float) -> Array:
-  """Returns the masked tokens of the highest entropy, ties included.
-
-  "Beyond the 80/20 Rule", https://arxiv.org/abs/2506.01939: the policy
-  gradient of the forking tokens alone, a fifth of all.
-
-  Args:
-    entropy: float[...], nats, arbitrary where the mask is False.
-    mask: bool[...], of the whole optimizer batch.
-    fraction: of the tokens to keep, in (0, 1]; static. 1 keeps all.
-
-  Raises:
-    ValueError: for a fraction outside (0, 1].
-  """
-  if not 0 < fraction <= 1:
-    raise ValueError(f'fraction={fraction} must be in (0, 1]')
-  values = jnp.sort(masking.select_masked(mask, entropy, -jnp.inf).ravel())
-  kept = jnp.ceil(fraction * jnp.sum(mask)).astype(jnp.int32)
-  least = values[values.size - jnp.maximum(kept, 1)]
-  return mask & (masking.select_masked(mask, entropy) >= least)
-
-
 def shaped_advantages(
   advantages: Array,
   entropy: Array,

@@ -14,16 +14,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlax_llm.ops.divergences import LARGEST_GAP
 from rlax_llm.types import Array
-
-# exp of a larger gap overflows; the same place as in `divergences`.
-_LARGEST_GAP = 20.0
 
 
 def _gap(logprobs: Array, reference_logprobs: Array) -> Array:
   """Returns log u, clamped: beyond it the gradient is 0."""
   chex.assert_equal_shape([logprobs, reference_logprobs])
-  return jnp.clip(logprobs - reference_logprobs, -_LARGEST_GAP, _LARGEST_GAP)
+  return jnp.clip(logprobs - reference_logprobs, -LARGEST_GAP, LARGEST_GAP)
 
 
 def forward_kl(logprobs: Array, reference_logprobs: Array) -> Array:

@@ -95,35 +95,6 @@ def zero_outside(weights: Array, *, lower: float, upper: float) -> Array:
   return jnp.where(inside, weights, 0.0)
 
 
-def normalise(
-  weights: Array, mask: Array, *, level: str, segments: Array | None = None
-) -> Array:
-  """Returns the weights divided by their mean over the batch.
-
-  So that truncation does not shrink the step. The mean is over tokens, or
-  over samples where the weight is a sample's. It needs the whole optimizer
-  batch: the mean of a microbatch would be another.
-
-  Args:
-    weights: float[..., L].
-    mask: bool[..., L].
-    level: the level of the weights.
-    segments: int[..., L] as in `Batch`; None: a row is one sample.
-
-  Returns:
-    float[..., L]; unchanged if every weight is 0.
-
-  Raises:
-    ValueError: for an unknown level.
-  """
-  _known('level', level, LEVELS)
-  counted = mask
-  if level != 'token':
-    counted = masking.tokens_left(mask, segments) == 1
-  mean = masking.masked_mean(counted, weights)
-  return weights / jnp.where(mean > 0, mean, 1.0)
-
-
 class Rejection(NamedTuple):
   """Which tokens are trained on, and what decided it."""
 
@@ -219,30 +190,6 @@ def reject_stale_failures(
   return mask & (good | (gap <= largest_gap))
 
 
-def interpolated_logprobs(
-  logprobs: Array,
-  behaviour_logprobs: Array,
-  version: Array,
-  behaviour_version: Array,
-) -> Array:
-  """Returns an estimate of log pi_prox without the pass that computes it.
-
-  log pi_behav + a (log pi - log pi_behav), a = (v - 1 - v_behav) / (v -
-  v_behav) in [0, 1]: the proximal policy is one version old. A-3PO,
-  https://arxiv.org/abs/2512.06547.
-
-  Args:
-    logprobs: float[...], nats; no gradient flows through it.
-    behaviour_logprobs: float[...], nats.
-    version: int[], v, of the current policy.
-    behaviour_version: int[...], of the policy that sampled each token.
-  """
-  gap = (version - behaviour_version).astype(logprobs.dtype)
-  share = jnp.clip((gap - 1) / jnp.maximum(gap, 1), 0, 1)
-  now = jax.lax.stop_gradient(logprobs)
-  return behaviour_logprobs + share * (now - behaviour_logprobs)
-
-
 def effective_sample_ratio(
   log_weights: Array, mask: Array | None = None
 ) -> Array:
@@ -267,44 +214,3 @@ def effective_sample_ratio(
   w = jnp.exp(log_weights)
   squares = jnp.sum(jnp.square(w)) * count
   return jnp.square(jnp.sum(w)) / jnp.where(count > 0, squares, 1)
-
-
-class Mismatch(NamedTuple):
-  """How far the sampler's law is from the trainer's. All float[]."""
-
-  k1_mean: Array  # nats, of KL(behaviour || old), by token
-  k3_mean: Array  # nats
-  token_effective_ratio: Array
-  sequence_effective_ratio: Array
-  probability_gap_max: Array
-
-
-def mismatch(
-  old_logprobs: Array,
-  behaviour_logprobs: Array,
-  mask: Array,
-  *,
-  segments: Array | None = None,
-) -> Mismatch:
-  """Returns what to watch when the sampler is not the trainer.
-
-  Args:
-    old_logprobs: float[..., L], nats.
-    behaviour_logprobs: float[..., L], nats.
-    mask: bool[..., L]; the others are arbitrary where it is False.
-    segments: int[..., L] as in `Batch`; None: a row is one sample.
-  """
-  old = masking.select_masked(mask, old_logprobs)
-  behaviour = masking.select_masked(mask, behaviour_logprobs)
-  last = masking.tokens_left(mask, segments) == 1
-  gap = old - behaviour
-  apart = jnp.abs(jnp.exp(old) - jnp.exp(behaviour))
-  return Mismatch(
-    k1_mean=masking.masked_mean(mask, -gap),
-    k3_mean=masking.masked_mean(mask, divergences.k3(behaviour, old)),
-    token_effective_ratio=effective_sample_ratio(gap, mask),
-    sequence_effective_ratio=effective_sample_ratio(
-      masking.sample_sum(mask, gap, segments), last
-    ),
-    probability_gap_max=jnp.max(masking.select_masked(mask, apart)),
-  )

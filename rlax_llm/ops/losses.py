@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from rlax_llm.ops import masking
+from rlax_llm.ops.divergences import LARGEST_GAP
 from rlax_llm.types import Array
 
-# exp of a larger log-ratio overflows; verl clamps at the same place.
-_LARGEST_LOG_RATIO = 20.0
 # A mean over a sequence is never that large by right: GSPO clamps above.
 _LARGEST_MEAN_LOG_RATIO = 10.0
 
@@ -30,9 +29,7 @@ class TokenLoss(NamedTuple):
 
 def importance_ratio(logprobs: Array, old_logprobs: Array) -> Array:
   """Returns exp(logprobs - old_logprobs), clamped to exp(+-20)."""
-  return jnp.exp(
-    jnp.clip(logprobs - old_logprobs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-  )
+  return jnp.exp(jnp.clip(logprobs - old_logprobs, -LARGEST_GAP, LARGEST_GAP))
 
 
 def _clip_ratio(
@@ -192,44 +189,6 @@ def weighted(token: TokenLoss, weights: Array) -> TokenLoss:
     weights: float[...], of `importance`; 0 drops a token.
   """
   return token._replace(loss=jax.lax.stop_gradient(weights) * token.loss)
-
-
-def decoupled_surrogate(
-  logprobs: Array,
-  proximal_logprobs: Array,
-  behaviour_logprobs: Array,
-  advantages: Array,
-  *,
-  clip_low: float,
-  clip_high: float,
-) -> TokenLoss:
-  """Returns sg(pi_prox / pi_behav) times the surrogate clipped around pi_prox.
-
-  Decoupled PPO: the trust region is around the proximal policy, the measure
-  is corrected for the one that sampled. "Batch size-invariance for policy
-  optimization", https://arxiv.org/abs/2110.00641; AReaL,
-  https://arxiv.org/abs/2505.24298, bounds the weight too: see
-  `importance.truncate` and `importance.zero_outside` with `weighted`. The
-  loss denominator counts every trained token, rejected ones included.
-
-  Args:
-    logprobs: float[...], nats, of the current policy.
-    proximal_logprobs: float[...], nats, of the policy before the update.
-    behaviour_logprobs: float[...], nats, as recorded when sampled.
-    advantages: float[...].
-    clip_low: static.
-    clip_high: static.
-  """
-  token = clipped_surrogate(
-    logprobs,
-    proximal_logprobs,
-    advantages,
-    clip_low=clip_low,
-    clip_high=clip_high,
-  )
-  return weighted(
-    token, importance_ratio(proximal_logprobs, behaviour_logprobs)
-  )
 
 
 def quadratic_regularised(

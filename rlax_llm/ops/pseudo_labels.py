@@ -37,22 +37,3 @@ def majority_rewards(answers: Sequence[Hashable | None]) -> list[float]:
   """
   majority = majority_vote(answers).answer
   return [float(a is not None and a == majority) for a in answers]
-
-
-def reward_accuracy(
-  answers: Sequence[Hashable | None], truth: Hashable
-) -> float:
-  """Returns how often the pseudo-reward is the true one.
-
-  It can be high while the majority is wrong: wrong minorities are rightly
-  scored 0.
-
-  Args:
-    answers: as in `majority_vote`.
-    truth: the right answer.
-  """
-  rewards = majority_rewards(answers)
-  agree = sum(
-    reward == float(answer == truth) for reward, answer in zip(rewards, answers)
-  )
-  return agree / max(len(answers), 1)

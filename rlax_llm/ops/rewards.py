@@ -8,44 +8,6 @@ import jax.numpy as jnp
 from rlax_llm.types import Array
 
 
-def overlong_penalty(
-  lengths: Array, *, most: int, buffer: int, factor: float = 1.0
-) -> Array:
-  """Returns min(0, factor (most - buffer - length) / buffer), to be added.
-
-  Soft overlong punishment of DAPO, https://arxiv.org/abs/2503.14476: 0 up to
-  most - buffer tokens, then linearly to -factor at `most`, which a completion
-  cannot exceed (there is no clamp below).
-
-  Args:
-    lengths: int[...], tokens of the completions.
-    most: the most new tokens, T, static.
-    buffer: tokens over which the penalty grows, static.
-    factor: static.
-
-  Raises:
-    ValueError: unless 0 < buffer <= most.
-  """
-  if not 0 < buffer <= most:
-    raise ValueError(f'buffer={buffer} must be between 1 and most={most}')
-  return jnp.minimum((most - buffer - lengths) / buffer * factor, 0.0)
-
-
-def has_signal(correct: Array) -> Array:
-  """Returns whether a group is neither all right nor all wrong.
-
-  Dynamic sampling of DAPO, https://arxiv.org/abs/2503.14476, keeps those
-  groups. Judge by correctness, before shaping spreads equal outcomes.
-
-  Args:
-    correct: float[..., G] or bool.
-
-  Returns:
-    bool[...].
-  """
-  return jnp.any(correct != correct[..., :1], axis=-1)
-
-
 def progress_bonus(success: Array) -> Array:
   """Returns J_j - J_{j-1}: what each episode of thought added.
 
@@ -61,16 +23,6 @@ def progress_bonus(success: Array) -> Array:
     float[..., k].
   """
   return jnp.diff(success, axis=-1)
-
-
-def cumulative_regret(success: Array, *, best: float = 1.0) -> Array:
-  """Returns sum_j (best - J_j), MRT's measure of tokens not used well.
-
-  Args:
-    success: float[..., k], J as in `progress_bonus`.
-    best: the success rate of the best policy, static.
-  """
-  return jnp.sum(best - success, axis=-1)
 
 
 def improvement_reward(new: Array, previous: Array) -> Array:

@@ -94,7 +94,7 @@ def merge(
   level = fold(lambda above: above + 1, parents, zero, depth)
   # Lines agree where their hashes do. Should different ones, a draft is worse.
   line = fold(
-    lambda above: (above ^ tokens) * _HASH_FACTOR + _HASH_STEP,
+    lambda above: (above ^ tokens) * HASH_FACTOR + HASH_STEP,
     parents,
     zero,
     depth,
@@ -112,4 +112,4 @@ def merge(
   )
 
 
-_HASH_FACTOR, _HASH_STEP = 0x01000193, 0x2545F491  # any odd numbers do
+HASH_FACTOR, HASH_STEP = 0x01000193, 0x2545F491  # any odd numbers do

@@ -29,23 +29,6 @@ class ValueLoss(NamedTuple):
   clipped: Array  # bool[...]: the clipped branch was the larger one
 
 
-def penalised_rewards(
-  scores: Array, divergence: Array, mask: Array, *, coefficient: float
-) -> Array:
-  """Returns scores - coefficient * divergence on masked tokens, else 0.
-
-  KL in the reward: with k1 of the *old* policy, a constant, this is the one
-  unbiased way to follow KL(pi || ref), https://arxiv.org/abs/2512.21852.
-
-  Args:
-    scores: float[..., L], the outcome at each sample's last token, else 0.
-    divergence: float[..., L], as log pi_old - log pi_ref.
-    mask: bool[..., L]; the rest is arbitrary where it is False.
-    coefficient: static.
-  """
-  return masking.select_masked(mask, scores - coefficient * divergence)
-
-
 def generalised_advantages(
   rewards: Array,
   values: Array,
