@@ -3,11 +3,10 @@
   python -m rlax_llm.train --config=configs/quickstart.py --workdir=DIR
 
 Problems: reasoning-gym's chain_sum, 4 to 7 one-digit terms, in the short form
-'4+3-2+6='. The model, 0.8 M parameters over an alphabet of 17 characters, first
-imitates written tallies, '(+3=7-2=5+6=11)11', by a teacher who is impatient:
-55 % of the demonstrations leave off before the last term and answer with what
-they reached. Imitation therefore stays below half; GRPO, rewarded for right
-answers only, learns that finishing the work pays.
+'4+3-2+6='. The model has 0.8 M parameters over an alphabet of 17 characters. It
+is first fine-tuned on worked solutions, '(+3=7-2=5+6=11)11', 55 % of which stop
+before the last term and answer with the sum so far. Imitation therefore stays
+below half. GRPO rewards right answers only, and the policy learns to finish.
 
 Over seeds 0, 1, 2 held-out accuracy (1,024 problems, temperature 1) goes from
 0.43-0.45 after imitation to 0.81-0.89 after 100 steps, in 291 to 351 s on 2

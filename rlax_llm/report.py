@@ -35,7 +35,7 @@ def build_report(
 
   Args:
     workdir: the run's folder.
-    against: a second run, drawn behind the first in grey.
+    against: a second run, drawn in grey under the first.
 
   Returns:
     The path of report.html.

@@ -100,7 +100,7 @@ _STREAM = ('rows', None, None)  # axes of the residual stream
 
 
 class Layer(nn.Module):
-  """Attention and SwiGLU, each behind an RMSNorm, each added to the stream."""
+  """Attention and SwiGLU, each with an RMSNorm on its input and a residual."""
 
   config: ModelConfig
   precision: PrecisionConfig

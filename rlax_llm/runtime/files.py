@@ -78,7 +78,7 @@ class LineFile:
   """A file that grows by whole lines."""
 
   def __init__(self, path: pathlib.Path) -> None:
-    """Opens for appending, on a line of its own even behind a torn one.
+    """Opens for appending, on a line of its own even after a torn one.
 
     Args:
       path: the file; made if missing.

@@ -197,7 +197,7 @@ def _tell(error: BaseException) -> None:
   text = f'process {processes.index()} of {processes.count()} failed: {text}'
   codes = {ConfigError: 2, KeyboardInterrupt: 130}  # as alone
   code = codes.get(type(error), 1)
-  # At a normal exit jax waits for the others, who will not come.
+  # At a normal exit jax would wait for the other processes, which have ended.
   atexit.register(_end, code)
   try:
     _client().key_value_set(_FAILED, json.dumps({'text': text, 'code': code}))

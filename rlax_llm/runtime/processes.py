@@ -1,4 +1,4 @@
-"""Several processes as one run: who they are, and what their hosts exchange.
+"""Several processes as one run: their indices and what the hosts exchange.
 
 Every process drives its own devices and runs the same host program, so that
 all of them compile and call the same programs in the same order. Devices talk
@@ -28,12 +28,12 @@ from rlax_llm.config import ConfigError
 _Item = TypeVar('_Item')
 _Result = TypeVar('_Result')
 
-# The others may compile, or score hard samples, meanwhile. A process that has
-# died is noticed sooner, by its heartbeat.
+# Other processes may be compiling or scoring hard samples. A dead process is
+# noticed sooner, by its missing heartbeat.
 _SECONDS = 1800
 _NAME = 'rlax_llm/exchange'
 _numbers = itertools.count()
-_written: list[str] = []  # by this process, and perhaps not read by all
+_written: list[str] = []  # keys of this process that may still be unread
 
 
 def count() -> int:
@@ -180,7 +180,7 @@ def _read(name: str) -> bytes:
 
 
 def _wait(name: str, keep: int = 0) -> None:
-  """Waits for all; what was written before was read then, and is deleted.
+  """Waits for all processes, then deletes the values they have read.
 
   Args:
     name: of the occasion.
@@ -197,8 +197,8 @@ def _wait(name: str, keep: int = 0) -> None:
 def _late(error: Exception) -> RuntimeError:
   reason = ' '.join(str(error).split())[:300]
   return RuntimeError(
-    f'process {index()} of {count()} waited in vain, at most '
-    f'{_SECONDS} s, for another one: {reason}'
+    f'process {index()} of {count()} timed out after {_SECONDS} s waiting for '
+    f'another process: {reason}'
   )
 
 

@@ -286,7 +286,7 @@ _ENDS = re.compile(rf'^{_SPACE}+|{_SPACE}+$')
 
 
 def _unit(text: str) -> str | None:
-  """Returns the unit that the text behind a number is; None: it is none."""
+  """Returns the unit that follows a number; None: the text is no unit."""
   text = _ENDS.sub('', text)
   if _DEGREE.fullmatch(text):
     return '°'

@@ -34,10 +34,10 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
     completion: the text the model wrote, without the prompt.
     answer_format: tag (the last <answer>...</answer>), scratchpad (what
       follows the last ')'; all of it where there is none), last_line (the last
-      line that is not blank), after_equals (behind the last '='; all of it
+      line that is not blank), after_equals (after the last '='; all of it
       where there is none, since the prompt's own '=' stands before it), boxed
       (the last \\boxed{...} or \\fbox{...}, see `answer_text.last_box`), hashes
-      (the line behind the last ####), all.
+      (the line after the last ####), all.
 
   Returns:
     The answer, or None where it is missing or blank.
@@ -71,7 +71,7 @@ def extract_answer(completion: str, answer_format: str) -> str | None:
 
 
 def opening(answer_format: str) -> str:
-  """Returns the text behind which an answer stands; '': anywhere.
+  """Returns the text that precedes an answer; '': none does.
 
   Args:
     answer_format: as for `extract_answer`.

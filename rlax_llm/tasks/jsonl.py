@@ -111,7 +111,7 @@ class JsonlTask(question_answer.QuestionAnswerTask):
       config: `path`, `held_out_path`, `options`, `match`, `answer_format` and
         `instruction` are read. The options are question_field and
         answer_field, names of fields, and gold_format, where the answer stands
-        in its field: all, boxed (the last box), or hashes (behind the
+        in its field: all, boxed (the last box), or hashes (after the
         last ####).
       seed: shuffles the training problems.
 

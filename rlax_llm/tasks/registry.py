@@ -84,7 +84,7 @@ def _imported_task(config: config_lib.TaskConfig, seed: int) -> Task:
 def _check_call(
   function: Callable[..., Any], what: str, *arguments: Any
 ) -> None:
-  """Refuses what cannot be called with so many arguments."""
+  """Refuses a callable that does not accept the arguments."""
   try:
     inspect.signature(function).bind(*arguments)
   except (TypeError, ValueError) as error:

@@ -158,7 +158,7 @@ def make_rewards(config: config_lib.TaskConfig, task: task_lib.Task) -> Rewards:
   Args:
     config: `rewards`, `answer_format`, `length_limit` and `length_cache` are
       read.
-    task: whose `score` is the reward `correct`.
+    task: its `score` is the reward `correct`.
 
   Raises:
     ConfigError: an unknown name, or a reward that the rest of the config does

@@ -366,7 +366,7 @@ def render(name: str, path: pathlib.Path, run: Run, other: Run | None) -> bool:
     name: a key of `PLOTS`.
     path: the PNG file to write.
     run: the run.
-    other: a second run, drawn behind it; None: there is none.
+    other: a second run, drawn in the background; None: there is none.
 
   Returns:
     Whether the run has anything to draw; if not, no file is written.
