@@ -151,3 +151,25 @@ def test_field_paths_lists_sections_and_fields():
   paths = flags.field_paths(config_lib.Config())
   assert paths['learning.precision.head'] == 'float32'
   assert isinstance(paths['learning'], config_lib.LearningConfig)
+
+
+def test_an_old_field_name_gives_the_new_one(parse, folder, monkeypatch):
+  """Law: a flag, a config file and a recorded config name the new field.
+
+  Mutant: the nearest name in place of the new one.
+  """
+  monkeypatch.setitem(
+    config_lib.RENAMED_FIELDS, 'rollout.rows', 'rollout.slots'
+  )
+  text = GOOD.replace('num_steps', 'rollout.rows')
+  (folder / 'old.py').write_text(text)
+  for read in (
+    lambda: parse('--config=good.py', '--config.rollout.rows=8'),
+    lambda: flags.load_config('old.py'),
+    lambda: config_lib.from_dict({'rollout': {'rows': 8}}),
+  ):
+    with pytest.raises(config_lib.ConfigError) as error:
+      read()
+    line = str(error.value)
+    assert "'rollout.rows'" in line and "is now 'rollout.slots'" in line
+    assert '\n' not in line

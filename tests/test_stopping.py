@@ -149,11 +149,7 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path):
       assert process.poll() is None
       time.sleep(0.05)
     refused = subprocess.run(
-      command,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      check=False,
+      command, capture_output=True, text=True, check=False
     )
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)

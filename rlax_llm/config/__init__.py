@@ -29,5 +29,6 @@ from rlax_llm.config.section import ConfigError as ConfigError
 from rlax_llm.config.section import freeze as freeze
 from rlax_llm.config.section import FrozenDict as FrozenDict
 from rlax_llm.config.section import nearest as nearest
+from rlax_llm.config.section import RENAMED_FIELDS as RENAMED_FIELDS
 from rlax_llm.config.section import Section as Section
 from rlax_llm.config.section import to_dict as to_dict

@@ -2,9 +2,9 @@
 
 A config file defines `get_config() -> Config`. Command lines override single
 fields (`--config.learning.learning_rate=1e-4`); unknown names and wrong types
-are refused by `rlax_llm.runtime.flags`. `rlax_llm.config.validation` checks every fact that
-spans fields and returns a frozen, hashable copy, which is what jitted functions
-receive as a static argument.
+are refused by `rlax_llm.runtime.flags`. `rlax_llm.config.validation` checks the
+limits written at the fields and every fact that spans fields. It returns a
+frozen, hashable copy, which jitted functions receive as a static argument.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,17 @@ import dataclasses
 from typing import Any
 
 from rlax_llm.config.section import ConfigError
+from rlax_llm.config.section import field
+from rlax_llm.config.section import RENAMED_FIELDS
 from rlax_llm.config.section import Section
 
+# The names of `rollout.drafter`; drafting/drafters.py implements them.
+DRAFTERS = ('none', 'prompt_lookup', 'tree_cache', 'model', 'hybrid')
+# Which of them draft from what is kept of other rollouts, with a network, and
+# trees.
+FROM_ROLLOUTS = ('tree_cache', 'hybrid')
+LEARNED = ('model', 'hybrid')
+BRANCHING = ('tree_cache', 'model', 'hybrid')
 # What the hybrid drafter drafts from.
 SOURCES = ('tree_cache', 'model')
 # The matrices of a layer, by their published names.
@@ -96,18 +105,29 @@ class TaskConfig(Section):
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # mixture: task name -> weight.
   mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  prompts_per_step: int = 32  # B
+  prompts_per_step: int = field(32, ge=1)  # B
   # Distinct training prompts; they recur, reshuffled, epoch after epoch.
   # 0: every step has new problems.
-  epoch_prompts: int = 0
+  epoch_prompts: int = field(0, ge=0)
   # question: the task's own text; short: only the expression (arithmetic).
-  prompt_format: str = 'question'
+  prompt_format: str = field('question', choices=('question', 'short'))
   # Where the answer stands in a completion: tag (the last <answer>...
   # </answer>), scratchpad (behind the last ')'), last_line, after_equals
   # (behind the last '='), boxed (the last \boxed{...} or \fbox{...}, which may
   # stand in an unfinished thought), hashes (the line behind the last ####),
   # all.
-  answer_format: str = 'tag'
+  answer_format: str = field(
+    'tag',
+    choices=(
+      'tag',
+      'scratchpad',
+      'last_line',
+      'after_equals',
+      'boxed',
+      'hashes',
+      'all',
+    ),
+  )
   # Appended to every prompt after a line break; tells a pretrained model the
   # answer format.
   instruction: str = ''
@@ -123,10 +143,10 @@ class TaskConfig(Section):
   held_out_path: str = ''
   # jsonl, tfds: numeric (one exact number: 2 1/2 is 5/2) | exact (text) | math
   # (the same mathematical object by math-verify, of the extra [math]).
-  match: str = 'numeric'
+  match: str = field('numeric', choices=('numeric', 'exact', 'math'))
   # The share of the warm start's traces that leave off before the last term
   # and answer with what they reached: an impatient teacher (chain_sum).
-  trace_unfinished: float = 0.0
+  trace_unfinished: float = field(0.0, ge=0, le=1)
   # A sample's reward: the sum of weight * reward over correct (the task's
   # verifier), format (1 where there is an answer in answer_format), length
   # (DAPO's soft overlong punishment: 0 up to length_limit - length_cache
@@ -137,10 +157,11 @@ class TaskConfig(Section):
   rewards: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: {'correct': 1.0}
   )
-  length_limit: int = 0  # tokens
-  length_cache: int = 0  # tokens
-  verifier_processes: int = 1
-  verifier_seconds: float = 4.0  # CPU seconds for one sample
+  length_limit: int = field(0, ge=0)  # tokens
+  length_cache: int = field(0, ge=0)  # tokens
+  verifier_processes: int = field(1, ge=1, le=1024)
+  # CPU seconds for one sample
+  verifier_seconds: float = field(4.0, gt=0, le=3600)
   # Control experiment: shuffle rewards, missing ones included, among the
   # samples of a step. `control` decides by those before the shuffle.
   permute_rewards: bool = False
@@ -150,8 +171,8 @@ class TaskConfig(Section):
 class LoRAConfig(Section):
   """Low-rank adapters; with them everything else is frozen."""
 
-  rank: int = 0  # 0: no adapters
-  alpha: float = 16.0  # the update is scaled by alpha / rank
+  rank: int = field(0, ge=0)  # 0: no adapters
+  alpha: float = field(16.0, gt=0)  # the update is scaled by alpha / rank
   # Matrices that get one, by their published names.
   targets: tuple[str, ...] = LORA_TARGETS
 
@@ -170,29 +191,29 @@ class ModelConfig(Section):
   # bytes; the string of characters that is the whole alphabet; pretrained: the
   # folder's. '': pretrained with a folder, else bytes.
   tokenizer: str = ''
-  vocabulary: int = 0  # 0: the tokenizer's
-  layers: int = 4
-  width: int = 128
-  heads: int = 4
-  kv_heads: int = 2
-  head_dim: int = 0  # 0: width / heads
-  mlp_width: int = 512
+  vocabulary: int = field(0, ge=0)  # 0: the tokenizer's
+  layers: int = field(4, ge=1)
+  width: int = field(128, ge=1)
+  heads: int = field(4, ge=1)
+  kv_heads: int = field(2, ge=1)
+  head_dim: int = field(0, ge=0)  # 0: width / heads
+  mlp_width: int = field(512, ge=1)
   max_positions: int = 4096
-  rope_theta: float = 10000.0
+  rope_theta: float = field(10000.0, gt=0)
   # How a text longer than the model was first trained on is put to it: none |
   # linear (positions divided by the factor) | llama3 (long waves only).
-  rope_scaling: str = 'none'
-  rope_factor: float = 1.0
+  rope_scaling: str = field('none', choices=('none', 'linear', 'llama3'))
+  rope_factor: float = field(1.0, gt=0)
   # llama3: waves that turn fewer times than `low` within `original` positions
   # are stretched by the factor, those that turn more than `high` times stay.
-  rope_low: float = 1.0
-  rope_high: float = 4.0
-  rope_original: int = 8192
-  norm_epsilon: float = 1e-6
+  rope_low: float = field(1.0, gt=0)
+  rope_high: float = field(4.0, gt=0)
+  rope_original: int = field(8192, ge=1)
+  norm_epsilon: float = field(1e-6, gt=0)
   qkv_bias: bool = False  # Qwen2
   qk_norm: bool = False  # Qwen3
   tied_head: bool = True
-  init_scale: float = 1.0
+  init_scale: float = field(1.0, gt=0)
   lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
 
@@ -223,19 +244,19 @@ ARCHITECTURE_FIELDS = (
 class SFTConfig(Section):
   """The supervised warm start on the task's written-step traces."""
 
-  steps: int = 0
-  sequences_per_step: int = 128
-  learning_rate: float = 2e-3
-  warmup_steps: int = 20
+  steps: int = field(0, ge=0)
+  sequences_per_step: int = field(128, ge=1)
+  learning_rate: float = field(2e-3, gt=0)
+  warmup_steps: int = field(20, ge=0)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RolloutConfig(Section):
   """How completions are generated. Only the first block affects tokens."""
 
-  samples_per_prompt: int = 8  # G
-  max_new_tokens: int = 128  # T
-  prompt_length: int = 64  # P: the longest prompt admitted, tokens
+  samples_per_prompt: int = field(8, ge=1)  # G
+  max_new_tokens: int = field(128, ge=1)  # T
+  prompt_length: int = field(64, ge=1)  # P: the longest prompt admitted, tokens
   temperature: float = 1.0
   top_k: int = 0  # 0: off
   top_p: float = 1.0
@@ -244,22 +265,26 @@ class RolloutConfig(Section):
   # Speed values: none of these changes a token.
   # N: rows decoded together. With control.over_provision it also says who is
   # late, unless control.logical_slots does.
-  slots: int = 64
+  slots: int = field(64, ge=1)
   # none | prompt_lookup | tree_cache | model | hybrid: those two, merged; with
   # width=0 control.strategy chooses which of them drafts a segment.
-  drafter: str = 'tree_cache'
+  drafter: str = field('tree_cache', choices=DRAFTERS)
   # W: nodes verified in one forward; 1: no speculation; 0: control.strategy
   # chooses for every segment.
-  width: int = 0
+  width: int = field(0, ge=0)
   # tree_cache, model, hybrid: a draft is a chain (1), or a tree with at most so
   # many children to a node (the hybrid's sources draft so each); 0:
   # control.strategy chooses from control.branchings.
-  branching: int = 1
-  draft_least: float = 0.05  # nodes less probable are not counted on
-  history: int = 8  # R: earlier rollouts of a prompt that are drafted from
-  cache_megabytes: int = 256  # memory for earlier rollouts, in every process
-  segment_forwards: int = 32  # forwards between two boundaries, at most
-  min_capacity: int = 64  # S starts here and doubles
+  branching: int = field(1, ge=0)
+  # nodes less probable are not counted on
+  draft_least: float = field(0.05, ge=0, le=1)
+  # R: earlier rollouts of a prompt that are drafted from
+  history: int = field(8, ge=0)
+  # memory for earlier rollouts, in every process
+  cache_megabytes: int = field(256, ge=1)
+  # forwards between two boundaries, at most
+  segment_forwards: int = field(32, ge=1)
+  min_capacity: int = field(64, ge=1)  # S starts here and doubles
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -272,51 +297,53 @@ class ControlConfig(Section):
 
   # APRIL: so many times the groups of a step are asked for; sampling stops when
   # those of a step are complete, the rest is continued in the next. 1: off.
-  over_provision: float = 1.0
+  over_provision: float = field(1.0, ge=1)
   # Steps after which a group that was put off must be complete.
-  max_staleness: int = 4
+  max_staleness: int = field(4, ge=1)
   # DAPO: a step takes only groups that are neither all right nor all wrong,
   # and asks for more until it has enough of them, at most so many times. 0: it
   # takes what comes.
-  dynamic_sampling: int = 0
+  dynamic_sampling: int = field(0, ge=0)
   # Step t learns from what the parameters of step t - staleness sampled, as an
   # asynchronous trainer would; the first steps from those of step 0.
-  staleness: int = 0
+  staleness: int = field(0, ge=0)
   # So many groups of a step are taken again from those of the last
   # replay_steps steps, if they are neither all right nor all wrong.
-  replay: int = 0
-  replay_steps: int = 4
+  replay: int = field(0, ge=0)
+  replay_steps: int = field(4, ge=1)
   # In which order new groups are sampled: arrival | longest_first |
   # shortest_first, by lengths predicted from earlier rollouts of the prompt,
   # or of prompts like it.
-  order: str = 'arrival'
+  order: str = field(
+    'arrival', choices=('arrival', 'longest_first', 'shortest_first')
+  )
   # ARRoL: behind so many tokens a share of each group's samples goes on, drawn
   # by what a head on hidden states says of their success; in the first steps
   # all are drawn alike. 0: off.
-  prune_at: int = 0
-  prune_keep: float = 0.5
-  prune_steps: int = 20
+  prune_at: int = field(0, ge=0)
+  prune_keep: float = field(0.5, gt=0, le=1)
+  prune_steps: int = field(20, ge=0)
   # Weigh those that go on by the inverse of the probability with which they do.
   prune_weights: bool = True
   # DARS: a prompt that was solved by fewer than half of its samples in its last
   # group gets up to so many more, as many as lift its weight in the gradient to
   # that of a prompt of one half; by hardness: to that times twice the share
   # that fails. 0: off.
-  extra_samples: int = 0
+  extra_samples: int = field(0, ge=0)
   extra_by_hardness: bool = False
   # Slots of logical time, by which it is judged who completes first; 0: as many
   # as rollout.slots.
-  logical_slots: int = 0
+  logical_slots: int = field(0, ge=0)
 
   # With requests pending, a segment ends when this share of rows is done.
-  refill_threshold: float = 0.25
+  refill_threshold: float = field(0.25, gt=0, le=1)
   compact: bool = True  # halve N when half of the rows are done
-  min_slots: int = 8  # compaction stops here
+  min_slots: int = field(8, ge=1)  # compaction stops here
   # With rollout.width=0, what chooses W and the draft's shape:
   #   cost_model: the most tokens per second by measured costs and acceptance;
   #   table: by the number of rows that decode;
   #   bandit: by that number among several arms, by what they earned lately.
-  strategy: str = 'cost_model'
+  strategy: str = field('cost_model', choices=('cost_model', 'table', 'bandit'))
   # cost_model: the values of W to choose from; 1 is always among them.
   widths: tuple[int, ...] = (1, 4)
   branchings: tuple[int, ...] = (1, 2)  # with rollout.branching=0
@@ -324,12 +351,13 @@ class ControlConfig(Section):
   # ascending; above the last one nothing is drafted. A table's have one W.
   # These are the published ones.
   buckets: tuple[tuple[int, ...], ...] = ((1, 48), (4, 32), (20, 16), (32, 8))
-  bandit_epsilon: float = 0.1  # probability of an arm drawn at random
-  bandit_window: int = 300  # segments that an arm is judged by
+  # probability of an arm drawn at random
+  bandit_epsilon: float = field(0.1, ge=0, le=1)
+  bandit_window: int = field(300, ge=1)  # segments that an arm is judged by
   # When nothing is pending, slots up to this number that would idle sample
   # the coming step, as hints to its drafts (tree_cache). 0: off. Pays where a
   # forward of few rows costs as much as one of many: on accelerators.
-  run_ahead_rows: int = 0
+  run_ahead_rows: int = field(0, ge=0)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -338,62 +366,68 @@ class DrafterConfig(Section):
 
   # Tokens of its longest line; 0: W - 1. rollout.branching says how many
   # children a node has.
-  depth: int = 0
+  depth: int = field(0, ge=0)
   # hybrid: what is drafted from; leave one out to switch it off.
   sources: tuple[str, ...] = SOURCES
   # Steps between two trainings of it; 0: it stays as the warm-up left it.
-  every: int = 1
+  every: int = field(1, ge=0)
   # Of the run's time, what its training may take between steps. On replicas
   # that idle it costs nothing: see mesh.replicas.
-  share: float = 0.05
+  share: float = field(0.05, ge=0, le=1)
   # Updates on the task's traces before RL, on the policy as it is then.
-  warmup_updates: int = 0
-  learning_rate: float = 1e-3
-  microbatch_rows: int = 8  # packed rows of one update
+  warmup_updates: int = field(0, ge=0)
+  learning_rate: float = field(1e-3, gt=0)
+  microbatch_rows: int = field(8, ge=1)  # packed rows of one update
   # Passes over a row in one update; each reads the estimates of the one before
   # in place of the target's hidden states, as drafting does.
-  passes: int = 1
-  buffer_tokens: int = 1 << 20  # of each of the last two steps, longest first
+  passes: int = field(1, ge=1)
+  # of each of the last two steps, longest first
+  buffer_tokens: int = field(1 << 20, ge=1)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class PrecisionConfig(Section):
   """Dtypes: of stored parameters, of the trunk's maths, of the head's."""
 
-  parameters: str = 'float32'
-  compute: str = 'float32'
-  head: str = 'float32'
+  parameters: str = field('float32', choices=('float32', 'bfloat16'))
+  compute: str = field('float32', choices=('float32', 'bfloat16'))
+  head: str = field('float32', choices=('float32', 'bfloat16'))
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LearningConfig(Section):
   """The optimizer step."""
 
-  learning_rate: float = 1e-3
-  schedule: str = 'constant'  # constant | linear | cosine, over num_steps
-  warmup_steps: int = 0  # optimizer steps
+  learning_rate: float = field(1e-3, gt=0)
+  # constant | linear | cosine, over num_steps
+  schedule: str = field('constant', choices=('constant', 'linear', 'cosine'))
+  warmup_steps: int = field(0, ge=0)  # optimizer steps
   # Of matrices, the untied head and adapters among them; norms, biases and the
   # embedding are not decayed.
-  weight_decay: float = 0.0
+  weight_decay: float = field(0.0, ge=0)
   b1: float = 0.9
   b2: float = 0.95
-  epsilon: float = 1e-8
-  max_grad_norm: float = 1.0
-  minibatches: int = 1  # optimizer steps for one batch of rollouts
+  epsilon: float = field(1e-8, gt=0)
+  max_grad_norm: float = field(1.0, gt=0)
+  minibatches: int = field(1, ge=1)  # optimizer steps for one batch of rollouts
   # recompute: from a pass of its own, or the update's with one update a batch;
   # scored: of the weights that sampled the token, where they are not today's;
   # sampler: the behaviour log-probabilities.
-  old_logprobs: str = 'recompute'
-  row_length: int = 0  # L, tokens of a packed row; 0: chosen from P + T
-  microbatch_rows: int = 8  # rows in one forward and backward pass
-  score_chunk: int = 2048  # positions whose logits exist at one time
+  old_logprobs: str = field(
+    'recompute', choices=('recompute', 'scored', 'sampler')
+  )
+  # L, tokens of a packed row; 0: chosen from P + T
+  row_length: int = field(0, ge=0)
+  microbatch_rows: int = field(8, ge=1)  # rows in one forward and backward pass
+  # positions whose logits exist at one time
+  score_chunk: int = field(2048, ge=1)
   remat: bool = False  # recompute each layer in the backward pass
   # After so many updates in a row whose loss or gradient is not finite, and
   # which were skipped, the run stops.
-  most_skipped: int = 5
+  most_skipped: int = field(5, ge=1)
   # Warns where a token's behaviour log-probability and the recomputed one
   # differ by more, in nats. 0: chosen by learning.precision.compute.
-  gap_alarm: float = 0.0
+  gap_alarm: float = field(0.0, ge=0)
   precision: PrecisionConfig = dataclasses.field(
     default_factory=PrecisionConfig
   )
@@ -403,52 +437,53 @@ class LearningConfig(Section):
 class MeshConfig(Section):
   """Devices by axis; rows are divided over data and fsdp together."""
 
-  data: int = 0  # 0: the devices that fsdp and tensor leave
-  fsdp: int = 1  # divides parameters and optimizer state
-  tensor: int = 1  # divides heads, MLP and vocabulary
+  data: int = field(0, ge=0)  # 0: the devices that fsdp and tensor leave
+  fsdp: int = field(1, ge=1)  # divides parameters and optimizer state
+  tensor: int = field(1, ge=1)  # divides heads, MLP and vocabulary
   # Rollouts read parameters gathered over fsdp ahead of each generate, where
   # the memory allows it; else layer by layer, in every forward.
   gather_for_rollout: bool = True
   # Parts of the data ways that decode independently from one queue, each with
   # its share of rollout.slots: a long answer holds up its part only. Programs
   # are compiled for every part.
-  replicas: int = 1
+  replicas: int = field(1, ge=1)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class CheckpointConfig(Section):
   """When to save, how much to keep."""
 
-  every: int = 50  # steps; 0: only at the start and the end
-  keep: int = 2  # the newest
-  keep_every: int = 0  # and those of every so many steps; 0: none
+  every: int = field(50, ge=0)  # steps; 0: only at the start and the end
+  keep: int = field(2, ge=1)  # the newest
+  keep_every: int = field(0, ge=0)  # and those of every so many steps; 0: none
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class EvaluateConfig(Section):
   """Accuracy on held-out problems."""
 
-  every: int = 0  # steps; 0: only before and after RL
-  problems: int = 256
-  samples: int = 1  # per problem; pass@k for every power of two up to it
-  temperature: float = 1.0
+  every: int = field(0, ge=0)  # steps; 0: only before and after RL
+  problems: int = field(256, ge=1)
+  # per problem; pass@k for every power of two up to it
+  samples: int = field(1, ge=1)
+  temperature: float = field(1.0, ge=0)
   top_p: float = 1.0
   # Of rlax_llm.evaluate alone: a sample ends when so many probes in a row give
   # the same answer; 0: off. A probe is a text that asks for the answer, put
   # behind every probe_every tokens, answered in at most probe_tokens, and
   # taken back.
-  early_stop: int = 0
+  early_stop: int = field(0, ge=0)
   probe: str = ''
-  probe_every: int = 64
-  probe_tokens: int = 20
+  probe_every: int = field(64, ge=1)
+  probe_tokens: int = field(20, ge=1)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Config(Section):
   """Everything a run depends on."""
 
-  seed: int = 0
-  num_steps: int = 100
+  seed: int = field(0, ge=0)
+  num_steps: int = field(100, ge=0)
   deterministic: bool = False  # GPU: bit-reproducible kernels, slower
   algorithm: AlgorithmConfig = dataclasses.field(
     default_factory=AlgorithmConfig
@@ -506,15 +541,6 @@ def check_positions(rollout: RolloutConfig, width: int, limit: int) -> None:
     )
 
 
-# The names of `rollout.drafter`; drafting/drafters.py implements them.
-DRAFTERS = ('none', 'prompt_lookup', 'tree_cache', 'model', 'hybrid')
-# Which of them draft from what is kept of other rollouts, with a network, and
-# trees.
-FROM_ROLLOUTS = ('tree_cache', 'hybrid')
-LEARNED = ('model', 'hybrid')
-BRANCHING = ('tree_cache', 'model', 'hybrid')
-
-
 def from_dict(items: Mapping[str, Any]) -> Config:
   """Returns the config that `to_dict` took apart; not yet validated.
 
@@ -531,8 +557,13 @@ def from_dict(items: Mapping[str, Any]) -> Config:
         f'the recorded config has no fields in {path or "it"}: '
         f'{str(values)[:80]!r}; it is damaged'
       )
-    known = {field.name for field in dataclasses.fields(section)}
+    known = {f.name for f in dataclasses.fields(section)}
     for name, value in values.items():
+      if path + name in RENAMED_FIELDS:
+        raise ConfigError(
+          f'the recorded config has the field {path + name!r}; its name is now '
+          f'{RENAMED_FIELDS[path + name]!r}'
+        )
       if name not in known:
         raise ConfigError(
           'the recorded config has the unknown field '

@@ -7,6 +7,9 @@ import dataclasses
 import difflib
 from typing import Any
 
+# Dotted names of fields that were renamed -> their names now.
+RENAMED_FIELDS: dict[str, str] = {}
+
 
 class ConfigError(ValueError):
   """A user's mistake: entrypoints report it in one line and exit with 2."""
@@ -49,6 +52,45 @@ class Section:
         'copy the unvalidated one'
       )
     object.__setattr__(self, name, value)
+
+
+def field(
+  default: Any,
+  *,
+  ge: float | None = None,
+  gt: float | None = None,
+  le: float | None = None,
+  choices: tuple[str, ...] | None = None,
+) -> Any:
+  """Returns a dataclass field with limits; `check_limits` enforces them."""
+  limits = {'ge': ge, 'gt': gt, 'le': le, 'choices': choices}
+  return dataclasses.field(default=default, metadata=limits)
+
+
+def check_limits(path: str, value: Any, limits: Mapping[str, Any]) -> None:
+  """Refuses a value outside the limits of its field.
+
+  Args:
+    path: the dotted name of the field.
+    value: of the type of the field.
+    limits: the field's metadata.
+
+  Raises:
+    ConfigError: one line that names the field, the value and the limit.
+  """
+  ge, gt, le = (limits.get(name) for name in ('ge', 'gt', 'le'))
+  choices = limits.get('choices')
+  if choices is not None and value not in choices:
+    raise ConfigError(
+      f'{path}={value!r} is unknown{nearest(str(value), choices)}; it is one '
+      f'of {", ".join(choices)}'
+    )
+  if ge is not None and not value >= ge:
+    raise ConfigError(f'{path}={value} must be at least {ge}')
+  if gt is not None and not value > gt:
+    raise ConfigError(f'{path}={value} must be above {gt}')
+  if le is not None and not value <= le:
+    raise ConfigError(f'{path}={value} must be at most {le}')
 
 
 def freeze(value: Any) -> Any:

@@ -1,146 +1,19 @@
 """`validate`: every fact that one config can be checked for."""
 
+import dataclasses
 from typing import Any
 
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
-from rlax_llm.config import DRAFTERS
 from rlax_llm.config import freeze
 from rlax_llm.config import LORA_TARGETS
 from rlax_llm.config import ModelConfig
 from rlax_llm.config import nearest
 from rlax_llm.config import TaskConfig
+from rlax_llm.config.field_classes import sections
 from rlax_llm.config.field_types import check_types
 from rlax_llm.config.rollout_validation import validate_rollout
-
-# What the string fields may hold; the modules that implement them are tested
-# against these.
-_CHOICES = {
-  'task.prompt_format': ('question', 'short'),
-  'task.answer_format': (
-    'tag',
-    'scratchpad',
-    'last_line',
-    'after_equals',
-    'boxed',
-    'hashes',
-    'all',
-  ),
-  'task.match': ('numeric', 'exact', 'math'),
-  'model.rope_scaling': ('none', 'linear', 'llama3'),
-  'rollout.drafter': DRAFTERS,
-  'control.order': ('arrival', 'longest_first', 'shortest_first'),
-  'control.strategy': ('cost_model', 'table', 'bandit'),
-  'learning.schedule': ('constant', 'linear', 'cosine'),
-  'learning.old_logprobs': ('recompute', 'scored', 'sampler'),
-  'learning.precision.parameters': ('float32', 'bfloat16'),
-  'learning.precision.compute': ('float32', 'bfloat16'),
-  'learning.precision.head': ('float32', 'bfloat16'),
-}
-_AT_LEAST: dict[str, float] = {
-  'seed': 0,
-  'num_steps': 0,
-  'task.prompts_per_step': 1,
-  'task.epoch_prompts': 0,
-  'task.trace_unfinished': 0,
-  'task.length_limit': 0,
-  'task.length_cache': 0,
-  'task.verifier_processes': 1,
-  'model.layers': 1,
-  'model.width': 1,
-  'model.heads': 1,
-  'model.kv_heads': 1,
-  'model.head_dim': 0,
-  'model.mlp_width': 1,
-  'model.vocabulary': 0,
-  'model.rope_original': 1,
-  'sft.steps': 0,
-  'sft.sequences_per_step': 1,
-  'sft.warmup_steps': 0,
-  'rollout.samples_per_prompt': 1,
-  'rollout.max_new_tokens': 1,
-  'rollout.prompt_length': 1,
-  'rollout.slots': 1,
-  'rollout.width': 0,
-  'rollout.branching': 0,
-  'rollout.draft_least': 0,
-  'rollout.history': 0,
-  'rollout.cache_megabytes': 1,
-  'rollout.segment_forwards': 1,
-  'rollout.min_capacity': 1,
-  'control.over_provision': 1,
-  'control.max_staleness': 1,
-  'control.dynamic_sampling': 0,
-  'control.staleness': 0,
-  'control.replay': 0,
-  'control.replay_steps': 1,
-  'control.logical_slots': 0,
-  'control.prune_at': 0,
-  'control.prune_steps': 0,
-  'control.extra_samples': 0,
-  'control.min_slots': 1,
-  'control.run_ahead_rows': 0,
-  'drafter.depth': 0,
-  'drafter.every': 0,
-  'drafter.share': 0,
-  'drafter.warmup_updates': 0,
-  'drafter.microbatch_rows': 1,
-  'drafter.passes': 1,
-  'drafter.buffer_tokens': 1,
-  'control.bandit_epsilon': 0,
-  'control.bandit_window': 1,
-  'learning.warmup_steps': 0,
-  'learning.minibatches': 1,
-  'learning.row_length': 0,
-  'learning.microbatch_rows': 1,
-  'learning.score_chunk': 1,
-  'learning.weight_decay': 0,
-  'model.lora.rank': 0,
-  'mesh.data': 0,
-  'mesh.fsdp': 1,
-  'mesh.tensor': 1,
-  'mesh.replicas': 1,
-  'checkpoint.every': 0,
-  'checkpoint.keep': 1,
-  'checkpoint.keep_every': 0,
-  'learning.most_skipped': 1,
-  'learning.gap_alarm': 0,
-  'evaluate.every': 0,
-  'evaluate.problems': 1,
-  'evaluate.samples': 1,
-  'evaluate.temperature': 0,
-  'evaluate.early_stop': 0,
-  'evaluate.probe_every': 1,
-  'evaluate.probe_tokens': 1,
-}
-_ABOVE_ZERO = (
-  'learning.learning_rate',
-  'sft.learning_rate',
-  'drafter.learning_rate',
-  'learning.max_grad_norm',
-  'learning.epsilon',
-  'task.verifier_seconds',
-  'model.rope_theta',
-  'model.rope_factor',
-  'model.rope_low',
-  'model.rope_high',
-  'model.norm_epsilon',
-  'model.lora.alpha',
-  'model.init_scale',
-  'control.refill_threshold',
-  'control.prune_keep',
-)
-
-_AT_MOST: dict[str, float] = {
-  'task.verifier_processes': 1024,
-  'task.verifier_seconds': 3600,
-  'control.refill_threshold': 1,
-  'control.prune_keep': 1,
-  'control.bandit_epsilon': 1,
-  'task.trace_unfinished': 1,
-  'rollout.draft_least': 1,
-  'drafter.share': 1,
-}
+from rlax_llm.config.section import check_limits
 
 
 def _get(config: Config, path: str) -> Any:
@@ -163,22 +36,10 @@ def validate(config: Config) -> Config:
     ConfigError: one line that names the value, the limit and the way out.
   """
   check_types(config)
-  for path, choices in _CHOICES.items():
-    if _get(config, path) not in choices:
-      raise ConfigError(
-        f'{path}={_get(config, path)!r} is unknown'
-        f'{nearest(str(_get(config, path)), choices)}; it is one of '
-        f'{", ".join(choices)}'
-      )
-  for path, least in _AT_LEAST.items():
-    if not _get(config, path) >= least:
-      raise ConfigError(f'{path}={_get(config, path)} must be at least {least}')
-  for path, most in _AT_MOST.items():
-    if _get(config, path) > most:
-      raise ConfigError(f'{path}={_get(config, path)} must be at most {most}')
-  for path in _ABOVE_ZERO:
-    if not _get(config, path) > 0:
-      raise ConfigError(f'{path}={_get(config, path)} must be above 0')
+  for path, section in sections(config):
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+      name = f'{path}.{field.name}' if path else field.name
+      check_limits(name, getattr(section, field.name), field.metadata)
   _validate_model(config.model)
   validate_rollout(config)
   if not 0 < config.evaluate.top_p <= 1:

@@ -212,7 +212,7 @@ def _sequence_mean_over_all(lengths: np.ndarray, constant: int) -> np.ndarray:
   return 1.0 / (max(lengths.size, 1) * np.maximum(lengths, 1))
 
 
-def _sequence_sum_token_mean_constant_over_all(
+def _sequence_sum_constant_over_all(
   lengths: np.ndarray, constant: int
 ) -> np.ndarray:
   return np.full(lengths.shape, 1.0 / (max(lengths.size, 1) * constant))
@@ -228,7 +228,7 @@ REDUCTIONS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
   'sequence_sum_token_mean_constant': _sequence_sum_token_mean_constant,
   'token_sum': _token_sum,
   'sequence_mean_over_all': _sequence_mean_over_all,
-  'sequence_sum_token_mean_constant_over_all': _sequence_sum_token_mean_constant_over_all,
+  'sequence_sum_token_mean_constant_over_all': _sequence_sum_constant_over_all,
 }
 
 

@@ -32,6 +32,7 @@ from ml_collections import config_flags
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
+from rlax_llm.config import RENAMED_FIELDS
 from rlax_llm.config import Section
 from rlax_llm.runtime import launch
 from rlax_llm.runtime.files import ReadError
@@ -345,6 +346,8 @@ def _check_attributes(config: Config, path: str) -> None:
 def _near(path: str, paths: dict[str, Any]) -> str:
   """Returns nearest()'s clause, preferring equal last names: a forgotten or
   wrong section is the commonest slip."""
+  if path in RENAMED_FIELDS:
+    return f'; its name is now {RENAMED_FIELDS[path]!r}'
   leaf = path.rsplit('.', 1)[-1]
   same = [p for p in paths if p.rsplit('.', 1)[-1] == leaf]
   if same:

@@ -147,9 +147,6 @@ def steps(expression: str, divide: Division = _exact) -> Iterator[list[Token]]:
 
 def value(expression: str) -> fractions.Fraction:
   """Returns the exact value of an expression; raises as `steps` does."""
-  last: list[Token] = []
-  for last in steps(expression):
-    pass
-  result = last[0]
+  result = list(steps(expression))[-1][0]
   assert isinstance(result, fractions.Fraction)
   return result
