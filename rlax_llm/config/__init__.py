@@ -1,6 +1,7 @@
 """Typed configuration: what a config file imports."""
 
-from rlax_llm.config.schema import AlgorithmConfig as AlgorithmConfig
+from rlax_llm.config.algorithm import Algorithm as Algorithm
+from rlax_llm.config.algorithm import AlgorithmConfig as AlgorithmConfig
 from rlax_llm.config.schema import ARCHITECTURE_FIELDS as ARCHITECTURE_FIELDS
 from rlax_llm.config.schema import BRANCHING as BRANCHING
 from rlax_llm.config.schema import check_positions as check_positions

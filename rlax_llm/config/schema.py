@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from rlax_llm.config.algorithm import AlgorithmConfig
 from rlax_llm.config.section import ConfigError
 from rlax_llm.config.section import field
 from rlax_llm.config.section import RENAMED_FIELDS
@@ -35,59 +36,6 @@ LORA_TARGETS = (
   'up_proj',
   'down_proj',
 )
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class AlgorithmConfig(Section):
-  """Which objective. A field left at None takes the preset's value.
-
-  The presets are in `learning/presets.py`; `learning/algorithm.py` says what
-  each field is and which table holds its names.
-  """
-
-  name: str = 'grpo'
-  advantage: str | None = None
-  credit: str | None = None
-  loss: str | None = None
-  reduction: str | None = None
-  divergence: str | None = None
-  kl_coefficient: float | None = None
-  keep_reference: bool | None = None
-  clip_low: float | None = None
-  clip_high: float | None = None
-  dual_clip: float | None = None
-  entropy_coefficient: float | None = None
-  entropy_target: float | None = None  # nats
-  correction: str | None = None
-  weight_low: float | None = None
-  weight_high: float | None = None
-  rejection: str | None = None
-  reject_low: float | None = None
-  reject_high: float | None = None
-  filter: str | None = None
-  labels: str | None = None
-  step_scale: str | None = None
-  discount: float | None = None
-  trace: float | None = None
-  value_clip: float | None = None
-  critic_learning_rate: float | None = None
-  critic_warmup: int | None = None  # RL steps
-  coverage_samples: int | None = None
-  teacher: str | None = None
-  distillation_coefficient: float | None = None
-  distillation_discount: float | None = None
-  leaps: int | None = None
-  leap_problems: int | None = None
-  progress_coefficient: float | None = None
-  progress_episodes: int | None = None
-  progress_marker: str | None = None
-  progress_samples: int | None = None
-  progress_tokens: int | None = None
-  rehearsal: str | None = None
-  rehearsal_coefficient: float | None = None
-  rehearsal_prompts: int | None = None
-  rehearsal_least: float | None = None
-  rehearsal_share: float | None = None
 
 
 @dataclasses.dataclass(unsafe_hash=True)

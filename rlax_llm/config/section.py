@@ -61,9 +61,20 @@ def field(
   gt: float | None = None,
   le: float | None = None,
   choices: tuple[str, ...] | None = None,
+  read_by: tuple[str, tuple[str, ...] | None] | None = None,
 ) -> Any:
-  """Returns a dataclass field with limits; `check_limits` enforces them."""
-  limits = {'ge': ge, 'gt': gt, 'le': le, 'choices': choices}
+  """Returns a dataclass field with limits; `check_limits` enforces them.
+
+  Args:
+    default: of the field.
+    ge: smallest value.
+    gt: exclusive lower bound.
+    le: largest value.
+    choices: the values of a string.
+    read_by: of an objective's number, see `config.algorithm`.
+  """
+  limits: dict[str, Any] = {'ge': ge, 'gt': gt, 'le': le, 'choices': choices}
+  limits['read_by'] = read_by
   return dataclasses.field(default=default, metadata=limits)
 
 

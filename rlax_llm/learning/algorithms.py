@@ -10,7 +10,8 @@ from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import nearest
-from rlax_llm.learning.algorithm import Algorithm
+from rlax_llm.config.algorithm import Algorithm
+from rlax_llm.config.algorithm import overrides
 from rlax_llm.learning.estimators import ESTIMATORS
 from rlax_llm.learning.estimators import OF_BATCH
 from rlax_llm.learning.estimators import PART_ESTIMATORS
@@ -26,43 +27,6 @@ from rlax_llm.learning.token_credit import STEP_SCALES
 from rlax_llm.ops.divergences import DIVERGENCES
 from rlax_llm.ops.f_divergences import F_DIVERGENCES
 from rlax_llm.ops.masking import REDUCTIONS
-
-_NOT_NONE = 'any but none'
-# Which values of which field read a field; with others it is refused.
-_READ_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
-  'clip_low': ('loss', ('clipped', 'sequence_clipped')),
-  'clip_high': ('loss', ('clipped', 'sequence_clipped', 'truncated')),
-  'dual_clip': ('loss', ('clipped',)),
-  'coverage_samples': ('loss', ('coverage',)),
-  'weight_low': (
-    'correction',
-    tuple(n for n in CORRECTIONS if n.endswith('_mask')),
-  ),
-  'weight_high': ('correction', _NOT_NONE),
-  'reject_low': (
-    'rejection',
-    tuple(n for n in REJECTIONS if n.endswith('_k1')),
-  ),
-  'reject_high': ('rejection', _NOT_NONE),
-  'discount': ('credit', ('gae',)),
-  'trace': ('credit', ('gae',)),
-  'value_clip': ('credit', ('gae',)),
-  'critic_learning_rate': ('credit', ('gae',)),
-  'critic_warmup': ('credit', ('gae',)),
-  'distillation_coefficient': ('credit', ('distillation',)),
-  'distillation_discount': ('credit', ('distillation',)),
-  'teacher': ('credit', ('distillation',)),
-  'leap_problems': ('leaps', _NOT_NONE),
-  'progress_coefficient': ('credit', ('progress',)),
-  'progress_episodes': ('credit', ('progress',)),
-  'progress_marker': ('credit', ('progress',)),
-  'progress_samples': ('credit', ('progress',)),
-  'progress_tokens': ('credit', ('progress',)),
-  'rehearsal_coefficient': ('rehearsal', _NOT_NONE),
-  'rehearsal_prompts': ('rehearsal', _NOT_NONE),
-  'rehearsal_least': ('rehearsal', _NOT_NONE),
-  'rehearsal_share': ('rehearsal', _NOT_NONE),
-}
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
@@ -82,54 +46,20 @@ def _choices() -> dict[str, tuple[str, ...]]:
   }
 
 
-_LARGEST = 1e6
-_RANGES = (
-  ('kl_coefficient', 0, _LARGEST),
-  ('clip_low', 0, 1),
-  ('clip_high', 0, _LARGEST),
-  ('dual_clip', 0, _LARGEST),
-  ('entropy_coefficient', -_LARGEST, _LARGEST),
-  ('entropy_target', 0, _LARGEST),
-  ('weight_low', 0, 1),
-  ('weight_high', 1, _LARGEST),
-  ('reject_low', 0, 1),
-  ('reject_high', 0, _LARGEST),
-  ('discount', 0, 1),
-  ('trace', 0, 1),
-  ('value_clip', 0, _LARGEST),
-  ('critic_learning_rate', 0, 1),
-  ('critic_warmup', 0, _LARGEST),
-  ('coverage_samples', 1, _LARGEST),
-  ('distillation_coefficient', 0, _LARGEST),
-  ('distillation_discount', 0, 1),
-  ('leaps', 0, 16),
-  ('leap_problems', 1, _LARGEST),
-  ('progress_coefficient', 0, _LARGEST),
-  ('progress_episodes', 2, _LARGEST),
-  ('progress_samples', 1, _LARGEST),
-  ('progress_tokens', 1, _LARGEST),
-  ('rehearsal_coefficient', 0, _LARGEST),
-  ('rehearsal_prompts', 1, _LARGEST),
-  ('rehearsal_least', 0, 1),
-  ('rehearsal_share', 0, 1),
-)
-
-
 def _check_read(algorithm: Algorithm, given: dict[str, object]) -> None:
   """Refuses what is set and has no effect."""
-  for field, (selector, readers) in _READ_BY.items():
-    value = getattr(algorithm, selector)
-    if field not in given or (
-      value not in ('none', 0) if readers == _NOT_NONE else value in readers
-    ):
+  for field in dataclasses.fields(Algorithm):
+    if field.name not in given or not field.metadata.get('read_by'):
       continue
-    remedy = (
-      f'set algorithm.{selector}'
-      if readers == _NOT_NONE
-      else f'use algorithm.{selector}={" or ".join(map(repr, readers))}'
-    )
+    selector, readers = field.metadata['read_by']
+    value = getattr(algorithm, selector)
+    if value not in ('none', 0) if readers is None else value in readers:
+      continue
+    remedy = f'set algorithm.{selector}'
+    if readers:
+      remedy = f'use algorithm.{selector}={" or ".join(map(repr, readers))}'
     raise ConfigError(
-      f'algorithm.{field} is set, but the {selector} {value!r} '
+      f'algorithm.{field.name} is set, but the {selector} {value!r} '
       f'does not read it; remove it or {remedy}'
     )
   if 'divergence' in given and not algorithm.kl_coefficient:
@@ -179,15 +109,11 @@ def resolve(config: AlgorithmConfig) -> Algorithm:
       f'{nearest(config.name, PRESETS)}; it is one of '
       f'{", ".join(PRESETS)}'
     )
-  given = {
-    field.name: getattr(config, field.name)
-    for field in dataclasses.fields(Algorithm)
-    if getattr(config, field.name) is not None
-  }
-  for field, choices in _choices().items():
-    if field in given and given[field] not in choices:
+  given = overrides(config)
+  for name, choices in _choices().items():
+    if name in given and given[name] not in choices:
       raise ConfigError(
-        f'algorithm.{field} {given[field]!r} is unknown; it is '
+        f'algorithm.{name} {given[name]!r} is unknown; it is '
         f'one of {", ".join(choices)}'
       )
   algorithm = dataclasses.replace(PRESETS[config.name], **given)
@@ -197,11 +123,14 @@ def resolve(config: AlgorithmConfig) -> Algorithm:
       f'algorithm.dual_clip={algorithm.dual_clip} would bind '
       'at a ratio of 1; use a value above 1, or 0 for none'
     )
-  for field, least, most in _RANGES:
-    value = getattr(algorithm, field)
-    if not least <= value <= most:
+  for field in dataclasses.fields(Algorithm):
+    value, limits = getattr(algorithm, field.name), field.metadata
+    if limits.get('ge') is None:
+      continue
+    if not limits['ge'] <= value <= limits['le']:
       raise ConfigError(
-        f'algorithm.{field}={value} must be between {least} and {most}'
+        f'algorithm.{field.name}={value} must be between {limits["ge"]} '
+        f'and {limits["le"]}'
       )
   return algorithm
 

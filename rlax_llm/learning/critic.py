@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlax_llm.config.algorithm import Algorithm
 from rlax_llm.learning import update as updates
-from rlax_llm.learning.algorithm import Algorithm
 from rlax_llm.models import heads
 from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops import values as value_ops

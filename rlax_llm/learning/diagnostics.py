@@ -9,9 +9,9 @@ update and one after it.
 import jax.numpy as jnp
 import numpy as np
 
+from rlax_llm.config.algorithm import Algorithm
 from rlax_llm.learning import objectives
 from rlax_llm.learning import token_credit
-from rlax_llm.learning.algorithm import Algorithm
 from rlax_llm.learning.update import UpdateConfig
 from rlax_llm.ops import divergences
 from rlax_llm.ops import losses

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlax_llm.learning.algorithm import Algorithm
+from rlax_llm.config.algorithm import Algorithm
 from rlax_llm.ops import coverage
 from rlax_llm.ops import importance
 from rlax_llm.ops import losses

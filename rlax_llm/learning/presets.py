@@ -1,6 +1,6 @@
 """Objectives by name. README.md of this folder maps papers to them."""
 
-from rlax_llm.learning.algorithm import Algorithm
+from rlax_llm.config.algorithm import Algorithm
 
 PRESETS: dict[str, Algorithm] = {
   # DeepSeekMath, https://arxiv.org/abs/2402.03300

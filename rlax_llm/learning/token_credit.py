@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rlax_llm.learning.algorithm import Algorithm
+from rlax_llm.config.algorithm import Algorithm
 from rlax_llm.ops import batch_advantages
 from rlax_llm.ops import distillation
 from rlax_llm.ops import entropy_terms

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from rlax_llm.config import LearningConfig
+from rlax_llm.config.algorithm import Algorithm
 from rlax_llm.learning import objectives
 from rlax_llm.learning import token_credit
-from rlax_llm.learning.algorithm import Algorithm
 from rlax_llm.learning.objectives import Tokens
 from rlax_llm.models import language_model
 from rlax_llm.models import lora
