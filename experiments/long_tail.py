@@ -24,13 +24,13 @@ from rlax_llm.components import make_run
 from rlax_llm.components import Run
 from rlax_llm.config import Config
 from rlax_llm.experience.collector import Collector
+from rlax_llm.experience.training_state import TrainingState
 from rlax_llm.learning import learner as learners
 from rlax_llm.learning.drafter_training import DrafterTraining
 from rlax_llm.learning.supervised import warm_start
 from rlax_llm.learning.train_states import drafter_params
-from rlax_llm.step import Loop
-from rlax_llm.step import train_step
 from rlax_llm.tasks.verifier.verifier import Verifier
+from rlax_llm.train import train_step
 from rlax_llm.types import Params
 from rlax_llm.workdir.run_statistics import Progression
 
@@ -132,11 +132,12 @@ def train(
   engine = run.engine(run.sampling)
   with Verifier(config.task, config.seed) as verifier:
     learner = learners.make_learner(run)
+    store = run.rollout_store()
     collector = Collector(
       run,
       engine,
       verifier,
-      run.rollout_store(),
+      store,
       learner.score_samples,
       reads_sampler=learner.reads_sampler,
     )
@@ -152,9 +153,14 @@ def train(
         states['policy'].params,
         _show('warm-up of the drafter'),
       )
-    loop = Loop(run, collector, learner, reference, Progression(), drafter)
+    state = TrainingState(
+      states, collector.experience, Progression(), engine, store
+    )
     for step in range(config.num_steps):
-      states, values, _ = train_step(loop, step, states)
+      state, values, _ = train_step(
+        step, state, run, collector, learner, reference, drafter
+      )
+      states = state.train_states
       if step + 1 == config.num_steps:
         values |= evaluate.evaluate(
           run,

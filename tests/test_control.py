@@ -17,7 +17,7 @@ from rollout_helpers import make_requests
 from rlax_llm import components as runs
 from rlax_llm import early_stop
 from rlax_llm import evaluate
-from rlax_llm import trainer
+from rlax_llm import train as training
 from rlax_llm.config import ConfigError
 from rlax_llm.config.draft_configs import Arm
 from rlax_llm.config.draft_configs import PLAIN
@@ -618,12 +618,12 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
     'choose',
     rollout_helpers.random_choices(np.random.default_rng(1), arms),
   )
-  real = trainer.train_step
+  real = training.train_step
 
-  def dies(loop, step, *args):
+  def dies(step, *args):
     if step == 3:
       raise RuntimeError('killed')
-    return real(loop, step, *args)
+    return real(step, *args)
 
   changes |= dict(
     rollout__drafter='tree_cache',
@@ -633,7 +633,7 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
     control__widths=(1, 3, 4),
   )
   with monkeypatch.context() as patched:
-    patched.setattr(trainer, 'train_step', dies)
+    patched.setattr(training, 'train_step', dies)
     with pytest.raises(RuntimeError, match='killed'):
       _train(tmp_path / 'parts', rng.random, **changes)
   got = _train(tmp_path / 'parts', rng.random, **changes)

@@ -10,10 +10,10 @@ from learning_helpers import tiny_run
 import numpy as np
 import pytest
 
-from rlax_llm import step as steps
 from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.experience import advantages
+from rlax_llm.experience import step_metrics
 from rlax_llm.experience.pruning import Pruner
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.learning.quality_head import QualityHead
@@ -109,7 +109,9 @@ def test_dynamic_sampling_goes_by_correctness(script, value, refills):
   _, collector, groups = collect(config, verifier)
   assert collector.metrics()['rollout/refills'] == refills
   want = float(refills == 0)
-  assert steps.group_metrics(groups, 0)['reward/groups_with_signal'] == want
+  assert (
+    step_metrics.group_metrics(groups, 0)['reward/groups_with_signal'] == want
+  )
   _, _, groups = collect(config, verifier, collector=collector, step=1)
   assert sum(group.replayed for group in groups) == 2 * want
 
@@ -270,7 +272,7 @@ def test_permuted_signal_is_that_of_the_permuted_labels():
   )
   groups = [make_group([1] * 4), make_group([0] * 4)]
   found = advantages.learned_groups(run, groups, 0)
-  assert steps.group_metrics(groups, 0)['reward/groups_with_signal'] == 0
-  assert steps.group_metrics(found, 0)['reward/groups_with_signal'] == 1
+  assert step_metrics.group_metrics(groups, 0)['reward/groups_with_signal'] == 0
+  assert step_metrics.group_metrics(found, 0)['reward/groups_with_signal'] == 1
   trained = advantages.trained_samples(run, found, np.zeros(2, bool))
   assert all(t.all() for t in trained)

@@ -21,7 +21,7 @@ import pytest
 
 from rlax_llm import evaluate
 from rlax_llm import train
-from rlax_llm import trainer
+from rlax_llm import train as training
 from rlax_llm.learning.drafter_training import DrafterTraining
 from rlax_llm.runtime.files import WriteError
 from rlax_llm.runtime.stopping import Stopped
@@ -41,10 +41,10 @@ VALUES = (
 FILES = ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl')
 # Where faults come: a function that is called there, and its owner.
 PLACES = {
-  'step': (trainer, 'train_step'),
+  'step': (training, 'train_step'),
   'evaluation': (evaluate, 'evaluate'),
   'checkpoint': (checkpoint.Checkpoints, 'save'),
-  'warm start': (trainer, 'warm_start'),
+  'warm start': (training, 'warm_start'),
   'drafter warm-up': (DrafterTraining, 'warm_up'),
 }
 KINDS = ('stop', 'hard end', 'disk full')

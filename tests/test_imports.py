@@ -35,8 +35,6 @@ TOP = (
   'sample',
   'report',
   'export',
-  'step',
-  'trainer',
   'train',
   'testing',
 )

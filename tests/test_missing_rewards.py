@@ -21,10 +21,10 @@ from learning_helpers import tiny_run
 import numpy as np
 import pytest
 
-from rlax_llm import step as steps
 from rlax_llm.components import make_run
 from rlax_llm.experience import advantages
 from rlax_llm.experience import progress_rewards
+from rlax_llm.experience import step_metrics
 from rlax_llm.experience.pruning import Pruner
 from rlax_llm.learning import estimators
 from rlax_llm.learning import extrapolation
@@ -254,16 +254,16 @@ def test_metrics_are_of_what_is_known():
     make_group([1, 0, 0], known=[1, 0, 1], parts={'format': [1, 0, 1]}),
     make_group([3, 0, 0], known=[1, 0, 0], parts={'format': [0, 0, 0]}),
   ]
-  values = steps.group_metrics(groups, 0)
+  values = step_metrics.group_metrics(groups, 0)
   assert values['reward/mean'] == pytest.approx(4 / 3)
   assert values['reward/std'] == pytest.approx(np.std([1, 0, 3]))
   assert values['reward/format'] == pytest.approx(2 / 3)
   assert values['reward/groups_with_signal'] == 0.5
   assert values['reward/unscorable'] == 3
-  rows = steps.sample_rows(groups, [np.zeros(3)] * 2)
+  rows = step_metrics.sample_rows(groups, [np.zeros(3)] * 2)
   assert [row['reward'] for row in rows] == [1, None, 0, 3, None, None]
   nothing = [make_group([0, 0], known=[0, 0], parts={'format': [0, 0]})]
-  values = steps.group_metrics(nothing, 0)
+  values = step_metrics.group_metrics(nothing, 0)
   for name in ('mean', 'std', 'format'):
     assert math.isnan(values[f'reward/{name}'])
   assert values['reward/groups_with_signal'] == 0

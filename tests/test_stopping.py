@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from rlax_llm import testing
-from rlax_llm import trainer
+from rlax_llm import train as training
 from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.config import freeze
@@ -302,7 +302,7 @@ def test_a_step_reads_the_device_explicitly(tmp_path, monkeypatch):
   """
   seen = []
   inside = [False]
-  real_step = trainer.train_step
+  real_step = training.train_step
 
   def step(*args):
     inside[0] = True
@@ -341,7 +341,7 @@ def test_a_step_reads_the_device_explicitly(tmp_path, monkeypatch):
     'tolist',
   ):
     watch(name)
-  monkeypatch.setattr(trainer, 'train_step', step)
+  monkeypatch.setattr(training, 'train_step', step)
   monkeypatch.setattr(jax, 'device_get', get)
   _train(tmp_path)
   assert not seen

@@ -17,7 +17,7 @@ import pytest
 from rlax_llm import evaluate
 from rlax_llm import report
 from rlax_llm import train
-from rlax_llm import trainer
+from rlax_llm import train as training
 from rlax_llm.config import ConfigError
 from rlax_llm.config.draft_configs import Arm
 from rlax_llm.config.draft_configs import PLAIN
@@ -298,14 +298,14 @@ def test_a_killed_run_continues(base, tmp_path, monkeypatch):
 
   Mutant: metrics of the lost step kept, so that it is written twice.
   """
-  real = trainer.train_step
+  real = training.train_step
 
-  def dies(loop, step, *args):
+  def dies(step, *args):
     if step == 3:
       raise RuntimeError('killed')
-    return real(loop, step, *args)
+    return real(step, *args)
 
-  monkeypatch.setattr(trainer, 'train_step', dies)
+  monkeypatch.setattr(training, 'train_step', dies)
   with pytest.raises(RuntimeError, match='killed'):
     _train(tmp_path)
   steps = [row['step'] for row in _rows(tmp_path, 'metrics.jsonl')]

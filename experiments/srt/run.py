@@ -31,14 +31,14 @@ from rlax_llm.config import Config
 from rlax_llm.config import freeze
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.experience.collector import Collector
+from rlax_llm.experience.training_state import TrainingState
 from rlax_llm.learning import learner as learners
 from rlax_llm.learning.supervised import warm_start
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.runtime import executables
-from rlax_llm.step import Loop
-from rlax_llm.step import train_step
 from rlax_llm.tasks.verifier.verifier import Verifier
+from rlax_llm.train import train_step
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
@@ -135,17 +135,14 @@ def train_and_compare(
   rows = []
   with Verifier(config.task, config.seed) as verifier:
     learner = learners.make_learner(run)
-    collector = Collector(
-      run,
-      run.engine(run.sampling),
-      verifier,
-      run.rollout_store(),
-      learner.score_samples,
-    )
+    engine, store = run.engine(run.sampling), run.rollout_store()
+    collector = Collector(run, engine, verifier, store, learner.score_samples)
     reference = run.states.reference(
       tempfile.mkdtemp(), states['policy'].params, 0
     )
-    loop = Loop(run, collector, learner, reference, Progression())
+    state = TrainingState(
+      states, collector.experience, Progression(), engine, store
+    )
     for step in range(config.num_steps):
       make = lambda s: run.requests(
         run.problems(s),
@@ -176,7 +173,10 @@ def train_and_compare(
             'differing_samples': sum(a != b for a, b in zip(tokens, want)),
           }
         )
-      states, values, _ = train_step(loop, step, states)
+      state, values, _ = train_step(
+        step, state, run, collector, learner, reference
+      )
+      states = state.train_states
       print(
         f'{tags} step {step}: reward {values["reward/mean"]:.3f}', flush=True
       )

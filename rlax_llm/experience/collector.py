@@ -89,7 +89,12 @@ class Collector:
     """Returns what the steps after the last learned one depend on."""
     return records.dump(self._state)
 
-  def restore(self, record: Mapping[str, Any]) -> None:
+  @property
+  def experience(self) -> Experience:
+    """State after the last step that was learned."""
+    return self._state
+
+  def restore(self, record: Mapping[str, Any]) -> Experience:
     """Takes over what `dump` of an earlier process returned."""
     self._state = self._next = records.restore(
       record,
@@ -99,6 +104,7 @@ class Collector:
       functools.partial(advantages.judge, self._run),
       TRAIN,
     )
+    return self._state
 
   def collect(
     self,
@@ -236,9 +242,10 @@ class Collector:
     """Why prompts could not be sampled from in the last `collect`."""
     return self._sampler.left_out
 
-  def learned(self) -> None:
+  def learned(self) -> Experience:
     """Says that the step of the last `collect` was learned."""
     self._state = self._next
+    return self._state
 
   def metrics(self) -> dict[str, float]:
     """Returns what the last `collect` tells besides its groups."""
