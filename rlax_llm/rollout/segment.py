@@ -55,68 +55,141 @@ class SegmentConfig(NamedTuple):
   eos_ids: tuple[int, ...]
 
 
-def step_rows(
-  params: Params,
-  slots: Slots,
-  tree: DraftTree,
-  *,
-  model: LanguageModel,
-  config: SegmentConfig,
-) -> tuple[Slots, Path, Array]:
-  """Runs one forward over a draft tree per row and commits what follows.
+class Draft(NamedTuple):
+  """Draft trees of N rows and the geometry of their nodes."""
+
+  tree: DraftTree
+  node_mask: Array  # bool[N, W, W], or bool[W, W] where all rows share it
+  depth: Array  # int32[N, W]: edges from the root
+
+
+class Verification(NamedTuple):
+  """Outcome of verification, before the limits of a row are applied."""
+
+  log_law: Array  # float32[N, W, V]: the law of the token after each node
+  path: Path  # N rows
+
+
+def draft(
+  params: DraftParams, state: Any, slots: Slots, *, drafter: Drafter
+) -> tuple[Draft, Any]:
+  """Proposes one tree per row.
+
+  Args:
+    params: the policy's and the drafter's.
+    state: the drafter's.
+    slots: N rows.
+    drafter: static.
+
+  Returns:
+    (Draft, the drafter's state).
+  """
+  tree, state = drafter.propose(params, state, slots)
+  ancestors = verification.ancestors
+  # A chain's parents have no row axis: its mask is then a constant.
+  if tree.parents.ndim == 2:
+    ancestors = jax.vmap(ancestors)
+  node_mask = ancestors(tree.parents)
+  depth = verification.depths(node_mask)
+  depth = jnp.broadcast_to(depth, tree.tokens.shape)
+  return Draft(tree, node_mask, depth), state
+
+
+def extend(
+  params: Params, slots: Slots, proposal: Draft, *, model: LanguageModel
+) -> tuple[Array, kv_cache.KVNodes]:
+  """Runs the policy's forward over all nodes; the cache is only read.
 
   Args:
     params: the policy's.
     slots: N rows; every row that is not done has room for W tokens.
-    tree: W nodes per row, node 0 the row's last token.
+    proposal: node 0 of each tree is the row's last token.
     model: static.
-    config: static.
 
   Returns:
-    The slots with the followed tokens appended; the committed Path of each
-    row (length 0 for rows that are done); hidden states [N, W, D].
+    (hidden states [N, W, D], keys and values of the nodes).
   """
-  width = tree.tokens.shape[1]
-  # A chain's parents have no row axis: its mask is then a constant.
-  axis: Any = 0 if tree.parents.ndim == 2 else None
-  lines = verification.ancestors
-  lines = jax.vmap(lines) if axis == 0 else lines
-  node_mask = lines(tree.parents)
-  depth = verification.depths(node_mask)
-  depth = jnp.broadcast_to(depth, tree.tokens.shape)
-  hidden, nodes = model.extend(
+  return model.extend(
     params,
-    tree.tokens,
-    slots.length[:, None] - 1 + depth,
-    node_mask,
+    proposal.tree.tokens,
+    slots.length[:, None] - 1 + proposal.depth,
+    proposal.node_mask,
     slots.cache,
   )
-  law = sampling_ops.log_law(model.logits(params, hidden), config.sampling)
-  # The noise of a token belongs to its place in the completion: nodes of one
-  # depth share it.
-  place = (slots.length - slots.prompt_length)[:, None] + depth
-  race = jax.vmap(jax.vmap(sampling_ops.race, (None, 0, 0)))
-  target = race(slots.key, place, law)
-  axes: Any = DraftTree(**{'tokens': 0, 'parents': axis})
-  path = jax.vmap(verification.follow, (axes, 0))(tree, target)
 
-  rows = jnp.arange(target.shape[0])[:, None]
-  order = jnp.arange(width)[None]
+
+def verify(
+  params: Params,
+  slots: Slots,
+  proposal: Draft,
+  hidden: Array,
+  *,
+  model: LanguageModel,
+  sampling: Sampling,
+) -> Verification:
+  """Samples the token after each node and follows it down the tree.
+
+  Args:
+    params: the policy's.
+    slots: N rows.
+    proposal: the trees.
+    hidden: [N, W, D], from `extend`.
+    model: static.
+    sampling: static.
+
+  Returns:
+    Verification.
+  """
+  log_law = sampling_ops.log_law(model.logits(params, hidden), sampling)
+  # The noise of a token belongs to its position in the completion: nodes of
+  # one depth share it.
+  start = (slots.length - slots.prompt_length)[:, None]
+  position = start + proposal.depth
+  race = jax.vmap(jax.vmap(sampling_ops.race, (None, 0, 0)))
+  target = race(slots.key, position, log_law)
+  parents_axis: Any = 0 if proposal.tree.parents.ndim == 2 else None
+  axes: Any = DraftTree(**{'tokens': 0, 'parents': parents_axis})
+  path = jax.vmap(verification.follow, (axes, 0))(proposal.tree, target)
+  return Verification(log_law, path)
+
+
+def commit(
+  slots: Slots,
+  nodes: kv_cache.KVNodes,
+  outcome: Verification,
+  *,
+  eos_ids: tuple[int, ...],
+) -> tuple[Slots, Path]:
+  """Appends the verified tokens, up to the first EOS or the row's limit.
+
+  Args:
+    slots: N rows.
+    nodes: keys and values, from `extend`.
+    outcome: from `verify`.
+    eos_ids: static.
+
+  Returns:
+    (the slots with the tokens appended, the committed Path of each row); its
+    length is 0 for rows that were done.
+  """
+  path = outcome.path
+  rows = jnp.arange(path.nodes.shape[0])[:, None]
+  order = jnp.arange(path.nodes.shape[1])[None]
   room = slots.limit - slots.length
   kept = jnp.where(slots.done, 0, jnp.minimum(path.length, room))
-  is_eos = jnp.isin(path.tokens, jnp.asarray(config.eos_ids, jnp.int32))
+  is_eos = jnp.isin(path.tokens, jnp.asarray(eos_ids, jnp.int32))
   is_eos = is_eos & (order < kept[:, None])
-  hit = jnp.any(is_eos, axis=-1)
-  kept = jnp.where(hit, jnp.argmax(is_eos, axis=-1) + 1, kept)
+  has_eos = jnp.any(is_eos, axis=-1)
+  kept = jnp.where(has_eos, jnp.argmax(is_eos, axis=-1) + 1, kept)
   kept = kept.astype(jnp.int32)
   committed = Path(nodes=path.nodes, tokens=path.tokens, length=kept)
 
-  # Writes cover all W places: what lies beyond `length` holds no meaning, and
+  # Writes cover all W positions: entries beyond `length` hold no meaning, and
   # rows that are done may stand at the capacity, where writes are dropped.
   write = lambda old, new: old.at[rows, slots.length[:, None] + order].set(
     new, mode='drop', unique_indices=True, indices_are_sorted=True
   )
-  logprobs = law[rows, path.nodes, path.tokens]
+  logprobs = outcome.log_law[rows, path.nodes, path.tokens]
   length = slots.length + kept
   slots = slots.replace(
     text=write(slots.text, path.tokens),
@@ -124,11 +197,11 @@ def step_rows(
     drafted=write(slots.drafted, order < path.length[:, None] - 1),
     length=length,
     forwards=slots.forwards + ~slots.done,
-    finished=slots.finished | hit,
-    done=slots.done | hit | (length >= slots.limit),
+    finished=slots.finished | has_eos,
+    done=slots.done | has_eos | (length >= slots.limit),
     cache=kv_cache.commit(slots.cache, nodes, committed),
   )
-  return slots, committed, hidden
+  return slots, committed
 
 
 def count_nodes(path: Path, counted: Array) -> Array:
@@ -190,10 +263,12 @@ def segment(
 
   def body(carry: tuple) -> tuple:
     slots, state, counters = carry
-    tree, state = drafter.propose(draft_params, state, slots)
-    after, path, hidden = step_rows(
-      params, slots, tree, model=model, config=config
+    proposal, state = draft(draft_params, state, slots, drafter=drafter)
+    hidden, nodes = extend(params, slots, proposal, model=model)
+    outcome = verify(
+      params, slots, proposal, hidden, model=model, sampling=config.sampling
     )
+    after, path = commit(slots, nodes, outcome, eos_ids=config.eos_ids)
     state = drafter.observe(draft_params, state, after, path, hidden)
     add = lambda x: jnp.sum(x, dtype=jnp.int32)
     counters = Counters(
