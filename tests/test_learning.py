@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 
 from group_helpers import make_group
 import jax
@@ -999,6 +1003,60 @@ def test_the_loss_of_the_readme(monkeypatch):
   plain = dataclasses.replace(algorithm, loss='reinforce')
   want, _ = gradient_of(tiny_run(), random_samples(), algorithm=plain)
   assert distance(gradient, want) < 1e-6  # at a ratio of 1
+
+
+_OWN_NUMBER = """
+import jax.numpy as jnp
+from rlax_llm.config import AlgorithmConfig
+from rlax_llm.learning import algorithms, objectives
+for given in ({}, {'penalty': 0.3}):
+  algorithm = algorithms.resolve(AlgorithmConfig(loss='penalised', **given))
+  ones = jnp.ones((1, 1))
+  tokens = objectives.Tokens(jnp.log(2 * ones), 0 * ones, 0 * ones, 0 * ones,
+                             ones > 0, ones.astype(jnp.int32), {})
+  loss = objectives.LOSSES['penalised'](algorithm, tokens).loss
+  print(round(float(loss[0, 0]), 4))
+"""
+
+
+def test_the_loss_with_a_number_of_the_readme(tmp_path):
+  """Law: a loss with a number is a field and a function, two files and at most
+  25 lines; a flag sets the number, and another loss refuses it.
+
+  Mutants: `read_by` without effect; AlgorithmConfig without the new field.
+  """
+  root = pathlib.Path(learning.__file__).parent.parent
+  shutil.copytree(root, tmp_path / 'rlax_llm')
+  text = (root / 'learning' / 'README.md').read_text()
+  text = text.split('a field of Algorithm\n')[1].split('```')[0]
+  field, function = text.split('# learning/objectives.py\n')
+  assert len(text.splitlines()) <= 25
+  path = tmp_path / 'rlax_llm' / 'config' / 'algorithm.py'
+  head, tail = path.read_text().split('  @property\n', 1)
+  path.write_text(f'{head}{field}\n  @property\n{tail}')
+  path = tmp_path / 'rlax_llm' / 'learning' / 'objectives.py'
+  path.write_text(path.read_text() + function)
+  env = os.environ | {'PYTHONPATH': str(tmp_path), 'JAX_PLATFORMS': 'cpu'}
+  run = lambda *words: subprocess.run(
+    [sys.executable, *words],
+    cwd=tmp_path,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  done = run('-c', _OWN_NUMBER)
+  assert done.stdout.split() == ['0.1', '0.3'], done.stderr
+  config = root.parent / 'configs' / 'quickstart.py'
+  done = run(
+    '-m',
+    'rlax_llm.train',
+    f'--config={config}',
+    f'--workdir={tmp_path / "run"}',
+    '--config.algorithm.penalty=0.3',
+  )
+  assert done.returncode == 2
+  assert "algorithm.loss='penalised'" in done.stderr
 
 
 def test_padding_fraction_counts_computed_positions():
