@@ -32,7 +32,7 @@ from rlax_llm.learning.train_states import drafter_params
 from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.train import train_step
 from rlax_llm.types import Params
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 
 WARM = flags.DEFINE_string(
   'warm', None, 'Folder of warm starts; what it lacks is written there.'
@@ -154,7 +154,7 @@ def train(
         _show('warm-up of the drafter'),
       )
     state = TrainingState(
-      states, collector.experience, Progression(), engine, store
+      states, collector.experience, RunStatistics(), engine, store
     )
     for step in range(config.num_steps):
       state, values, _ = train_step(

@@ -53,7 +53,7 @@ from rlax_llm.workdir import manifest
 from rlax_llm.workdir import metrics
 from rlax_llm.workdir.lock import lock_workdir
 from rlax_llm.workdir.progress import Progress
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 from rlax_llm.workdir.run_statistics import Stopwatch
 
 
@@ -176,7 +176,7 @@ def train_step(
 
 
 def _make_display() -> Progress:
-  """Returns where progress is shown: of several processes one shows it."""
+  """Returns where progress is shown: only process 0 shows it."""
   return Progress(None if processes.is_writer() else io.StringIO())
 
 
@@ -348,7 +348,7 @@ def train(
 
       # ---- Restore -----------------------------------------------------------
       state = TrainingState(
-        {}, collector.experience, Progression(), engine, store
+        {}, collector.experience, RunStatistics(), engine, store
       )
       first: int | None = None
       found = training_state.restore(
@@ -400,7 +400,9 @@ def train(
         reference = run.states.reference(
           workdir, state.train_states['policy'].params, first
         )
-        rails = monitor.Rails(run.pool, config.learning, progress.message)
+        health = monitor.HealthMonitor(
+          run.pool, config.learning, progress.message
+        )
 
         def evaluate_and_save(done: int) -> None:
           """Does what is due after a step, unless that has been done."""
@@ -424,7 +426,7 @@ def train(
               save(done)
               raise
             watch.lap('evaluate')
-            rails.look_at_sampling(
+            health.check_sampling(
               f'evaluation after step {done}', judge.stats.warning()
             )
             writer.write(done, values | (watch.seconds if done else {}))
@@ -465,18 +467,18 @@ def train(
                 save(step)
                 raise
             _warn_left_out(progress, 'prompts', collector.left_out)
-            rails.look_at_sampling(
+            health.check_sampling(
               f'step {step + 1}', collector.sampling_stats.warning()
             )
-            rails.look(step + 1, values)
+            health.check(step + 1, values)
             # Files first: what a checkpoint says happened has been written.
             writer.write_samples(step + 1, rows)
             writer.write(step + 1, values)
             progress.update(step + 1, values)
             evaluate_and_save(step + 1)
-            if rails.lost:
+            if health.abort_reason:
               save(step + 1)
-              raise Diverged(rails.lost)
+              raise Diverged(health.abort_reason)
       saved.wait()
   after = executables.compile_totals()
   summary = {

@@ -35,7 +35,7 @@ from rlax_llm.ops import batch_advantages
 from rlax_llm.tasks.verifier.verifier import Judged
 from rlax_llm.types import TrainState
 from rlax_llm.workdir.metrics import read_jsonl
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 
 
 # ---- Estimators --------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_metrics_are_of_what_is_known():
   for name in ('mean', 'std', 'format'):
     assert math.isnan(values[f'reward/{name}'])
   assert values['reward/groups_with_signal'] == 0
-  found = Progression()
+  found = RunStatistics()
   for mean in (math.nan, 0.25, math.nan):
     found.add_reward(mean)
   assert (found.reward_first, found.reward_last) == (0.25, None)

@@ -42,7 +42,7 @@ from rlax_llm.train import train_step
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 
 matplotlib.use('Agg')
 from matplotlib import pyplot  # noqa: E402  pylint: disable=wrong-import-position
@@ -141,7 +141,7 @@ def train_and_compare(
       tempfile.mkdtemp(), states['policy'].params, 0
     )
     state = TrainingState(
-      states, collector.experience, Progression(), engine, store
+      states, collector.experience, RunStatistics(), engine, store
     )
     for step in range(config.num_steps):
       make = lambda s: run.requests(
