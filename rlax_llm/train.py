@@ -29,12 +29,10 @@ from rlax_llm.experience import training_state
 from rlax_llm.experience.collector import Collector
 from rlax_llm.experience.training_state import TrainingState
 from rlax_llm.learning import diagnostics
-from rlax_llm.learning import learner as learners
 from rlax_llm.learning import teacher as teachers
 from rlax_llm.learning.drafter_training import DrafterTraining
 from rlax_llm.learning.extrapolation import Leaps
 from rlax_llm.learning.learner import Learner
-from rlax_llm.learning.supervised import warm_start
 from rlax_llm.learning.train_states import drafter_params
 from rlax_llm.runtime import executables
 from rlax_llm.runtime import flags
@@ -216,7 +214,7 @@ def _initial_states(
   if steps:
     progress.phase('warm start', steps)
     left_out: list[str] = []
-    params = warm_start(run, params, show, left_out)
+    params = run.warm_start(params, show, left_out)
     _warn_left_out(progress, 'demonstrations', left_out)
   states = run.states.init_all(params)
   if leaps:
@@ -286,7 +284,14 @@ def train(
     run.check_training_prompts()
     if config.sft.steps:
       next(run.demonstrations())
-    teacher = teachers.find_teacher(run)
+    teacher = teachers.find_teacher(
+      config,
+      run.algorithm,
+      vocabulary=run.model.vocabulary,
+      tokens=run.tokenizer.vocab_size,
+      mesh=run.mesh,
+      clock=run.clock,
+    )
     with checkpoint.Checkpoints(workdir) as saved:
       begins = not saved.steps()
     facts = {}
@@ -319,7 +324,9 @@ def train(
       engine = run.engine(run.sampling)
       law = evaluation.evaluation_sampling(run)
       judge = engine if law == run.sampling else run.engine(law)
-      learner = learners.make_learner(run, teachers.load_teacher(run, teacher))
+      learner = run.learner(
+        teacher=teachers.load_teacher(run.algorithm.teacher, teacher)
+      )
       store = run.rollout_store()
       collector = Collector(
         run,
@@ -330,7 +337,7 @@ def train(
         reads_sampler=learner.reads_sampler,
       )
       learns = run.states.draft_model is not None
-      drafter = DrafterTraining(run) if learns else None
+      drafter = run.drafter_training() if learns else None
 
       def judged(
         states: dict[str, TrainState], problems: Sequence[tasks.Problem]
@@ -344,7 +351,7 @@ def train(
           drafter_params=drafter_params(states),
         )[0]
 
-      leaps = Leaps(run, judged) if run.algorithm.leaps else None
+      leaps = run.extrapolation(judged) if run.algorithm.leaps else None
 
       # ---- Restore -----------------------------------------------------------
       state = TrainingState(

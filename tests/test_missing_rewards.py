@@ -27,7 +27,6 @@ from rlax_llm.experience import progress_rewards
 from rlax_llm.experience import step_metrics
 from rlax_llm.experience.pruning import Pruner
 from rlax_llm.learning import estimators
-from rlax_llm.learning import extrapolation
 from rlax_llm.learning import token_credit
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.learning.quality_head import QualityHead
@@ -472,7 +471,7 @@ def test_a_leap_is_judged_by_what_both_were_judged_on():
   judged = lambda correct, known: Judged(
     np.array([correct], bool) & np.array([known], bool), np.array([known], bool)
   )
-  found = extrapolation.Leaps(run, judge)
+  found = run.extrapolation(judge)
   states = {'policy': state, **found.init({'policy': state})}
   leap = judged([1, 0, 1], [1, 1, 1])
   verdicts[:] = [judged([1, 1, 0], [1, 1, 0]), leap, leap]
