@@ -25,14 +25,12 @@ from rlax_llm.components import Run
 from rlax_llm.config import Config
 from rlax_llm.experience.collector import Collector
 from rlax_llm.experience.training_state import TrainingState
-from rlax_llm.learning import learner as learners
 from rlax_llm.learning.drafter_training import DrafterTraining
-from rlax_llm.learning.supervised import warm_start
 from rlax_llm.learning.train_states import drafter_params
 from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.train import train_step
 from rlax_llm.types import Params
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 
 WARM = flags.DEFINE_string(
   'warm', None, 'Folder of warm starts; what it lacks is written there.'
@@ -105,7 +103,7 @@ def warm_params(config: Config, name: str) -> Params:
       jax.tree.map(np.array, params), path.read_bytes()
     )
 
-  params = jax.tree.map(np.array, warm_start(run, params, _show('warm start')))
+  params = jax.tree.map(np.array, run.warm_start(params, _show('warm start')))
   if path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(serialization.to_bytes(params))
@@ -131,7 +129,7 @@ def train(
   states = run.states.init_all(jax.tree.map(jax.numpy.asarray, warm))
   engine = run.engine(run.sampling)
   with Verifier(config.task, config.seed) as verifier:
-    learner = learners.make_learner(run)
+    learner = run.learner()
     store = run.rollout_store()
     collector = Collector(
       run,
@@ -146,7 +144,7 @@ def train(
     )
     drafter = None
     if run.states.draft_model is not None:
-      drafter = (drafting or DrafterTraining)(run)
+      drafter = drafting(run) if drafting else run.drafter_training()
     if drafter and config.drafter.warmup_updates:
       states['drafter'] = drafter.warm_up(
         states['drafter'],
@@ -154,7 +152,7 @@ def train(
         _show('warm-up of the drafter'),
       )
     state = TrainingState(
-      states, collector.experience, Progression(), engine, store
+      states, collector.experience, RunStatistics(), engine, store
     )
     for step in range(config.num_steps):
       state, values, _ = train_step(

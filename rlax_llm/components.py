@@ -11,17 +11,30 @@ from typing import Any
 
 from jax.sharding import Mesh
 import numpy as np
+import optax
 
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
+from rlax_llm.config import freeze
 from rlax_llm.config import FROM_ROLLOUTS
 from rlax_llm.config import LEARNED
+from rlax_llm.config import LearningConfig
 from rlax_llm.config import list_widths
 from rlax_llm.config.validation import validate
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.learning import algorithms
+from rlax_llm.learning import presets
 from rlax_llm.learning import sft
+from rlax_llm.learning import supervised
+from rlax_llm.learning import update
 from rlax_llm.learning.batch import Sample
+from rlax_llm.learning.drafter_training import DrafterTraining
+from rlax_llm.learning.extrapolation import Judge
+from rlax_llm.learning.extrapolation import Leaps
+from rlax_llm.learning.learner import BatchShape
+from rlax_llm.learning.learner import Critic
+from rlax_llm.learning.learner import Learner
+from rlax_llm.learning.learner import Teacher
 from rlax_llm.learning.train_states import States
 from rlax_llm.models.draft_model import DraftModel
 from rlax_llm.models.draft_model import make_draft_model
@@ -38,6 +51,7 @@ from rlax_llm.tasks import registry
 from rlax_llm.tasks import rewards
 from rlax_llm.tasks import task as tasks
 from rlax_llm.tokenizers import tokenizer as tokenizers
+from rlax_llm.types import Params
 from rlax_llm.types import Request
 
 MAX_LEFT_OUT = 1000  # problems in a row that cannot be used
@@ -96,6 +110,117 @@ class Run:
       replicas=self.config.mesh.replicas,
       on_mesh=self.networks,
     )
+
+  def learner(
+    self,
+    algorithm: algorithms.Algorithm | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    sampling: Sampling | None = None,
+    learning: LearningConfig | None = None,
+    name: str = 'policy',
+    teacher: Teacher | None = None,
+  ) -> Learner:
+    """Returns a learner; what is None is that of the run's RL objective.
+
+    Args:
+      algorithm: the objective.
+      optimizer: of the policy.
+      sampling: the law under which tokens are scored.
+      learning: frozen section.
+      name: tells its executables apart.
+      teacher: for objectives that have one.
+    """
+    rollout, control = self.config.rollout, self.config.control
+    return Learner(
+      self.model,
+      algorithm or self.algorithm,
+      optimizer or self.states.optimizer,
+      self.mesh,
+      self.pool,
+      sampling=sampling or self.sampling,
+      learning=learning or self.config.learning,
+      shape=BatchShape(
+        self.row_length, rollout.prompt_length, rollout.max_new_tokens
+      ),
+      name=name,
+      seed=self.config.seed,
+      is_off_policy=bool(
+        control.staleness or control.replay or control.over_provision > 1
+      ),
+      critic=Critic(self.states.critic_model, self.states.critic_optimizer),
+      teacher=teacher,
+    )
+
+  def warm_start(
+    self,
+    params: Params,
+    show: Callable[[int, float], None],
+    left_out: list[str] | None = None,
+  ) -> Params:
+    """Returns parameters after imitation of the task's demonstrations.
+
+    Args:
+      params: donated.
+      show: see `supervised.fine_tune`.
+      left_out: see `demonstrations`.
+
+    Raises:
+      ConfigError: see `demonstrations`.
+    """
+    config = self.config.sft
+    learning = sft.learning_config(config)
+    optimizer = update.make_optimizer(learning, config.steps)
+    settings = dataclasses.replace(
+      self.config.learning, minibatches=1, old_logprobs='recompute'
+    )
+    learner = self.learner(
+      presets.SUPERVISED,
+      optimizer,
+      sampling=Sampling(),
+      learning=freeze(settings),
+      name='sft',
+    )
+    return supervised.fine_tune(
+      self.states.init_state(params, optimizer, 'sft'),
+      learner=learner,
+      demonstrations=self.demonstrations(left_out),
+      config=config,
+      show=show,
+    ).params
+
+  def drafter_training(self) -> DrafterTraining:
+    """Returns the training of the network that drafts, beside RL."""
+    return DrafterTraining(
+      self.config,
+      self.states,
+      self.mesh,
+      self.pool,
+      networks=self.networks,
+      demonstrations=self.demonstrations,
+      row_length=self.row_length,
+      clock=self.clock,
+    )
+
+  def extrapolation(self, judge: Judge) -> Leaps:
+    """Returns the extrapolation of parameters between steps.
+
+    Args:
+      judge: says which problems a policy solves.
+
+    Raises:
+      ConfigError: the task has too few problems.
+    """
+    known = self.task.num_problems('train')
+    wanted = self.algorithm.leap_problems
+    try:
+      problems = tasks.distinct_problems(
+        self.task, 'train', wanted if known is None else min(wanted, known)
+      )
+    except ValueError as error:
+      raise ConfigError(f'algorithm.leap_problems={wanted}: {error}') from error
+    self.check_prompts(problems)
+    return Leaps(self.states, self.pool, self.algorithm.leaps, judge, problems)
 
   def rollout_store(self) -> RolloutStore:
     """Returns an empty store of past rollouts, this process's part."""

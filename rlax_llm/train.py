@@ -29,12 +29,10 @@ from rlax_llm.experience import training_state
 from rlax_llm.experience.collector import Collector
 from rlax_llm.experience.training_state import TrainingState
 from rlax_llm.learning import diagnostics
-from rlax_llm.learning import learner as learners
 from rlax_llm.learning import teacher as teachers
 from rlax_llm.learning.drafter_training import DrafterTraining
 from rlax_llm.learning.extrapolation import Leaps
 from rlax_llm.learning.learner import Learner
-from rlax_llm.learning.supervised import warm_start
 from rlax_llm.learning.train_states import drafter_params
 from rlax_llm.runtime import executables
 from rlax_llm.runtime import flags
@@ -53,7 +51,7 @@ from rlax_llm.workdir import manifest
 from rlax_llm.workdir import metrics
 from rlax_llm.workdir.lock import lock_workdir
 from rlax_llm.workdir.progress import Progress
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 from rlax_llm.workdir.run_statistics import Stopwatch
 
 
@@ -176,7 +174,7 @@ def train_step(
 
 
 def _make_display() -> Progress:
-  """Returns where progress is shown: of several processes one shows it."""
+  """Returns where progress is shown: only process 0 shows it."""
   return Progress(None if processes.is_writer() else io.StringIO())
 
 
@@ -216,7 +214,7 @@ def _initial_states(
   if steps:
     progress.phase('warm start', steps)
     left_out: list[str] = []
-    params = warm_start(run, params, show, left_out)
+    params = run.warm_start(params, show, left_out)
     _warn_left_out(progress, 'demonstrations', left_out)
   states = run.states.init_all(params)
   if leaps:
@@ -286,7 +284,14 @@ def train(
     run.check_training_prompts()
     if config.sft.steps:
       next(run.demonstrations())
-    teacher = teachers.find_teacher(run)
+    teacher = teachers.find_teacher(
+      config,
+      run.algorithm,
+      vocabulary=run.model.vocabulary,
+      tokens=run.tokenizer.vocab_size,
+      mesh=run.mesh,
+      clock=run.clock,
+    )
     with checkpoint.Checkpoints(workdir) as saved:
       begins = not saved.steps()
     facts = {}
@@ -319,7 +324,9 @@ def train(
       engine = run.engine(run.sampling)
       law = evaluation.evaluation_sampling(run)
       judge = engine if law == run.sampling else run.engine(law)
-      learner = learners.make_learner(run, teachers.load_teacher(run, teacher))
+      learner = run.learner(
+        teacher=teachers.load_teacher(run.algorithm.teacher, teacher)
+      )
       store = run.rollout_store()
       collector = Collector(
         run,
@@ -330,7 +337,7 @@ def train(
         reads_sampler=learner.reads_sampler,
       )
       learns = run.states.draft_model is not None
-      drafter = DrafterTraining(run) if learns else None
+      drafter = run.drafter_training() if learns else None
 
       def judged(
         states: dict[str, TrainState], problems: Sequence[tasks.Problem]
@@ -344,11 +351,11 @@ def train(
           drafter_params=drafter_params(states),
         )[0]
 
-      leaps = Leaps(run, judged) if run.algorithm.leaps else None
+      leaps = run.extrapolation(judged) if run.algorithm.leaps else None
 
       # ---- Restore -----------------------------------------------------------
       state = TrainingState(
-        {}, collector.experience, Progression(), engine, store
+        {}, collector.experience, RunStatistics(), engine, store
       )
       first: int | None = None
       found = training_state.restore(
@@ -400,7 +407,9 @@ def train(
         reference = run.states.reference(
           workdir, state.train_states['policy'].params, first
         )
-        rails = monitor.Rails(run.pool, config.learning, progress.message)
+        health = monitor.HealthMonitor(
+          run.pool, config.learning, progress.message
+        )
 
         def evaluate_and_save(done: int) -> None:
           """Does what is due after a step, unless that has been done."""
@@ -424,7 +433,7 @@ def train(
               save(done)
               raise
             watch.lap('evaluate')
-            rails.look_at_sampling(
+            health.check_sampling(
               f'evaluation after step {done}', judge.stats.warning()
             )
             writer.write(done, values | (watch.seconds if done else {}))
@@ -465,18 +474,18 @@ def train(
                 save(step)
                 raise
             _warn_left_out(progress, 'prompts', collector.left_out)
-            rails.look_at_sampling(
+            health.check_sampling(
               f'step {step + 1}', collector.sampling_stats.warning()
             )
-            rails.look(step + 1, values)
+            health.check(step + 1, values)
             # Files first: what a checkpoint says happened has been written.
             writer.write_samples(step + 1, rows)
             writer.write(step + 1, values)
             progress.update(step + 1, values)
             evaluate_and_save(step + 1)
-            if rails.lost:
+            if health.abort_reason:
               save(step + 1)
-              raise Diverged(rails.lost)
+              raise Diverged(health.abort_reason)
       saved.wait()
   after = executables.compile_totals()
   summary = {

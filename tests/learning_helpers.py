@@ -10,7 +10,6 @@ import optax
 
 from rlax_llm import testing
 from rlax_llm.components import make_run
-from rlax_llm.learning import learner as learners
 from rlax_llm.learning import update as updates
 from rlax_llm.learning.batch import Sample
 
@@ -35,8 +34,7 @@ def tiny_run(**learning):
 
 def make_learner(run, algorithm=None, optimizer=CAPTURE):
   algorithm = algorithm or run.algorithm
-  return learners.Learner(
-    run,
+  return run.learner(
     algorithm=algorithm,
     sampling=run.sampling,
     optimizer=optimizer,

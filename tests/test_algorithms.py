@@ -27,7 +27,6 @@ from rlax_llm.experience import progress_rewards
 from rlax_llm.experience.collector import Collector
 from rlax_llm.experience.groups import Group
 from rlax_llm.learning import algorithms
-from rlax_llm.learning import extrapolation
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.tasks import extract
 from rlax_llm.tasks.verifier.verifier import Judged
@@ -371,7 +370,7 @@ def _leaps(run, scores):
       else Judged(np.arange(10)[None] < found, np.ones((1, 10), bool))
     )
 
-  return extrapolation.Leaps(run, judge), shown
+  return run.extrapolation(judge), shown
 
 
 def _state(run, value):

@@ -145,7 +145,7 @@ def _run():
 
 
 def _window(run, samples):
-  batch = drafter_training.DrafterTraining(run)._pack(samples)
+  batch = run.drafter_training()._pack(samples)
   return auxiliary.DraftWindow(
     *(
       jnp.asarray(getattr(batch, name)[0])
@@ -216,7 +216,7 @@ def test_updates_lower_the_loss():
   Mutant: the sign of the update.
   """
   run = _run()
-  training = drafter_training.DrafterTraining(run)
+  training = run.drafter_training()
   state, params = run.states.init_drafter(), run.states.init_params()
   samples = _samples(1, 12)
   window = _window(run, samples)
@@ -261,7 +261,7 @@ def _training(monkeypatch, costs):
 
   run = make_run(tiny_config(drafter__share=0.1, **CHAIN))
   run = dataclasses.replace(run, clock=lambda: spent[0])
-  training = drafter_training.DrafterTraining(run)
+  training = run.drafter_training()
   monkeypatch.setattr(training, '_update', update)
   return training, spent
 

@@ -22,6 +22,7 @@ import pytest
 from rlax_llm import evaluate
 from rlax_llm import train
 from rlax_llm import train as training
+from rlax_llm.components import Run
 from rlax_llm.learning.drafter_training import DrafterTraining
 from rlax_llm.runtime.files import WriteError
 from rlax_llm.runtime.stopping import Stopped
@@ -44,7 +45,7 @@ PLACES = {
   'step': (training, 'train_step'),
   'evaluation': (evaluate, 'evaluate'),
   'checkpoint': (checkpoint.Checkpoints, 'save'),
-  'warm start': (training, 'warm_start'),
+  'warm start': (Run, 'warm_start'),
   'drafter warm-up': (DrafterTraining, 'warm_up'),
 }
 KINDS = ('stop', 'hard end', 'disk full')

@@ -34,7 +34,7 @@ def test_a_line_is_written_wholly_or_not_at_all(tmp_path):
   Mutant: what was written of a line stays.
   """
   path = tmp_path / 'lines'
-  file = files.LineFile(path)
+  file = files.JsonlFile(path)
   file.write('a' * 10)
   with file_helpers.room(16):
     with pytest.raises(files.WriteError) as error:

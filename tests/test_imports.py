@@ -24,7 +24,7 @@ ALLOWED = {
   'workdir': {'types', 'config', 'ops', 'runtime', 'models'},
   'tasks': _BESIDE,
   'rollout': {*_PURE, 'runtime'},
-  'learning': {*_PURE, 'runtime', 'workdir', 'components', 'tasks'},
+  'learning': {*_PURE, 'runtime', 'workdir'},
 }
 # Between and above rollout and learning; each may import those before it.
 TOP = (

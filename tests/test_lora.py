@@ -132,7 +132,7 @@ def test_only_adapters_are_trained(tmp_path):
   )
   reference = run.states.reference(str(tmp_path), state.params, 0)
   assert len(jax.tree.leaves(reference)) == len(adapters)
-  learner = learners.make_learner(run)
+  learner = run.learner()
   samples = [
     learners.Sample(
       prompt=np.array([2, 3], np.int32),

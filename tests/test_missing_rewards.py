@@ -27,7 +27,6 @@ from rlax_llm.experience import progress_rewards
 from rlax_llm.experience import step_metrics
 from rlax_llm.experience.pruning import Pruner
 from rlax_llm.learning import estimators
-from rlax_llm.learning import extrapolation
 from rlax_llm.learning import token_credit
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.learning.quality_head import QualityHead
@@ -35,7 +34,7 @@ from rlax_llm.ops import batch_advantages
 from rlax_llm.tasks.verifier.verifier import Judged
 from rlax_llm.types import TrainState
 from rlax_llm.workdir.metrics import read_jsonl
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 
 
 # ---- Estimators --------------------------------------------------------------
@@ -267,7 +266,7 @@ def test_metrics_are_of_what_is_known():
   for name in ('mean', 'std', 'format'):
     assert math.isnan(values[f'reward/{name}'])
   assert values['reward/groups_with_signal'] == 0
-  found = Progression()
+  found = RunStatistics()
   for mean in (math.nan, 0.25, math.nan):
     found.add_reward(mean)
   assert (found.reward_first, found.reward_last) == (0.25, None)
@@ -472,7 +471,7 @@ def test_a_leap_is_judged_by_what_both_were_judged_on():
   judged = lambda correct, known: Judged(
     np.array([correct], bool) & np.array([known], bool), np.array([known], bool)
   )
-  found = extrapolation.Leaps(run, judge)
+  found = run.extrapolation(judge)
   states = {'policy': state, **found.init({'policy': state})}
   leap = judged([1, 0, 1], [1, 1, 1])
   verdicts[:] = [judged([1, 1, 0], [1, 1, 0]), leap, leap]

@@ -642,8 +642,7 @@ def test_distillation_credits_each_token_with_its_own_log_ratio():
   samples = _mixed(run, lambda run: params)
   samples = [dataclasses.replace(s, advantage=0.0) for s in samples]
   teacher = learners.Teacher(run.model, jax.tree.map(lambda x: x * 0.7, params))
-  learner = learners.Learner(
-    run,
+  learner = run.learner(
     algorithm=PRESETS['on_policy_distillation'],
     sampling=run.sampling,
     optimizer=CAPTURE,

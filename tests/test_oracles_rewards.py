@@ -9,10 +9,33 @@ from oracle_helpers import float64  # noqa: F401
 from oracle_helpers import load
 import pytest
 
+from rlax_llm.learning.filters import has_signal
 from rlax_llm.ops import metrics
 from rlax_llm.ops import pseudo_labels
 from rlax_llm.ops import rewards
 from rlax_llm.ops import token_bleu
+from rlax_llm.tasks.rewards import soft_overlong
+
+
+def test_overlong_punishment_and_dynamic_sampling():
+  """Law: DAPO's, by its authors' code; beyond the limit the paper's clamp.
+
+  Mutants: no clamp at -1; the buffer after the limit.
+  """
+  oracle = load('dapo_extras')
+  for case, limit in (
+    (oracle['overlong'], oracle['overlong']['max_response_length']),
+    (oracle['overlong']['small'], oracle['overlong']['small']['max']),
+  ):
+    found = [soft_overlong(n, limit, case['buffer']) for n in case['lengths']]
+    assert found == pytest.approx(np.maximum(case['penalty'], -1.0))
+  groups = oracle['dynamic_sampling']['groups']
+  kept = [
+    name
+    for name, correctness in groups.items()
+    if has_signal(np.array(correctness), np.ones(len(correctness), bool))
+  ]
+  assert kept == oracle['dynamic_sampling']['kept']
 
 
 def test_extra_rollouts():

@@ -14,7 +14,6 @@ from rlax_llm import testing
 from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.learning import algorithms
-from rlax_llm.learning import learner as learners
 from rlax_llm.learning.batch import Sample
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.types import TRAIN
@@ -98,8 +97,7 @@ def _samples():
 
 
 def _gradient(run, params=None):
-  learner = learners.Learner(
-    run,
+  learner = run.learner(
     algorithm=algorithms.PRESETS['grpo'],
     sampling=run.sampling,
     optimizer=CAPTURE,
@@ -147,7 +145,7 @@ def test_memory_shrinks_with_fsdp():
     run = _run((1, fsdp, 1), width=256)
     state = run.states.init_state(run.states.init_params())
     held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)]
-    learner = learners.make_learner(run)
+    learner = run.learner()
     learner.update(state, learner.put(learner.pack(_samples())))
     needs.append((sum(held), run.pool.memory_bytes('update')))
   for (held, need), (next_held, next_need) in zip(needs, needs[1:]):

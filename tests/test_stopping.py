@@ -1,4 +1,4 @@
-"""Signals, locks, guard rails: how a run stops, and what it warns of."""
+"""Signals, locks, health checks: how a run stops, and what it warns of."""
 
 import io
 import json
@@ -236,11 +236,11 @@ def test_updates_that_are_not_finite_are_skipped(tmp_path):
   )
 
 
-def _rails(**learning):
+def _health(**learning):
   lines = []
   pool = executables.ExecutablePool(time.perf_counter)
   config = freeze(LearningConfig(**learning))
-  return monitor.Rails(pool, config, lines.append), lines, pool
+  return monitor.HealthMonitor(pool, config, lines.append), lines, pool
 
 
 def _values(**changes):
@@ -253,35 +253,35 @@ def _values(**changes):
   return values | {k.replace('__', '/'): v for k, v in changes.items()}
 
 
-def test_rails_are_silent_until_something_is_wrong():
+def test_the_monitor_is_silent_until_something_is_wrong():
   """Mutants: `_skipped` not reset; the gap's limit that of bfloat16; NaN below
   the limit; programs of the pool counted as leaks."""
-  rails, lines, pool = _rails(most_skipped=2)
+  health, lines, pool = _health(most_skipped=2)
   bad = _values(learning__skipped=1.0, learning__loss=float('nan'))
-  rails.look(1, _values())
-  rails.look(2, bad)
-  rails.look(3, _values())
+  health.check(1, _values())
+  health.check(2, bad)
+  health.check(3, _values())
   assert len(lines) == 1 and 'step 2: the update was skipped' in lines[0]
-  rails.look(4, bad)
-  assert not rails.lost
-  rails.look(5, bad)
-  assert 'learning.most_skipped=2' in rails.lost
+  health.check(4, bad)
+  assert not health.abort_reason
+  health.check(5, bad)
+  assert 'learning.most_skipped=2' in health.abort_reason
   lines.clear()
-  rails.look(6, _values(policy__behaviour_gap_max=0.02))
+  health.check(6, _values(policy__behaviour_gap_max=0.02))
   assert len(lines) == 1 and 'policy/behaviour_gap_max is 0.02' in lines[0]
-  rails.look(6, _values(policy__behaviour_gap_max=float('nan')))
+  health.check(6, _values(policy__behaviour_gap_max=float('nan')))
   assert len(lines) == 2 and 'policy/behaviour_gap_max is nan' in lines[1]
   lines.clear()
-  rails.look_at_sampling('step 6', '')
+  health.check_sampling('step 6', '')
   assert not lines
-  rails.look_at_sampling('step 6', '3 samples')
+  health.check_sampling('step 6', '3 samples')
   assert lines == ['warning: step 6: 3 samples']
   lines.clear()
   pool(('a',), lambda x: x * 3.5, np.float32(2))
-  rails.look(7, _values())
+  health.check(7, _values())
   assert not lines
   jax.jit(lambda x: x * 4.5)(np.float32(2))
-  rails.look(8, _values())
+  health.check(8, _values())
   assert len(lines) == 1 and 'compiled outside of the pool' in lines[0]
 
 

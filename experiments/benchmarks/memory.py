@@ -59,7 +59,7 @@ def abstract_batch(run: Run, learner: learners.Learner) -> Batch:
 
 def measure(run: Run) -> dict[str, int]:
   """Returns bytes on one device: of the state, the update and the segment."""
-  learner = learners.make_learner(run)
+  learner = run.learner()
   state = run.states.abstract_state()
   learner.compile_update(state, abstract_batch(run, learner))
   engine = run.engine(run.sampling)

@@ -19,7 +19,6 @@ from experiments.common import use_device
 from rlax_llm import components as runs
 from rlax_llm.config import Config
 from rlax_llm.experience import advantages as credit
-from rlax_llm.learning import learner as learners
 from rlax_llm.learning.batch import Sample
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.types import Request
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> None:
   run = runs.make_run(make_config())
   # No EOS: fixed work.
   engine = run.engine(run.sampling, eos_ids=common.NO_EOS)
-  learner = learners.make_learner(run)
+  learner = run.learner()
   state = run.states.init_state(run.states.init_params())
   prompts = common.random_prompts(_PROMPTS.value, run.model.vocabulary)
   rng = np.random.default_rng(common.SEED.value)

@@ -32,8 +32,6 @@ from rlax_llm.config import freeze
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.experience.collector import Collector
 from rlax_llm.experience.training_state import TrainingState
-from rlax_llm.learning import learner as learners
-from rlax_llm.learning.supervised import warm_start
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.runtime import executables
@@ -42,7 +40,7 @@ from rlax_llm.train import train_step
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 
 matplotlib.use('Agg')
 from matplotlib import pyplot  # noqa: E402  pylint: disable=wrong-import-position
@@ -128,20 +126,20 @@ def train_and_compare(
   run = make_run(config)
   config = run.config
   if params is None:
-    params = warm_start(run, run.states.init_params(), lambda done, loss: None)
+    params = run.warm_start(run.states.init_params(), lambda done, loss: None)
   warm = jax.tree.map(np.array, params)  # a copy: `init_state` donates
   states = run.states.init_all(params)
   arms = [ArmRunner(name, run, width) for name in settings.ARMS]
   rows = []
   with Verifier(config.task, config.seed) as verifier:
-    learner = learners.make_learner(run)
+    learner = run.learner()
     engine, store = run.engine(run.sampling), run.rollout_store()
     collector = Collector(run, engine, verifier, store, learner.score_samples)
     reference = run.states.reference(
       tempfile.mkdtemp(), states['policy'].params, 0
     )
     state = TrainingState(
-      states, collector.experience, Progression(), engine, store
+      states, collector.experience, RunStatistics(), engine, store
     )
     for step in range(config.num_steps):
       make = lambda s: run.requests(

@@ -23,7 +23,6 @@ from experiments import common
 from experiments.srt import workload
 from rlax_llm.components import make_run
 from rlax_llm.components import Run
-from rlax_llm.learning.supervised import warm_start
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.runtime import executables
@@ -151,7 +150,7 @@ def main(argv: list[str]) -> None:
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
   run = make_run(config, clock=workload.clock())
-  params = warm_start(run, run.states.init_params(), lambda done, loss: None)
+  params = run.warm_start(run.states.init_params(), lambda done, loss: None)
   table: list[dict[str, Any]] = []
   for rows in map(int, _ROWS.value):
     table += measure(

@@ -74,18 +74,27 @@ class Drafters(DrafterTraining):
   """Trains the drafter of every arm on the rollouts of one run."""
 
   def __init__(self, run: Run) -> None:
-    super().__init__(run)
+    super().__init__(
+      run.config,
+      run.states,
+      run.mesh,
+      run.pool,
+      networks=run.networks,
+      demonstrations=run.demonstrations,
+      row_length=run.row_length,
+      clock=run.clock,
+    )
     self._arms = {}
     for name, every in ARMS.items():
       drafter = dataclasses.replace(run.config.drafter, every=every)
       config = freeze(dataclasses.replace(run.config, drafter=drafter))
-      self._arms[name] = DrafterTraining(
-        dataclasses.replace(run, config=config)
-      )
+      self._arms[name] = dataclasses.replace(
+        run, config=config
+      ).drafter_training()
     self._engine = run.engine(run.sampling)
     problems = [run.task.problem('held_out', i) for i in range(_PROBLEMS)]
     self._requests = run.requests(problems, samples=4, domain=EVALUATE, step=0)
-    self._states: dict[str, TrainState] = {}
+    self._arm_states: dict[str, TrainState] = {}
     self._last: dict[str, dict[str, float]] = {}
     self._totals = dict.fromkeys(ARMS, (0, 0.0))  # updates, seconds
     self.rows: list[dict[str, Any]] = []
@@ -99,7 +108,7 @@ class Drafters(DrafterTraining):
   ) -> TrainState:
     """Warms one drafter up, copies it, and measures."""
     state = super().warm_up(state, policy, show, left_out)
-    self._states = {name: jax.tree.map(jnp.copy, state) for name in ARMS}
+    self._arm_states = {name: jax.tree.map(jnp.copy, state) for name in ARMS}
     self._measure(0, policy)
     return state
 
@@ -113,11 +122,11 @@ class Drafters(DrafterTraining):
   ) -> tuple[TrainState, dict[str, float]]:
     """Trains every arm; the run drafts with the first."""
     for name, arm in self._arms.items():
-      start = self._run.clock() - self._run.pool.seconds
-      self._states[name], values = arm.after_step(
-        self._states[name], policy, step, rollouts, seconds
+      start = self._clock() - self._pool.seconds
+      self._arm_states[name], values = arm.after_step(
+        self._arm_states[name], policy, step, rollouts, seconds
       )
-      took = self._run.clock() - self._run.pool.seconds - start
+      took = self._clock() - self._pool.seconds - start
       updates, before = self._totals[name]
       self._totals[name] = (
         updates + int(values['drafter/updates']),
@@ -125,12 +134,12 @@ class Drafters(DrafterTraining):
       )
     if (step + 1) % _EVERY.value == 0:
       self._measure(step + 1, policy)
-    return jax.tree.map(jnp.copy, self._states[next(iter(ARMS))]), {}
+    return jax.tree.map(jnp.copy, self._arm_states[next(iter(ARMS))]), {}
 
   def _measure(self, step: int, policy: Params) -> None:
     """Drafts the fixed requests with every arm."""
     row: dict[str, Any] = {'step': step, 'kl': ''}
-    for name, state in self._states.items():
+    for name, state in self._arm_states.items():
       self._engine.generate(
         policy, self._requests, RolloutState(), drafter_params=state.params
       )

@@ -42,7 +42,6 @@ from rlax_llm.drafting.strategy.base import Spent
 from rlax_llm.drafting.strategy.base import Strategy
 from rlax_llm.drafting.strategy.make import make_strategy
 from rlax_llm.drafting.strategy.table import fixed
-from rlax_llm.learning.supervised import warm_start
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.runtime import executables
 
@@ -112,7 +111,7 @@ def record(
   config = quickstart.get_config()
   config.task.epoch_prompts = 0  # epochs are made here
   run = make_run(config, clock=workload.clock())
-  params = warm_start(run, run.states.init_params(), lambda done, loss: None)
+  params = run.warm_start(run.states.init_params(), lambda done, loss: None)
   records: list[Record] = []
   for slots in rows:
     recorders = {w: Recorder(_arm(w), slots) for w in widths}

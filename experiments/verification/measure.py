@@ -20,7 +20,6 @@ from experiments.verification import tables
 from experiments.verification.decode import Pair
 from rlax_llm.components import make_run
 from rlax_llm.components import Run
-from rlax_llm.learning.supervised import warm_start
 from rlax_llm.ops import sampling
 from rlax_llm.types import Array
 from rlax_llm.types import EVALUATE
@@ -232,7 +231,7 @@ def make_experiment(size: str, seed: int) -> Experiment:
       f'{part} {done}: {loss:.3f} nats, {time.perf_counter() - start:.0f} s',
       flush=True,
     )
-    return warm_start(run, run.states.init_params(), show)
+    return run.warm_start(run.states.init_params(), show)
 
   runs = Pair(*map(make_run, settings.make_configs(size, seed)))
   params = Pair(*map(train, Pair._fields, runs))

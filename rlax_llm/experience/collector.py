@@ -4,7 +4,7 @@ By default a step asks for its groups, samples them and takes them. `control`
 changes which groups a step takes: APRIL defers groups that are not complete
 when enough are, dynamic sampling discards groups that are all right or all
 wrong, a queue makes steps learn from an earlier policy, and past groups may
-come again. All of them work on one state, `groups.Experience`, and decide on
+come again. All of them work on one state, `groups.Buffer`, and decide on
 training values alone.
 """
 
@@ -23,11 +23,11 @@ from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.experience import advantages
 from rlax_llm.experience import groups as records
-from rlax_llm.experience.groups import Experience
+from rlax_llm.experience.groups import Buffer
 from rlax_llm.experience.groups import Group
-from rlax_llm.experience.groups import Pending
+from rlax_llm.experience.groups import PartialGroup
 from rlax_llm.experience.progress_rewards import ForcedAnswers
-from rlax_llm.experience.sampler import Demand
+from rlax_llm.experience.sampler import GroupRequest
 from rlax_llm.experience.sampler import GroupSampler
 from rlax_llm.learning import length_ranker
 from rlax_llm.learning.batch import Sample
@@ -79,7 +79,7 @@ class Collector:
     self._score = score
     self._reads_sampler = reads_sampler
     self._force = ForcedAnswers(run, engine, verifier).progress
-    self._state = Experience()  # after the last step that was learned
+    self._state = Buffer()  # after the last step that was learned
     self._next = self._state  # after the one under way
     # Of the last `collect`: metrics, and every complete group that it sampled.
     self._values: dict[str, float] = {}
@@ -90,11 +90,11 @@ class Collector:
     return records.dump(self._state)
 
   @property
-  def experience(self) -> Experience:
+  def experience(self) -> Buffer:
     """State after the last step that was learned."""
     return self._state
 
-  def restore(self, record: Mapping[str, Any]) -> Experience:
+  def restore(self, record: Mapping[str, Any]) -> Buffer:
     """Takes over what `dump` of an earlier process returned."""
     self._state = self._next = records.restore(
       record,
@@ -242,7 +242,7 @@ class Collector:
     """Why prompts could not be sampled from in the last `collect`."""
     return self._sampler.left_out
 
-  def learned(self) -> Experience:
+  def learned(self) -> Buffer:
     """Says that the step of the last `collect` was learned."""
     self._state = self._next
     return self._state
@@ -334,7 +334,7 @@ class Collector:
       if refills and chosen:  # As few of those to come will have a signal.
         missing = math.ceil(missing * seen / len(chosen))
       before = self._next.cursor
-      demand = Demand(step, number, first, min(missing, wanted))
+      demand = GroupRequest(step, number, first, min(missing, wanted))
       self._next, got = self._sampler.sample(params, self._next, demand, watch)
       first += self._next.cursor - before
       new += got
@@ -396,7 +396,11 @@ class Collector:
     if not self._reads_sampler:
       return list(batch)
     state = self._next
-    kept: list[Group | Pending] = [*state.pending, *state.surplus, *state.past]
+    kept: list[Group | PartialGroup] = [
+      *state.pending,
+      *state.surplus,
+      *state.past,
+    ]
     kept += [group for queued in state.queue for group in queued]
     rollouts = [r for group in kept for r in group.rollouts]
     rollouts += [

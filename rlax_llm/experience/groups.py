@@ -124,7 +124,7 @@ def mean_known(
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
+class PartialGroup:
   """A group that is asked for and not complete."""
 
   number: int  # see `Group`
@@ -148,14 +148,14 @@ class Pending:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experience:
+class Buffer:
   """What coming steps learn from, besides what they will sample.
 
   Training values, a part of the checkpoint.
   """
 
   cursor: int = 0  # problems taken from the run's stream
-  pending: tuple[Pending, ...] = ()  # oldest first
+  pending: tuple[PartialGroup, ...] = ()  # oldest first
   surplus: tuple[Group, ...] = ()  # complete, not trained on yet; oldest first
   # Batches of coming steps, the next one first.
   queue: tuple[tuple[Group, ...], ...] = ()
@@ -172,18 +172,18 @@ class Experience:
   @property
   def buffered_tokens(self) -> int:
     """Tokens that were sampled and wait to be trained on."""
-    waiting: list[Group | Pending] = [*self.pending, *self.surplus]
+    waiting: list[Group | PartialGroup] = [*self.pending, *self.surplus]
     waiting += [group for batch in self.queue for group in batch]
     return sum(group.tokens for group in waiting if not group.replayed)
 
 
-def dump(state: Experience) -> dict[str, Any]:
+def dump(state: Buffer) -> dict[str, Any]:
   """Returns the state as JSON can hold it; `restore` undoes it."""
 
   def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: records.pack_array(x) for name, x in arrays.items()}
 
-  def group(item: Group | Pending) -> dict[str, Any]:
+  def group(item: Group | PartialGroup) -> dict[str, Any]:
     record: dict[str, Any] = {'number': item.number}
     if item.rollouts:
       record['rollouts'] = records.pack_rollouts(item.rollouts)
@@ -226,7 +226,7 @@ def restore(
   decode: Callable[[Any], str],
   judge: Judge,
   domain: int,
-) -> Experience:
+) -> Buffer:
   """Returns the state that `dump` took apart.
 
   Args:
@@ -264,19 +264,19 @@ def restore(
       metrics=tuple(item.get('metrics', ())),
     )
 
-  def pending(item: Mapping[str, Any]) -> Pending:
+  def pending(item: Mapping[str, Any]) -> PartialGroup:
     samples, step, number = item['request']
     rollouts: tuple[Rollout, ...] = ()
     if 'rollouts' in item:
       rollouts = records.unpack_rollouts(item['rollouts'], prompt(item))
-    return Pending(
+    return PartialGroup(
       item['number'],
       Request(prompt(item), samples, domain, step, number),
       rollouts,
     )
 
   many = lambda name: tuple(map(group, record[name]))
-  return Experience(
+  return Buffer(
     pending=tuple(map(pending, record['pending'])),
     surplus=many('surplus'),
     queue=tuple(tuple(map(group, batch)) for batch in record['queue']),

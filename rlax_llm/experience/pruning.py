@@ -15,7 +15,7 @@ import numpy as np
 
 from rlax_llm.components import Run
 from rlax_llm.experience.groups import Group
-from rlax_llm.experience.groups import Pending
+from rlax_llm.experience.groups import PartialGroup
 from rlax_llm.learning import quality_head
 from rlax_llm.learning.quality_head import QualityHead
 from rlax_llm.ops import pruning
@@ -38,8 +38,8 @@ class Pruner:
     self._control = run.config.control
 
   def prune(
-    self, params: Params, head: QualityHead, groups: Sequence[Pending]
-  ) -> list[Pending]:
+    self, params: Params, head: QualityHead, groups: Sequence[PartialGroup]
+  ) -> list[PartialGroup]:
     """Returns groups with the survivors marked, by `Rollout.survival`.
 
     Args:
@@ -57,7 +57,9 @@ class Pruner:
       for group, chances in zip(groups, np.split(success, ends[:-1]))
     ]
 
-  def _drawn(self, group: Pending, success: np.ndarray) -> tuple[Rollout, ...]:
+  def _drawn(
+    self, group: PartialGroup, success: np.ndarray
+  ) -> tuple[Rollout, ...]:
     request = group.request
     keep = kept_samples(self._control.prune_keep, len(success)) / len(success)
     if request.step < self._control.prune_steps:

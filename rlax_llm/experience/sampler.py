@@ -15,9 +15,9 @@ from rlax_llm.components import Run
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.experience import advantages
-from rlax_llm.experience.groups import Experience
+from rlax_llm.experience.groups import Buffer
 from rlax_llm.experience.groups import Group
-from rlax_llm.experience.groups import Pending
+from rlax_llm.experience.groups import PartialGroup
 from rlax_llm.experience.pruning import Pruner
 from rlax_llm.ops import rewards as reward_ops
 from rlax_llm.rollout import control
@@ -36,7 +36,7 @@ from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 @dataclasses.dataclass(frozen=True)
-class Demand:
+class GroupRequest:
   """What a step asks for."""
 
   step: int  # the version of the parameters that sample
@@ -96,8 +96,8 @@ class GroupSampler:
     self.left_out: list[str] = []
 
   def sample(
-    self, params: Params, state: Experience, demand: Demand, watch: Stopwatch
-  ) -> tuple[Experience, list[Group]]:
+    self, params: Params, state: Buffer, demand: GroupRequest, watch: Stopwatch
+  ) -> tuple[Buffer, list[Group]]:
     """Returns complete groups: as many as wanted, or more that came with the
     last, and what is known after them.
 
@@ -178,7 +178,7 @@ class GroupSampler:
     # What is left out here is counted in the step whose turn it is.
     numbers, prompts, _ = self._usable(0, count)
     pending = [
-      Pending(number, Request(prompt, self._samples, domain, 0, i))
+      PartialGroup(number, Request(prompt, self._samples, domain, 0, i))
       for i, (number, prompt) in enumerate(zip(numbers, prompts))
     ]
     groups = self._generate(params, pending, RolloutState())
@@ -195,10 +195,10 @@ class GroupSampler:
   def _generate(
     self,
     params: Params,
-    groups: Sequence[Pending],
+    groups: Sequence[PartialGroup],
     state: RolloutState,
     **options: Any,
-  ) -> list[Pending]:
+  ) -> list[PartialGroup]:
     """Returns groups as far as they get; see `RolloutEngine.generate`."""
     earlier = {
       sample_key(r.request, r.index): r
@@ -260,8 +260,8 @@ class GroupSampler:
     return numbers, prompts, left_out
 
   def _pending(
-    self, state: Experience, demand: Demand, count: int
-  ) -> tuple[list[Pending], int, list[str]]:
+    self, state: Buffer, demand: GroupRequest, count: int
+  ) -> tuple[list[PartialGroup], int, list[str]]:
     """Returns new requests of a step, for the next problems of the stream.
 
     Returns:
@@ -270,7 +270,7 @@ class GroupSampler:
     """
     numbers, prompts, left_out = self._usable(state.cursor, count)
     new = [
-      Pending(
+      PartialGroup(
         number,
         self._with_extra(
           Request(
@@ -283,7 +283,7 @@ class GroupSampler:
     ]
     return new, numbers[-1] + 1 if numbers else state.cursor, left_out
 
-  def _with_extra(self, request: Request, state: Experience) -> Request:
+  def _with_extra(self, request: Request, state: Buffer) -> Request:
     """Returns a request with the samples that its prompt is to get.
 
     The first of them have the noise, and so the tokens, that they would have
@@ -302,8 +302,8 @@ class GroupSampler:
     return dataclasses.replace(request, samples=self._samples + extra)
 
   def _ordered(
-    self, new: Sequence[Pending], state: Experience
-  ) -> list[Pending]:
+    self, new: Sequence[PartialGroup], state: Buffer
+  ) -> list[PartialGroup]:
     """Returns new groups in the order in which they are sampled."""
     order = self._control.order
     if order == 'arrival' or not new:
@@ -312,7 +312,7 @@ class GroupSampler:
     sign = -1 if order == 'longest_first' else 1
     return [new[i] for i in np.argsort(sign * lengths, kind='stable')]
 
-  def _coming(self, state: Experience, number: int) -> list[Request]:
+  def _coming(self, state: Buffer, number: int) -> list[Request]:
     """Returns the requests of a coming step, if any use can be made of them.
 
     They are for hints only: whatever is wrong with them is reported in their
@@ -323,12 +323,14 @@ class GroupSampler:
       return []
     count = config.task.prompts_per_step
     try:
-      new, _, _ = self._pending(state, Demand(number, number, 0, count), count)
+      new, _, _ = self._pending(
+        state, GroupRequest(number, number, 0, count), count
+      )
     except ConfigError:
       return []
     return [pending.request for pending in new]
 
-  def _reward(self, complete: Sequence[Pending]) -> list[Group]:
+  def _reward(self, complete: Sequence[PartialGroup]) -> list[Group]:
     """Returns complete groups with their rewards, without what was pruned."""
     if not complete:
       return []

@@ -8,22 +8,22 @@ from rlax_llm.components import Run
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.experience.collector import Collector
+from rlax_llm.experience.groups import Buffer
 from rlax_llm.experience.groups import dump
-from rlax_llm.experience.groups import Experience
 from rlax_llm.learning.train_states import OPTIONAL
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.runtime import processes
 from rlax_llm.types import TrainState
 from rlax_llm.workdir.checkpoint import Checkpoints
-from rlax_llm.workdir.run_statistics import Progression
+from rlax_llm.workdir.run_statistics import RunStatistics
 
 
 class TrainingState(NamedTuple):
   """State of a run between two steps."""
 
   train_states: dict[str, TrainState]  # by name, 'policy' among them
-  experience: Experience
-  statistics: Progression
+  experience: Buffer
+  statistics: RunStatistics
   engine: RolloutEngine  # its strategy learns from the lengths it has seen
   rollouts: RolloutStore  # past rollouts, drafted from
 
@@ -79,7 +79,7 @@ def restore(
   state = empty._replace(
     train_states=run.states.completed(restored),
     experience=collector.restore(host['experience']),
-    statistics=Progression(**host['progression']),
+    statistics=RunStatistics(**host['progression']),
   )
   return step, state, restore_store(state.rollouts, host['rollouts'])
 

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from rlax_llm.components import Run
+from rlax_llm.config import Config
 from rlax_llm.learning import auxiliary
 from rlax_llm.learning import batch as batches
 from rlax_llm.learning.batch import Sample
+from rlax_llm.learning.train_states import States
 from rlax_llm.runtime import processes
 from rlax_llm.runtime import sharding
+from rlax_llm.runtime.executables import ExecutablePool
 from rlax_llm.types import Batch
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout
@@ -70,21 +72,43 @@ class _Spot:
 class DrafterTraining:
   """Trains the drafter of a run."""
 
-  def __init__(self, run: Run) -> None:
+  def __init__(
+    self,
+    config: Config,
+    states: States,
+    mesh: Mesh,
+    pool: ExecutablePool,
+    *,
+    networks: Callable[[Mesh], Any],
+    demonstrations: Callable[[list[str] | None], Iterator[Sample]],
+    row_length: int,
+    clock: Callable[[], float],
+  ) -> None:
     """Prepares it; nothing is compiled yet.
 
     Args:
-      run: its rollouts are drafted by a network.
+      config: of a run whose rollouts are drafted by a network.
+      states: of the run.
+      mesh: of the run.
+      pool: of compiled programs.
+      networks: returns policy and drafter, bound to the devices of a mesh.
+      demonstrations: yields samples of the task's solutions.
+      row_length: L, tokens of a packed row.
+      clock: seconds.
     """
-    self._run = run
-    self._config = run.config.drafter
+    self._mesh, self._pool, self._clock = mesh, pool, clock
+    self._states, self._networks = states, networks
+    self._demonstrations = demonstrations
+    self._row_length = row_length
+    self._is_divided = config.mesh.replicas > 1
+    self._config = config.drafter
     self._recent: collections.deque[list[Sample]] = collections.deque(
       maxlen=_STEPS
     )
     self._allowed = 0.0  # seconds; below 0 after an update that took longer
     self._cost = 0.0  # seconds of an update, a moving average
-    self._compiled = run.pool.seconds  # as of the last step
-    self._rng = np.random.default_rng(run.config.seed)
+    self._compiled = pool.seconds  # as of the last step
+    self._rng = np.random.default_rng(config.seed)
     self._spot: _Spot | None = None
 
   def warm_up(
@@ -102,12 +126,12 @@ class DrafterTraining:
       show: receives (updates done, loss) now and then.
       left_out: see `Run.demonstrations`.
     """
-    config, run = self._config, self._run
-    demonstrations = run.demonstrations(left_out)
+    config = self._config
+    demonstrations = self._demonstrations(left_out)
     for done in range(1, config.warmup_updates + 1):
       # More than enough for one microbatch; what is left over is not used.
       samples = []
-      room = config.microbatch_rows * run.row_length
+      room = config.microbatch_rows * self._row_length
       while room > 0:
         samples.append(next(demonstrations))
         room -= len(samples[-1].prompt) + len(samples[-1].completion)
@@ -126,21 +150,21 @@ class DrafterTraining:
       policy: the policy's parameters that sample.
       step: from 0.
     """
-    config, run = self._config, self._run
+    config = self._config
     self._spot = None
 
     def begin(mesh: Mesh) -> _Spot:
       place = jax.tree.map(lambda x: x.sharding, sharding.on_part(state, mesh))
-      copy = run.pool(
+      copy = self._pool(
         ('copy_drafter', mesh),
         lambda tree: jax.tree.map(jnp.copy, tree),
         sharding.on_part(state, mesh),
         out_shardings=place,
       )
-      networks = run.networks(mesh)
+      networks = self._networks(mesh)
       assert networks.learned is not None
       learning = dataclasses.replace(
-        run.states.draft_learning,
+        self._states.draft_learning,
         model=networks.model,
         draft_model=networks.learned.draft_model,
       )
@@ -169,7 +193,7 @@ class DrafterTraining:
     trains = (
       config.every
       and (step + 1) % config.every == 0
-      and run.config.mesh.replicas > 1
+      and self._is_divided
       and any(self._recent)
     )
     return work if trains else lambda mesh: None
@@ -197,7 +221,7 @@ class DrafterTraining:
     config = self._config
     samples = [Sample(r.request.prompt, r.tokens) for r in rollouts]
     self._recent.append(keep_longest(samples, config.buffer_tokens))
-    seconds = max(seconds - (self._run.pool.seconds - self._compiled), 0.0)
+    seconds = max(seconds - (self._pool.seconds - self._compiled), 0.0)
     # Every process takes as many updates: the first one's clock decides.
     earned = config.share * processes.broadcast(seconds)
     # What one pass leaves over, behind a long step, is not saved up: later
@@ -214,7 +238,7 @@ class DrafterTraining:
       losses = [float(jax.device_get(loss)) for loss in spot.losses]
     elif config.every and (step + 1) % config.every == 0:
       state, losses = self._train(state, policy)
-    self._compiled = self._run.pool.seconds
+    self._compiled = self._pool.seconds
     values = {
       'drafter/updates': float(len(losses)),
       'drafter/idle_updates': float(len(spot.losses) if spot else 0),
@@ -246,7 +270,7 @@ class DrafterTraining:
 
   def _now(self) -> float:
     """Returns seconds on a clock that stands still while XLA compiles."""
-    return self._run.clock() - self._run.pool.seconds
+    return self._clock() - self._pool.seconds
 
   def _pack_recent(self) -> Batch:
     return self._pack([s for samples in self._recent for s in samples])
@@ -257,7 +281,7 @@ class DrafterTraining:
       samples,
       reduction='token_mean',
       constant=1,
-      row_length=self._run.row_length,
+      row_length=self._row_length,
       microbatch_rows=self._config.microbatch_rows,
     )
 
@@ -271,15 +295,15 @@ class DrafterTraining:
     learning: auxiliary.DraftLearning | None = None,
   ) -> tuple[TrainState, jax.Array]:
     """Takes one update on one microbatch, on the run's mesh or another."""
-    mesh = mesh or self._run.mesh
+    mesh = mesh or self._mesh
     window = auxiliary.DraftWindow(
       *(
         processes.put(getattr(batch, name)[place], sharding.rows(mesh))
         for name in ('tokens', 'positions', 'segments', 'targets')
       )
     )
-    learning = learning or self._run.states.draft_learning
-    return self._run.pool(
+    learning = learning or self._states.draft_learning
+    return self._pool(
       ('drafter', window.tokens.shape, learning, mesh),
       functools.partial(auxiliary.update_drafter, learning=learning),
       state,

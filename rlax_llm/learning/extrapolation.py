@@ -5,22 +5,35 @@ from collections.abc import Sequence
 import functools
 import math
 from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlax_llm.components import Run
-from rlax_llm.config import ConfigError
+from rlax_llm.learning import train_states
 from rlax_llm.ops import distillation
-from rlax_llm.tasks import task as tasks
-from rlax_llm.tasks.verifier.verifier import Judged
+from rlax_llm.runtime.executables import ExecutablePool
 from rlax_llm.types import Params
 from rlax_llm.types import TrainState
 
 States = dict[str, TrainState]
-# (states, problems) -> which of them the policy solves.
-Judge = Callable[[States, Sequence[tasks.Problem]], Judged]
+
+
+class Judged(Protocol):
+  """Which samples are correct, and for which the verifier could say so."""
+
+  @property
+  def correct(self) -> np.ndarray:
+    """bool[K, P]."""
+
+  @property
+  def known(self) -> np.ndarray:
+    """bool[K, P]."""
+
+
+# (states, problems) -> the samples of the policy that are correct.
+Judge = Callable[[States, Sequence[Any]], Any]
 _EARLIER = 'earlier'  # the state whose parameters a leap comes from
 
 
@@ -50,31 +63,32 @@ class Leaps:
   none, no leap is taken.
   """
 
-  def __init__(self, run: Run, judge: Judge) -> None:
-    """Finds the problems.
+  def __init__(
+    self,
+    states: train_states.States,
+    pool: ExecutablePool,
+    leaps: int,
+    judge: Judge,
+    problems: Sequence[Any],
+  ) -> None:
+    """Keeps its parts.
 
     Args:
-      run: its algorithm takes leaps.
+      states: gives the shapes of the policy's.
+      pool: of compiled programs.
+      leaps: extrapolations that are tried.
       judge: says which problems a policy solves.
-
-    Raises:
-      ConfigError: the task has too few problems.
+      problems: of the training split.
     """
-    self._run = run
+    self._states = states
+    self._pool = pool
+    self._leaps = leaps
     self._judge = judge
-    known = run.task.num_problems('train')
-    wanted = run.algorithm.leap_problems
-    try:
-      self._problems = tasks.distinct_problems(
-        run.task, 'train', wanted if known is None else min(wanted, known)
-      )
-    except ValueError as error:
-      raise ConfigError(f'algorithm.leap_problems={wanted}: {error}') from error
-    run.check_prompts(self._problems)
+    self._problems = problems
 
   def abstract(self) -> dict[str, Any]:
     """Returns shapes of the states of its own."""
-    return {_EARLIER: self._run.states.abstract_state().replace(opt_state=())}
+    return {_EARLIER: self._states.abstract_state().replace(opt_state=())}
 
   def init(self, states: States) -> States:
     """Returns the states of its own before the first step."""
@@ -84,7 +98,7 @@ class Leaps:
     # A copy: the policy's own arrays are donated to its update.
     state = state.replace(opt_state=())
     return {
-      _EARLIER: self._run.pool(
+      _EARLIER: self._pool(
         ('copy', _EARLIER),
         functools.partial(jax.tree.map, jnp.copy),
         state,
@@ -108,9 +122,9 @@ class Leaps:
     policy, earlier = states['policy'], states[_EARLIER]
     best, far = policy, 0
     score = self._judge(states, self._problems)
-    for power in range(1, self._run.algorithm.leaps + 1):
+    for power in range(1, self._leaps + 1):
       tried = policy.replace(
-        params=self._run.pool(
+        params=self._pool(
           ('leap', power),
           functools.partial(_extrapolated, power=power),
           policy.params,

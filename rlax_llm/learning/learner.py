@@ -9,9 +9,10 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 import numpy as np
+import optax
 
-from rlax_llm.components import Run
 from rlax_llm.config import LearningConfig
 from rlax_llm.learning import algorithms
 from rlax_llm.learning import batch as batches
@@ -26,6 +27,7 @@ from rlax_llm.models.language_model import LanguageModel
 from rlax_llm.ops.sampling import Sampling
 from rlax_llm.runtime import processes
 from rlax_llm.runtime import sharding
+from rlax_llm.runtime.executables import ExecutablePool
 from rlax_llm.types import Array
 from rlax_llm.types import Batch
 from rlax_llm.types import Metrics
@@ -34,10 +36,25 @@ from rlax_llm.types import TrainState
 
 
 class Teacher(NamedTuple):
-  """Whom the policy is distilled from: any model of the same vocabulary."""
+  """The teacher of a distillation: any model of the same vocabulary."""
 
   model: LanguageModel
   params: Params  # on the mesh
+
+
+class Critic(NamedTuple):
+  """The critic of an objective with a value function."""
+
+  model: LanguageModel
+  optimizer: optax.GradientTransformation
+
+
+class BatchShape(NamedTuple):
+  """Sizes of packed batches, tokens."""
+
+  row_length: int  # L
+  prompt_length: int  # P, of the longest prompt
+  max_new_tokens: int  # T
 
 
 class Diagnosis(NamedTuple):
@@ -56,27 +73,45 @@ class Learner:
 
   def __init__(
     self,
-    run: Run,
-    *,
+    model: LanguageModel,
     algorithm: algorithms.Algorithm,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    pool: ExecutablePool,
+    *,
     sampling: Sampling,
-    optimizer: Any,
-    name: str,
     learning: LearningConfig,
+    shape: BatchShape,
+    name: str,
+    seed: int = 0,
+    is_off_policy: bool = False,
+    critic: Critic | None = None,
     teacher: Teacher | None = None,
   ) -> None:
     """Prepares a learner; nothing is compiled yet.
 
     Args:
-      run: the run.
+      model: the policy's.
       algorithm: the objective.
+      optimizer: the policy's.
+      mesh: where batches and states lie.
+      pool: of compiled programs.
       sampling: the law under which tokens are scored.
-      optimizer: an optax transformation.
-      name: tells its executables apart.
       learning: frozen section.
+      shape: of packed batches.
+      name: tells its executables apart.
+      seed: of the run; it draws the diagnosed samples.
+      is_off_policy: whether a batch may hold tokens of an earlier policy.
+      critic: for objectives that have one.
       teacher: for objectives that have one.
     """
-    self._run = run
+    self._model = model
+    self._mesh = mesh
+    self._pool = pool
+    self._shape = shape
+    self._seed = seed
+    self._is_off_policy = is_off_policy
+    self._critic = critic
     self._teacher = teacher
     self._reads = token_credit.reads(algorithm)
     self._algorithm = algorithm
@@ -115,8 +150,8 @@ class Learner:
     return batches.make_batch(
       samples,
       reduction=self._algorithm.reduction,
-      constant=self._run.config.rollout.max_new_tokens,
-      row_length=self._run.row_length,
+      constant=self._shape.max_new_tokens,
+      row_length=self._shape.row_length,
       microbatch_rows=self._learning.microbatch_rows,
       keep=keep,
       extra=token_credit.carried(self._algorithm),
@@ -124,13 +159,11 @@ class Learner:
 
   def put(self, batch: Batch) -> Batch:
     """Puts a batch on the mesh."""
-    return sharding.put_batch(batch, self._run.mesh)
+    return sharding.put_batch(batch, self._mesh)
 
   def score(self, params: Params, batch: Batch) -> Array:
     """Returns log-probabilities of the batch's tokens, nats, on the mesh."""
-    return self._pass(
-      batch, params, 'score', updates.score_batch, self._run.model
-    )
+    return self._pass(batch, params, 'score', updates.score_batch, self._model)
 
   def _pass(
     self,
@@ -142,12 +175,12 @@ class Learner:
     **static: Any,
   ) -> Any:
     """Runs a pass over a batch; its arrays come out placed as the batch is."""
-    return self._run.pool(
+    return self._pool(
       (name, self._name, self._config, batch.tokens.shape, *static.values()),
       functools.partial(function, model=model, config=self._config, **static),
       params,
       batch,
-      out_shardings=sharding.microbatches(self._run.mesh),
+      out_shardings=sharding.microbatches(self._mesh),
     )
 
   def score_samples(
@@ -182,13 +215,12 @@ class Learner:
       fresh: bool[c] of each sample: the tokens that `params` sampled.
       step: from 0.
     """
-    rollout = self._run.config.rollout
-    longest = rollout.prompt_length + rollout.max_new_tokens
+    longest = self._shape.prompt_length + self._shape.max_new_tokens
     rows = self._learning.microbatch_rows
     chosen = diagnostics.choose(
       len(samples),
-      rows * (self._run.row_length // longest),
-      seed=self._run.config.seed,
+      rows * (self._shape.row_length // longest),
+      seed=self._seed,
       step=step,
     )
     batch = self.put(
@@ -200,20 +232,20 @@ class Learner:
           for i in chosen
         ],
         reduction='token_mean',
-        constant=rollout.max_new_tokens,
-        row_length=self._run.row_length,
+        constant=self._shape.max_new_tokens,
+        row_length=self._shape.row_length,
         microbatch_rows=rows,
         extra=(diagnostics.FRESH,),
       )
     )
     scores = self._diagnostic_scores(params, batch)
-    values = self._run.pool(
+    values = self._pool(
       ('before_update', batch.tokens.shape),
       diagnostics.before_update,
       batch,
       scores['logprobs'],
       scores['entropy'],
-      out_shardings=sharding.replicated(self._run.mesh),
+      out_shardings=sharding.replicated(self._mesh),
     )
     if not any(fresh[i].any() for i in chosen):
       del values['policy/behaviour_gap_max']
@@ -234,7 +266,7 @@ class Learner:
       reference = self._diagnostic_scores(
         self._whole(reference, params), batch
       )['logprobs']
-    values = self._run.pool(
+    values = self._pool(
       (
         'after_update',
         self._name,
@@ -247,11 +279,9 @@ class Learner:
       diagnosis.logprobs,
       self._diagnostic_scores(params, batch)['logprobs'],
       reference,
-      out_shardings=sharding.replicated(self._run.mesh),
+      out_shardings=sharding.replicated(self._mesh),
     )
-    control = self._run.config.control
-    stale = control.staleness or control.replay or control.over_provision > 1
-    if stale and not self.reads_sampler:
+    if self._is_off_policy and not self.reads_sampler:
       # Its stale tokens were not scored when they were sampled.
       del values['policy/effective_tokens']
     found = jax.device_get(diagnosis.values | values)
@@ -265,13 +295,13 @@ class Learner:
       params,
       'diagnose',
       updates.score_pass,
-      self._run.model,
+      self._model,
       names=('logprobs', 'entropy'),
     )
 
   def _whole(self, reference: Params, params: Params) -> Params:
     """Returns a reference policy whose gaps hold the policy's frozen ones."""
-    frozen = lora.split(params, self._run.model.trainable(params))[1]
+    frozen = lora.split(params, self._model.trainable(params))[1]
     return lora.join(reference, frozen)
 
   def update(
@@ -282,21 +312,18 @@ class Learner:
 
   def compile_update(self, state: TrainState, batch: Batch) -> Any:
     """Returns the executable of `update` for arrays, or for their shapes."""
-    return self._run.pool.compile(
+    return self._pool.compile(
       ('update', self._name, self._config, batch.tokens.shape),
       functools.partial(
         updates.update,
-        model=self._run.model,
+        model=self._model,
         optimizer=self._optimizer,
         config=self._config,
       ),
       state,
       batch,
       donate_argnums=(0,),
-      out_shardings=(
-        self._placement(state),
-        sharding.replicated(self._run.mesh),
-      ),
+      out_shardings=(self._placement(state), sharding.replicated(self._mesh)),
     )
 
   def _placement(self, state: TrainState) -> Any:
@@ -363,12 +390,7 @@ class Learner:
     of_policy = tuple(sorted(self._reads & {'entropy', 'confidence'}))
     if of_policy:
       extra |= self._pass(
-        batch,
-        params,
-        'score',
-        updates.score_pass,
-        self._run.model,
-        names=of_policy,
+        batch, params, 'score', updates.score_pass, self._model, names=of_policy
       )
     if 'squared_norms' in self._reads:
       extra['squared_norms'] = self._pass(
@@ -376,17 +398,16 @@ class Learner:
         params,
         'gradient_norms',
         gradient_norms.squared_norms,
-        self._run.model,
+        self._model,
       )
     if 'values' in self._reads:
-      extra['values'] = self._run.pool(
+      assert self._critic is not None, 'the objective has a critic'
+      extra['values'] = self._pool(
         ('values', self._name, batch.tokens.shape),
-        functools.partial(
-          critics.value_batch, model=self._run.states.critic_model
-        ),
+        functools.partial(critics.value_batch, model=self._critic.model),
         critic,
         batch,
-        out_shardings=sharding.microbatches(self._run.mesh),
+        out_shardings=sharding.microbatches(self._mesh),
       )
     if 'teacher_logprobs' in self._reads:
       assert self._teacher is not None, 'the objective has a teacher'
@@ -401,13 +422,13 @@ class Learner:
     shape = functools.partial(token_credit.shape, algorithm=self._algorithm)
     placement = lambda: jax.tree.map(
       lambda x: (
-        sharding.microbatches(self._run.mesh)
+        sharding.microbatches(self._mesh)
         if x.ndim
-        else sharding.replicated(self._run.mesh)
+        else sharding.replicated(self._mesh)
       ),
       jax.eval_shape(shape, batch),
     )
-    return self._run.pool(
+    return self._pool(
       ('shape', self._name, self._config, batch.tokens.shape),
       shape,
       batch,
@@ -460,22 +481,19 @@ class Learner:
     self, state: TrainState, batch: Batch
   ) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step of the critic; donates its state."""
-    states = self._run.states
-    return self._run.pool(
+    assert self._critic is not None, 'the objective has a critic'
+    return self._pool(
       ('update_critic', self._name, self._config, batch.tokens.shape),
       functools.partial(
         critics.update,
-        model=states.critic_model,
-        optimizer=states.critic_optimizer,
+        model=self._critic.model,
+        optimizer=self._critic.optimizer,
         algorithm=self._algorithm,
       ),
       state,
       batch,
       donate_argnums=(0,),
-      out_shardings=(
-        self._placement(state),
-        sharding.replicated(self._run.mesh),
-      ),
+      out_shardings=(self._placement(state), sharding.replicated(self._mesh)),
     )
 
 
@@ -521,21 +539,3 @@ def _each(
     name: float(over(name)([values[name] for values in fetched]))
     for name in fetched[0]
   }
-
-
-def make_learner(run: Run, teacher: Teacher | None = None) -> Learner:
-  """Returns the learner of the run's RL objective.
-
-  Args:
-    run: the run.
-    teacher: for objectives that have one.
-  """
-  return Learner(
-    run,
-    algorithm=run.algorithm,
-    sampling=run.sampling,
-    optimizer=run.states.optimizer,
-    name='policy',
-    learning=run.config.learning,
-    teacher=teacher,
-  )

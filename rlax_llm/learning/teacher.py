@@ -1,10 +1,12 @@
 """The teacher of on-policy distillation: published weights, or another run."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
 
-from rlax_llm.components import Run
+from jax.sharding import Mesh
+
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
 from rlax_llm.config import from_dict
@@ -20,11 +22,24 @@ from rlax_llm.runtime.executables import ExecutablePool
 from rlax_llm.workdir import manifest
 
 
-def find_teacher(run: Run) -> States | None:
+def find_teacher(
+  config: Config,
+  algorithm: algorithms.Algorithm,
+  *,
+  vocabulary: int,
+  tokens: int,
+  mesh: Mesh,
+  clock: Callable[[], float],
+) -> States | None:
   """Returns the states that the teacher's parameters are of; reads no weights.
 
   Args:
-    run: names the teacher.
+    config: of the run, frozen.
+    algorithm: names the teacher.
+    vocabulary: of the policy.
+    tokens: of the tokenizer, which published weights may exceed.
+    mesh: where the teacher lies.
+    clock: seconds.
 
   Returns:
     None for an objective without a teacher.
@@ -33,7 +48,7 @@ def find_teacher(run: Run) -> States | None:
     ConfigError: the folder holds neither weights nor a run, or its model reads
       other tokens.
   """
-  folder = run.algorithm.teacher
+  folder = algorithm.teacher
   if not folder:
     return None
   path = pathlib.Path(folder)
@@ -44,36 +59,37 @@ def find_teacher(run: Run) -> States | None:
       f"{loading.CONFIG_FILE}; give a run's workdir or the folder of a "
       'published model'
     )
-  config = _of_run(folder) if is_run else _of_weights(folder, run)
-  mine, theirs = run.config.model.tokenizer, config.model.tokenizer
+  own = config
+  config = _of_run(folder) if is_run else _of_weights(folder, own)
+  mine, theirs = own.model.tokenizer, config.model.tokenizer
   if is_run and mine != theirs:
     raise ConfigError(
       f'algorithm.teacher={folder!r} reads the tokens of {theirs!r}, and '
       f'model.tokenizer={mine!r}; a teacher scores the same tokens'
     )
-  vocabulary = config.model.vocabulary or run.tokenizer.vocab_size
-  if vocabulary != run.model.vocabulary:
+  known = config.model.vocabulary or tokens
+  if known != vocabulary:
     raise ConfigError(
-      f'algorithm.teacher={folder!r} has {vocabulary} tokens and the model '
-      f'{run.model.vocabulary}; a teacher scores the same tokens'
+      f'algorithm.teacher={folder!r} has {known} tokens and the model '
+      f'{vocabulary}; a teacher scores the same tokens'
     )
-  if config.model.max_positions < run.config.rollout.prompt_length + (
-    run.config.rollout.max_new_tokens
+  if config.model.max_positions < own.rollout.prompt_length + (
+    own.rollout.max_new_tokens
   ):
     raise ConfigError(
       f'algorithm.teacher={folder!r} has {config.model.max_positions} '
       'positions, fewer than rollout.prompt_length + max_new_tokens; shorten '
       'them'
     )
-  model_config = dataclasses.replace(config.model, vocabulary=vocabulary)
-  sharding.check_model(model_config, run.mesh)
+  model_config = dataclasses.replace(config.model, vocabulary=known)
+  sharding.check_model(model_config, mesh)
   model = make_transformer(
     model_config,
-    run.config.learning.precision,
-    constrain=functools.partial(sharding.constrain, mesh=run.mesh),
+    own.learning.precision,
+    constrain=functools.partial(sharding.constrain, mesh=mesh),
   )
-  algorithm = algorithms.resolve(config.algorithm)
-  return States(config, algorithm, run.mesh, model, ExecutablePool(run.clock))
+  resolved = algorithms.resolve(config.algorithm)
+  return States(config, resolved, mesh, model, ExecutablePool(clock))
 
 
 def _of_run(folder: str) -> Config:
@@ -83,20 +99,20 @@ def _of_run(folder: str) -> Config:
   return validate(from_dict(recorded['config']))
 
 
-def _of_weights(folder: str, run: Run) -> Config:
+def _of_weights(folder: str, own: Config) -> Config:
   """Returns a config with the architecture of published weights."""
   config = dataclasses.replace(
     Config(),
-    model=ModelConfig(pretrained=folder, tokenizer=run.config.model.tokenizer),
+    model=ModelConfig(pretrained=folder, tokenizer=own.model.tokenizer),
   )
   return validate(loading.resolve(config))
 
 
-def load_teacher(run: Run, states: States | None) -> Teacher | None:
+def load_teacher(folder: str, states: States | None) -> Teacher | None:
   """Returns the teacher, its parameters on the mesh; None: there is none.
 
   Args:
-    run: names the teacher.
+    folder: `algorithm.teacher`.
     states: from `find_teacher`.
 
   Raises:
@@ -104,7 +120,7 @@ def load_teacher(run: Run, states: States | None) -> Teacher | None:
   """
   if states is None:
     return None
-  if states.config.model.pretrained == run.algorithm.teacher:
+  if states.config.model.pretrained == folder:
     return Teacher(states.model, states.init_params())
-  _, params, _ = states.restore_params(run.algorithm.teacher)
+  _, params, _ = states.restore_params(folder)
   return Teacher(states.model, params)

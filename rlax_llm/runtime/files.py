@@ -74,7 +74,7 @@ def write_atomic(path: pathlib.Path, text: str | bytes) -> None:
       raise
 
 
-class LineFile:
+class JsonlFile:
   """A file that grows by whole lines."""
 
   def __init__(self, path: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""Guard rails of a run: on by default, silent while nothing is wrong."""
+"""Health of a run: divergence, sampling faults, unexpected compilations."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _WARNINGS = 5  # of a kind, at most
 _GAPS = {'float32': 1e-2, 'bfloat16': 0.5}
 
 
-class Rails:
+class HealthMonitor:
   """Looks at the values of every step and says what is not as it should be."""
 
   def __init__(
@@ -45,14 +45,14 @@ class Rails:
     self._looked = 0
     self._skipped = 0  # in a row
     self._compiled = self._outside()
-    self.lost = ''  # why the run cannot go on
+    self.abort_reason = ''  # why the run cannot continue
 
-  def look_at_sampling(self, when: str, warning: str) -> None:
+  def check_sampling(self, when: str, warning: str) -> None:
     """Passes on what `RolloutStats.warning` says of a step or evaluation."""
     if warning:
       self._once('sampling', f'{when}: {warning}')
 
-  def look(self, step: int, values: Mapping[str, Any]) -> None:
+  def check(self, step: int, values: Mapping[str, Any]) -> None:
     """Looks at the values of a step, from 1."""
     self._look_at_update(step, values)
     # Absent where the step sampled nothing.
@@ -85,7 +85,7 @@ class Rails:
     )
     self._warn(f'step {step}: the update was skipped: {what}')
     if self._skipped >= self._learning.most_skipped:
-      self.lost = (
+      self.abort_reason = (
         f'{self._skipped} updates in a row were not finite '
         f'({what}); stopped after step {step}, whose state is saved; '
         'lower learning.learning_rate or learning.max_grad_norm, or '

@@ -138,8 +138,8 @@ class MetricsWriter:
       ),
     }
     _truncate(root / SAMPLES_FILE, resume_step)
-    self._samples = files.LineFile(root / SAMPLES_FILE)
-    self._timing = files.LineFile(root / TIMING_FILE)
+    self._samples = files.JsonlFile(root / SAMPLES_FILE)
+    self._timing = files.JsonlFile(root / TIMING_FILE)
     self._board = tensorboard.Board(
       root,
       # TensorBoard then hides what an interrupted run wrote beyond it.
@@ -234,7 +234,7 @@ class _StepFile:
     self._name = path.name
     kept = _truncate(path, last)
     self._last = kept[-1] if kept else None
-    self._file = files.LineFile(path)
+    self._file = files.JsonlFile(path)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     if self._last is not None and step <= self._last:

@@ -11,7 +11,7 @@ from rlax_llm.types import Rollout
 
 
 @dataclasses.dataclass
-class Progression:
+class RunStatistics:
   """What a run accumulates besides its parameters; in the checkpoint."""
 
   tokens_sampled: int = 0
