@@ -92,8 +92,8 @@ class TaskConfig(Section):
   # jsonl, tfds: numeric (one exact number: 2 1/2 is 5/2) | exact (text) | math
   # (the same mathematical object by math-verify, of the extra [math]).
   match: str = field('numeric', choices=('numeric', 'exact', 'math'))
-  # The share of the warm start's traces that leave off before the last term
-  # and answer with what they reached: an impatient teacher (chain_sum).
+  # The share of the warm start's solutions that stop before the last term and
+  # answer with the sum so far (chain_sum).
   trace_unfinished: float = field(0.0, ge=0, le=1)
   # A sample's reward: the sum of weight * reward over correct (the task's
   # verifier), format (1 where there is an answer in answer_format), length
@@ -148,12 +148,12 @@ class ModelConfig(Section):
   mlp_width: int = field(512, ge=1)
   max_positions: int = 4096
   rope_theta: float = field(10000.0, gt=0)
-  # How a text longer than the model was first trained on is put to it: none |
-  # linear (positions divided by the factor) | llama3 (long waves only).
+  # RoPE scaling for texts beyond the context of pretraining: none | linear
+  # (positions divided by the factor) | llama3 (only long wavelengths).
   rope_scaling: str = field('none', choices=('none', 'linear', 'llama3'))
   rope_factor: float = field(1.0, gt=0)
-  # llama3: waves that turn fewer times than `low` within `original` positions
-  # are stretched by the factor, those that turn more than `high` times stay.
+  # llama3: wavelengths that complete fewer than `low` turns in `original`
+  # positions are stretched by the factor; those with more than `high` are kept.
   rope_low: float = field(1.0, gt=0)
   rope_high: float = field(4.0, gt=0)
   rope_original: int = field(8192, ge=1)
@@ -211,8 +211,8 @@ class RolloutConfig(Section):
   min_p: float = 0.0
 
   # Speed values: none of these changes a token.
-  # N: rows decoded together. With control.over_provision it also says who is
-  # late, unless control.logical_slots does.
+  # N: rows decoded together. With control.over_provision it also decides which
+  # groups are late, unless control.logical_slots is set.
   slots: int = field(64, ge=1)
   # none | prompt_lookup | tree_cache | model | hybrid: those two, merged; with
   # width=0 control.strategy chooses which of them drafts a segment.
@@ -220,11 +220,11 @@ class RolloutConfig(Section):
   # W: nodes verified in one forward; 1: no speculation; 0: control.strategy
   # chooses for every segment.
   width: int = field(0, ge=0)
-  # tree_cache, model, hybrid: a draft is a chain (1), or a tree with at most so
-  # many children to a node (the hybrid's sources draft so each); 0:
-  # control.strategy chooses from control.branchings.
+  # tree_cache, model, hybrid: children of a draft node, at most; 1: a chain. It
+  # holds for each source of the hybrid. 0: control.strategy chooses from
+  # control.branchings.
   branching: int = field(1, ge=0)
-  # nodes less probable are not counted on
+  # minimum probability of a drafted node
   draft_least: float = field(0.05, ge=0, le=1)
   # R: earlier rollouts of a prompt that are drafted from
   history: int = field(8, ge=0)
@@ -243,20 +243,19 @@ class ControlConfig(Section):
   the second changes speed and no token.
   """
 
-  # APRIL: so many times the groups of a step are asked for; sampling stops when
-  # those of a step are complete, the rest is continued in the next. 1: off.
+  # APRIL: oversampling factor of groups. Sampling stops when enough groups for
+  # a step are complete; the next step continues the others. 1: off.
   over_provision: float = field(1.0, ge=1)
-  # Steps after which a group that was put off must be complete.
+  # Steps after which a deferred group must be complete.
   max_staleness: int = field(4, ge=1)
-  # DAPO: a step takes only groups that are neither all right nor all wrong,
-  # and asks for more until it has enough of them, at most so many times. 0: it
-  # takes what comes.
+  # DAPO: a step takes only groups that are neither all right nor all wrong. It
+  # samples more until it has enough, in at most this many rounds. 0: off.
   dynamic_sampling: int = field(0, ge=0)
-  # Step t learns from what the parameters of step t - staleness sampled, as an
-  # asynchronous trainer would; the first steps from those of step 0.
+  # Step t learns from samples of the parameters of step t - staleness, as in
+  # asynchronous training; the first steps use those of step 0.
   staleness: int = field(0, ge=0)
-  # So many groups of a step are taken again from those of the last
-  # replay_steps steps, if they are neither all right nor all wrong.
+  # Groups of a step that are replayed from the last replay_steps steps; only
+  # groups that are neither all right nor all wrong qualify.
   replay: int = field(0, ge=0)
   replay_steps: int = field(4, ge=1)
   # In which order new groups are sampled: arrival | longest_first |
@@ -265,22 +264,22 @@ class ControlConfig(Section):
   order: str = field(
     'arrival', choices=('arrival', 'longest_first', 'shortest_first')
   )
-  # ARRoL: behind so many tokens a share of each group's samples goes on, drawn
-  # by what a head on hidden states says of their success; in the first steps
-  # all are drawn alike. 0: off.
+  # ARRoL: after this many tokens the share prune_keep of each group's samples
+  # continues. A head on hidden states predicts success and weighs the draw; in
+  # the first prune_steps steps the draw is uniform. 0: off.
   prune_at: int = field(0, ge=0)
   prune_keep: float = field(0.5, gt=0, le=1)
   prune_steps: int = field(20, ge=0)
-  # Weigh those that go on by the inverse of the probability with which they do.
+  # Weigh surviving samples by the inverse of their keep probability.
   prune_weights: bool = True
-  # DARS: a prompt that was solved by fewer than half of its samples in its last
-  # group gets up to so many more, as many as lift its weight in the gradient to
-  # that of a prompt of one half; by hardness: to that times twice the share
-  # that fails. 0: off.
+  # DARS: upper bound of the extra samples of a prompt of which fewer than half
+  # of the last samples were right. Their number raises its weight in the
+  # gradient to that of a prompt with accuracy one half; extra_by_hardness
+  # multiplies this target by twice the share of wrong samples. 0: off.
   extra_samples: int = field(0, ge=0)
   extra_by_hardness: bool = False
-  # Slots of logical time, by which it is judged who completes first; 0: as many
-  # as rollout.slots.
+  # Slots of logical time, which decides the samples that complete first; 0:
+  # as many as rollout.slots.
   logical_slots: int = field(0, ge=0)
 
   # With requests pending, a segment ends when this share of rows is done.
@@ -319,8 +318,8 @@ class DrafterConfig(Section):
   sources: tuple[str, ...] = SOURCES
   # Steps between two trainings of it; 0: it stays as the warm-up left it.
   every: int = field(1, ge=0)
-  # Of the run's time, what its training may take between steps. On replicas
-  # that idle it costs nothing: see mesh.replicas.
+  # Share of the run's time for its training between steps. On idle replicas
+  # training costs no time: see mesh.replicas.
   share: float = field(0.05, ge=0, le=1)
   # Updates on the task's traces before RL, on the policy as it is then.
   warmup_updates: int = field(0, ge=0)
@@ -370,8 +369,8 @@ class LearningConfig(Section):
   # positions whose logits exist at one time
   score_chunk: int = field(2048, ge=1)
   remat: bool = False  # recompute each layer in the backward pass
-  # After so many updates in a row whose loss or gradient is not finite, and
-  # which were skipped, the run stops.
+  # The run stops after this many consecutive updates that were skipped because
+  # loss or gradient was not finite.
   most_skipped: int = field(5, ge=1)
   # Warns where a token's behaviour log-probability and the recomputed one
   # differ by more, in nats. 0: chosen by learning.precision.compute.
@@ -403,7 +402,7 @@ class CheckpointConfig(Section):
 
   every: int = field(50, ge=0)  # steps; 0: only at the start and the end
   keep: int = field(2, ge=1)  # the newest
-  keep_every: int = field(0, ge=0)  # and those of every so many steps; 0: none
+  keep_every: int = field(0, ge=0)  # and every keep_every-th step; 0: none
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -416,10 +415,10 @@ class EvaluateConfig(Section):
   samples: int = field(1, ge=1)
   temperature: float = field(1.0, ge=0)
   top_p: float = 1.0
-  # Of rlax_llm.evaluate alone: a sample ends when so many probes in a row give
-  # the same answer; 0: off. A probe is a text that asks for the answer, put
-  # behind every probe_every tokens, answered in at most probe_tokens, and
-  # taken back.
+  # Only for rlax_llm.evaluate: a sample ends when this many consecutive probes
+  # give the same answer; 0: off. A probe is a text that asks for the answer. It
+  # is inserted after every probe_every tokens, answered in at most
+  # probe_tokens, and removed again.
   early_stop: int = field(0, ge=0)
   probe: str = ''
   probe_every: int = field(64, ge=1)
