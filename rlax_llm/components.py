@@ -132,9 +132,13 @@ class Run:
       teacher: for objectives that have one.
     """
     rollout, control = self.config.rollout, self.config.control
+    algorithm = algorithm or self.algorithm
+    critic = None
+    if algorithm.has_critic:
+      critic = Critic(self.states.critic_model, self.states.critic_optimizer)
     return Learner(
       self.model,
-      algorithm or self.algorithm,
+      algorithm,
       optimizer or self.states.optimizer,
       self.mesh,
       self.pool,
@@ -148,7 +152,7 @@ class Run:
       is_off_policy=bool(
         control.staleness or control.replay or control.over_provision > 1
       ),
-      critic=Critic(self.states.critic_model, self.states.critic_optimizer),
+      critic=critic,
       teacher=teacher,
     )
 

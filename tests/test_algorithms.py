@@ -23,6 +23,7 @@ import pytest
 from rlax_llm.components import make_run
 from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import ConfigError
+from rlax_llm.experience import groups as groups_lib
 from rlax_llm.experience import progress_rewards
 from rlax_llm.experience.collector import Collector
 from rlax_llm.experience.groups import Group
@@ -190,7 +191,7 @@ def test_what_is_rehearsed():
     g.problem.prompt in solved for g in groups
   ]
   again = _collector(run, None, seen)
-  again.restore(json.loads(json.dumps(collector.dump())))
+  again.restore(json.loads(json.dumps(groups_lib.dump(collector.experience))))
   for step, samples in enumerate(drawn):
     for a, b in zip(again.rehearsed(step), samples, strict=True):
       np.testing.assert_array_equal(a.completion, b.completion)

@@ -12,6 +12,7 @@ from rlax_llm import components as runs
 from rlax_llm import testing
 from rlax_llm.config import ConfigError
 from rlax_llm.experience import advantages
+from rlax_llm.experience import groups as groups_lib
 from rlax_llm.experience.collector import Collector
 from rlax_llm.learning import learner as learners
 from rlax_llm.learning.allocation import SuccessHistory
@@ -141,13 +142,13 @@ def test_hard_prompts_get_more_by_what_earlier_steps_saw(collect_with, changes):
       | {g.request.prompt.tobytes(): g.correctness.mean() for g in seen}
     )
     seen.clear()
-    record = json.loads(json.dumps(collector.dump()))
+    record = json.loads(json.dumps(groups_lib.dump(collector.experience)))
     assert sorted(record['successes']['accuracies'].values()) == pytest.approx(
       sorted(known[-1].values())
     )
     again = collect_with(run)
     again.restore(record)
-    assert json.dumps(again.dump()) == json.dumps(record)
+    assert json.dumps(groups_lib.dump(again.experience)) == json.dumps(record)
   assert not any(sizes[0]) and max(map(max, sizes)) == 6
 
 
@@ -296,10 +297,10 @@ def test_own_metrics_stay_with_their_samples(collect_with):
       assert group.metrics == wanted
       last = np.array([False] * 3 + [True])
       assert group.only(last).metrics == wanted[3:]
-  record = json.loads(json.dumps(collector.dump()))
+  record = json.loads(json.dumps(groups_lib.dump(collector.experience)))
   again = collect_with(run)
   again.restore(record)
-  assert json.dumps(again.dump()) == json.dumps(record)
+  assert json.dumps(groups_lib.dump(again.experience)) == json.dumps(record)
   assert [item['metrics'] for item in record['past']] == [
     list(group.metrics) for group in found
   ]

@@ -39,15 +39,8 @@ TOP = (
   'testing',
 )
 NO_JIT = ('ops', 'models', 'drafting', 'rollout/segment.py')
-# Of learning, what drives the pure parts.
-DRIVERS = (
-  'learner',
-  'train_states',
-  'supervised',
-  'teacher',
-  'extrapolation',
-  'drafter_training',
-)
+# Of learning, the class that jits, and the teacher, which is found in a folder.
+DRIVERS = ('learner', 'teacher')
 OPTIONAL = (
   'grain',
   'tensorflow_datasets',

@@ -85,17 +85,13 @@ class Collector:
     self._values: dict[str, float] = {}
     self.sampled: list[Group] = []
 
-  def dump(self) -> dict[str, Any]:
-    """Returns what the steps after the last learned one depend on."""
-    return records.dump(self._state)
-
   @property
   def experience(self) -> Buffer:
     """State after the last step that was learned."""
     return self._state
 
   def restore(self, record: Mapping[str, Any]) -> Buffer:
-    """Takes over what `dump` of an earlier process returned."""
+    """Takes over the buffer that `groups.dump` of an earlier process wrote."""
     self._state = self._next = records.restore(
       record,
       self._sampler.problem,

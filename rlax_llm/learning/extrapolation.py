@@ -33,7 +33,7 @@ class Judged(Protocol):
 
 
 # (states, problems) -> the samples of the policy that are correct.
-Judge = Callable[[States, Sequence[Any]], Any]
+Judge = Callable[[States, Sequence[Any]], Judged]
 _EARLIER = 'earlier'  # the state whose parameters a leap comes from
 
 
@@ -71,7 +71,7 @@ class Leaps:
     judge: Judge,
     problems: Sequence[Any],
   ) -> None:
-    """Keeps its parts.
+    """Prepares it; nothing is compiled yet.
 
     Args:
       states: gives the shapes of the policy's.

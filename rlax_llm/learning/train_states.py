@@ -149,7 +149,7 @@ class States:
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     return sharding.place_tree(abstract, model.axes(abstract), self.mesh, table)
 
-  @property
+  @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
     """The policy's optimizer."""
     learning = self.config.learning
@@ -166,7 +166,7 @@ class States:
     """The critic: the policy's trunk with a head of its own."""
     return heads.make_critic(self.model)
 
-  @property
+  @functools.cached_property
   def critic_optimizer(self) -> optax.GradientTransformation:
     """The critic's optimizer: the policy's with another rate."""
     learning = self.config.learning
