@@ -444,7 +444,7 @@ def test_without_policies_a_step_is_the_engines_own(collect_with):
     assert [g.problem.prompt for g in found] == [
       p.prompt for p in run.problems(step)
     ]
-  state = collector.dump()
+  state = groups.dump(collector.experience)
   assert state['cursor'] == 8
   assert not any(state[k] for k in ('pending', 'surplus', 'queue', 'past'))
 
@@ -494,15 +494,15 @@ def test_every_token_is_booked_and_every_problem_comes_once(
   bound = run.config.control.max_staleness + run.config.control.staleness
   put_off = 0
   for version in range(6):
-    before = json.dumps(collector.dump())
+    before = json.dumps(groups.dump(collector.experience))
     collector.collect(params, version, watch)
-    assert json.dumps(collector.dump()) == before
+    assert json.dumps(groups.dump(collector.experience)) == before
     found = collector.collect(params, version, watch)
     collector.learned()
-    record = json.loads(json.dumps(collector.dump()))
+    record = json.loads(json.dumps(groups.dump(collector.experience)))
     _, other = collect_with(_config())
     other.restore(record)
-    assert json.dumps(other.dump()) == json.dumps(record)
+    assert json.dumps(groups.dump(other.experience)) == json.dumps(record)
     state = groups.restore(
       record,
       lambda n: run.problems(n // 4)[n % 4],

@@ -13,6 +13,7 @@ import pytest
 from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.experience import advantages
+from rlax_llm.experience import groups as groups_lib
 from rlax_llm.experience import step_metrics
 from rlax_llm.experience.pruning import Pruner
 from rlax_llm.learning.presets import PRESETS
@@ -155,7 +156,7 @@ def test_voted_labels_decide_without_the_verifier():
     seen.append(
       (
         collector.metrics()['rollout/refills'],
-        collector.dump()['successes'],
+        groups_lib.dump(collector.experience)['successes'],
         [(g.texts, g.replayed, g.rewards.tolist()) for g in groups],
       )
     )

@@ -23,6 +23,7 @@ import pytest
 
 from rlax_llm.components import make_run
 from rlax_llm.experience import advantages
+from rlax_llm.experience import groups as groups_lib
 from rlax_llm.experience import progress_rewards
 from rlax_llm.experience import step_metrics
 from rlax_llm.experience.pruning import Pruner
@@ -328,16 +329,18 @@ def test_dynamic_sampling_and_histories_pass_by_what_is_missing():
   first = ScriptedVerifier(lambda i, n: (1.0, i % 4 > 0))
   run, collector, groups = collect(config, first)
   assert collector.metrics()['rollout/refills'] == 3
-  known = collector.dump()['successes']['accuracies']
+  known = groups_lib.dump(collector.experience)['successes']['accuracies']
   assert set(known.values()) == {1.0}
   assert all(g.known.tolist() == [True, False, False, False] for g in groups)
   first.script = lambda i, n: (0.0, True)
   collect(config, first, collector=collector, step=1)
-  assert collector.dump()['successes']['accuracies'] == known
-  record = json.loads(json.dumps(collector.dump()))
+  assert (
+    groups_lib.dump(collector.experience)['successes']['accuracies'] == known
+  )
+  record = json.loads(json.dumps(groups_lib.dump(collector.experience)))
   _, again, _ = collect(config, first, steps=0)
   again.restore(record)
-  assert json.dumps(again.dump()) == json.dumps(record)
+  assert json.dumps(groups_lib.dump(again.experience)) == json.dumps(record)
 
 
 def test_what_is_kept_comes_back_with_its_labels():
@@ -349,7 +352,7 @@ def test_what_is_kept_comes_back_with_its_labels():
   verifier = ScriptedVerifier(lambda i, n: (float(i % 2), i % 3 == 0))
   _, collector, _ = collect(config, verifier)
   _, again, _ = collect(config, verifier, steps=0)
-  again.restore(json.loads(json.dumps(collector.dump())))
+  again.restore(json.loads(json.dumps(groups_lib.dump(collector.experience))))
   waiting, found = collector._state.queue[0], again._state.queue[0]
   assert any(not g.known.all() for g in waiting)
   for one, two in zip(waiting, found, strict=True):
