@@ -19,18 +19,17 @@ import numpy as np
 from experiments import common
 from experiments.srt import settings
 from experiments.srt import workload
-from rlax_llm import evaluate
 from rlax_llm.components import make_run
 from rlax_llm.components import Run
 from rlax_llm.config import Config
-from rlax_llm.experience.collector import Collector
-from rlax_llm.experience.training_state import TrainingState
+from rlax_llm.experience import evaluation
+from rlax_llm.experience import training_state
+from rlax_llm.experience.steps import make_steps
 from rlax_llm.learning.drafter_training import DrafterTraining
 from rlax_llm.learning.train_states import drafter_params
 from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.train import train_step
 from rlax_llm.types import Params
-from rlax_llm.workdir.run_statistics import RunStatistics
 
 WARM = flags.DEFINE_string(
   'warm', None, 'Folder of warm starts; what it lacks is written there.'
@@ -127,46 +126,27 @@ def train(
   run = make_run(config, clock=workload.clock())
   config = run.config
   states = run.states.init_all(jax.tree.map(jax.numpy.asarray, warm))
-  engine = run.engine(run.sampling)
   with Verifier(config.task, config.seed) as verifier:
-    learner = run.learner()
-    store = run.rollout_store()
-    collector = Collector(
-      run,
-      engine,
-      verifier,
-      store,
-      learner.score_samples,
-      reads_sampler=learner.reads_sampler,
+    steps = make_steps(
+      run, verifier, drafter=drafting(run) if drafting else None
     )
     reference = run.states.reference(
       tempfile.mkdtemp(), states['policy'].params, 0
     )
-    drafter = None
-    if run.states.draft_model is not None:
-      drafter = drafting(run) if drafting else run.drafter_training()
-    if drafter and config.drafter.warmup_updates:
-      states['drafter'] = drafter.warm_up(
+    if steps.drafter and config.drafter.warmup_updates:
+      states['drafter'] = steps.drafter.warm_up(
         states['drafter'],
         states['policy'].params,
         _show('warm-up of the drafter'),
       )
-    state = TrainingState(
-      states, collector.experience, RunStatistics(), engine, store
-    )
+    state = training_state.first(steps, states)
     for step in range(config.num_steps):
-      state, values, _ = train_step(
-        step, state, run, collector, learner, reference, drafter
-      )
-      states = state.train_states
+      state, values, _ = train_step(step, state, steps, reference)
       if step + 1 == config.num_steps:
-        values |= evaluate.evaluate(
-          run,
-          engine,
-          states['policy'].params,
-          verifier,
-          evaluate.held_out_problems(run),
-          drafter_params=drafter_params(states),
+        values |= steps.evaluator.evaluate(
+          state.train_states['policy'].params,
+          evaluation.held_out_problems(run),
+          drafter_params=drafter_params(state.train_states),
         )
       yield values
 

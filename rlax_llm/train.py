@@ -1,4 +1,4 @@
-"""THE loop: warm start, then rollout -> reward -> batch -> update.
+"""THE loop: rollout, reward, advantages, batch, update, evaluate, checkpoint.
 
   python -m rlax_llm.train --config=configs/quickstart.py --workdir=DIR
 
@@ -6,33 +6,24 @@ Rerunning the same command continues a run that was stopped.
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import contextlib
-import dataclasses
-import io
+import itertools
 import time
 from typing import Any
-import uuid
 
-from rlax_llm import evaluate as evaluation
+from rlax_llm import preflight
 from rlax_llm import report
+from rlax_llm import warm_start
 from rlax_llm.components import make_run
-from rlax_llm.components import Run
 from rlax_llm.config import Config
 from rlax_llm.config import ConfigError
-from rlax_llm.config import field_classes
-from rlax_llm.config import to_dict
-from rlax_llm.config import validation
 from rlax_llm.experience import advantages as credit
+from rlax_llm.experience import rehearsal
 from rlax_llm.experience import step_metrics
 from rlax_llm.experience import training_state
-from rlax_llm.experience.collector import Collector
+from rlax_llm.experience.steps import make_steps
+from rlax_llm.experience.steps import Steps
 from rlax_llm.experience.training_state import TrainingState
-from rlax_llm.learning import diagnostics
-from rlax_llm.learning import teacher as teachers
-from rlax_llm.learning.drafter_training import DrafterTraining
-from rlax_llm.learning.extrapolation import Leaps
-from rlax_llm.learning.learner import Learner
 from rlax_llm.learning.train_states import drafter_params
 from rlax_llm.runtime import executables
 from rlax_llm.runtime import flags
@@ -41,193 +32,103 @@ from rlax_llm.runtime import processes
 from rlax_llm.runtime.stopping import Diverged
 from rlax_llm.runtime.stopping import Stopped
 from rlax_llm.runtime.stopping import StopRequest
-from rlax_llm.tasks import task as tasks
-from rlax_llm.tasks.verifier.verifier import Judged
 from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import Params
-from rlax_llm.types import TrainState
-from rlax_llm.workdir import checkpoint
-from rlax_llm.workdir import manifest
 from rlax_llm.workdir import metrics
-from rlax_llm.workdir.lock import lock_workdir
 from rlax_llm.workdir.progress import Progress
-from rlax_llm.workdir.run_statistics import RunStatistics
+from rlax_llm.workdir.run_files import RunFiles
 from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 def train_step(
-  step: int,
-  state: TrainingState,
-  run: Run,
-  collector: Collector,
-  learner: Learner,
-  reference: Params | None,
-  drafter: DrafterTraining | None = None,
-  leaps: Leaps | None = None,
+  step: int, state: TrainingState, steps: Steps, reference: Params | None
 ) -> tuple[TrainingState, dict[str, Any], list[dict]]:
-  """Runs one step: rollout -> reward -> batch -> update.
+  """Runs one step: rollout -> reward -> advantages -> batch -> update.
 
   Args:
     step: from 0.
     state: before the step; its train states are donated.
-    run: the run.
-    collector: samples and scores groups.
-    learner: makes batches and updates.
-    reference: parameters for the KL term.
-    drafter: None: no network drafts.
-    leaps: None: the objective takes none.
+    steps: of the run.
+    reference: parameters for the KL term; None: there is none.
 
   Returns:
     (state, metrics of the step, sample rows for samples.jsonl).
   """
+  run, collector, learner = steps.run, steps.collector, steps.learner
   watch = Stopwatch(run.clock)
-  compiled = executables.compile_totals()
   states = state.train_states
-  leaped: dict[str, float] = {}
-  if leaps:
-    states, leaped = leaps.before_step(step, states)
+  values: dict[str, Any] = {}
+  if steps.leaps:
+    states, values = steps.leaps.before_step(step, states)
     watch.lap('leap')
   params = states['policy'].params
   drafts: dict[str, Any] = {'drafter_params': drafter_params(states)}
-  if drafter:
-    drafts['idle'] = drafter.idle_work(states['drafter'], params, step)
+  if steps.drafter:
+    drafts['idle'] = steps.drafter.idle_work(states['drafter'], params, step)
 
-  # Rollouts and rewards.
-  groups = credit.learned_groups(
-    run, collector.collect(params, step, watch, **drafts), step
-  )
+  # ---- Rollouts (draft -> extend -> verify -> commit), rewards ---------------
+  collector.publish(step, params, **drafts)
+  for batch, requested in collector.plan(state.buffer, step):
+    collector.dispatch(batch, step, requested)
+    watch.lap('rollout')
+    collector.reward(batch)
+    watch.lap('reward')
+  groups, buffer = collector.take(step)
+  watch.lap('score')
 
-  # Advantages.
+  # ---- Advantages ------------------------------------------------------------
+  groups = credit.learned_groups(run, groups, step)
   advantages = credit.advantages(run, groups)
   trained = credit.trained_samples(
-    run, groups, collector.solved_at_first(groups)
+    run, groups, rehearsal.is_solved(buffer, groups)
   )
   watch.lap('reward')
-  progress = collector.progress(
-    params, step, groups, watch, drafter_params=drafter_params(states)
-  )
+  progress = collector.progress(step, groups)
+  watch.lap('progress')
 
-  # Batch.
+  # ---- Batch -----------------------------------------------------------------
   samples = credit.training_samples(groups, advantages, trained, progress)
-  critic = states['critic'].params if 'critic' in states else None
-  prepared, padding = learner.prepare(
+  batches, padding = learner.prepare(
     params,
     samples,
     reference,
-    critic=critic,
-    rehearsed=collector.rehearsed(step),
+    critic=states['critic'].params if 'critic' in states else None,
+    rehearsed=rehearsal.samples(run, buffer, step),
   )
   watch.lap('score')
   rollouts = [r for group in groups for r in group.rollouts]
-  diagnosis = learner.diagnose(
-    params, samples, [r.token_version == step for r in rollouts], step
-  )
-  gap = step_metrics.sampling_gap(
-    learner, collector.sampled, params, diagnosis, step
+  diagnosis = step_metrics.diagnose(
+    learner, params, samples, rollouts, collector.sampled, step
   )
   watch.lap('diagnose')
 
-  # Update.
+  # ---- Update ----------------------------------------------------------------
   run.on_boundary()  # the last time: `learn_all` takes the states
-  states, values = learner.learn_all(states, prepared, step)
-  experience = collector.learned()
+  states, update_values = learner.learn_all(states, batches, step)
   watch.lap('update')
-  # The update's own sums leave out samples without an advantage.
-  values = (
-    {
-      name: value
-      for name, value in values.items()
-      if name not in diagnostics.names(run.algorithm)
-    }
-    | learner.diagnose_update(states['policy'].params, diagnosis, reference)
-    | gap
+  values |= step_metrics.update_metrics(run, update_values)
+  values |= learner.diagnose_update(
+    states['policy'].params, diagnosis, reference
   )
   watch.lap('diagnose')
-  if drafter:
-    trained_drafter, more = drafter.after_step(
+  if steps.drafter:
+    states['drafter'], more = steps.drafter.after_step(
       states['drafter'],
       states['policy'].params,
       step,
       rollouts,
       sum(watch.seconds.values()),
     )
-    states = states | {'drafter': trained_drafter}
     values |= more
     watch.lap('drafter')
-
-  after = executables.compile_totals()
-  values = step_metrics.step_metrics(
-    run,
-    step,
-    groups,
-    trained,
-    values | leaped,
-    collector.metrics(),
-    padding,
-    watch.seconds,
-    (after[0] - compiled[0], after[1] - compiled[1]),
+  values |= collector.metrics() | {'learning/padding_fraction': padding}
+  values |= step_metrics.step_metrics(run, step, groups, trained, watch)
+  state = state._replace(
+    train_states=states,
+    buffer=buffer,
+    statistics=state.statistics.with_step(rollouts, values['reward/mean']),
   )
-  state.statistics.add_tokens(rollouts)
-  state.statistics.add_reward(values['reward/mean'])
-  state = state._replace(train_states=states, experience=experience)
   return state, values, step_metrics.sample_rows(groups, advantages)
-
-
-def _make_display() -> Progress:
-  """Returns where progress is shown: only process 0 shows it."""
-  return Progress(None if processes.is_writer() else io.StringIO())
-
-
-def _warn_left_out(
-  progress: Progress, what: str, left_out: Sequence[str]
-) -> None:
-  """Warns of problems that could not be used, with one of them as example."""
-  if left_out:
-    progress.message(
-      f'warning: {len(left_out)} {what} are left out; '
-      f'for example, {left_out[0]}'
-    )
-
-
-def _initial_states(
-  run: Run,
-  progress: Progress,
-  writer: metrics.MetricsWriter,
-  drafter: DrafterTraining | None,
-  leaps: Leaps | None,
-) -> dict[str, TrainState]:
-  """Returns train states, by a warm start if the config has one."""
-  steps, updates = run.config.sft.steps, run.config.drafter.warmup_updates
-  params = run.states.init_params()
-
-  def show(done: int, loss: float) -> None:
-    values = {'sft/loss': loss}
-    progress.update(done, values)
-    # Steps below 0: the warm start comes before step 0.
-    writer.write(done - steps - 1, values)
-    run.on_boundary()
-
-  def show_drafter(done: int, loss: float) -> None:
-    progress.update(done, {'drafter/loss': loss})
-    run.on_boundary()
-
-  if steps:
-    progress.phase('warm start', steps)
-    left_out: list[str] = []
-    params = run.warm_start(params, show, left_out)
-    _warn_left_out(progress, 'demonstrations', left_out)
-  states = run.states.init_all(params)
-  if leaps:
-    states |= leaps.init(states)
-  if drafter and updates:  # on the policy as RL finds it
-    progress.phase('warm-up of the drafter', updates)
-    left_out = []
-    states['drafter'] = drafter.warm_up(
-      states['drafter'], states['policy'].params, show_drafter, left_out
-    )
-    _warn_left_out(progress, 'demonstrations', left_out)
-  progress.phase('evaluate', 0)
-  return states
 
 
 def train(
@@ -247,8 +148,7 @@ def train(
     clock: seconds; read for timing only.
     display: where to show progress; None: stderr.
     profile: the first and the last step to trace into workdir/profile.
-    with_report: write report.html and its plots at the end; they can be made
-      later, by `rlax_llm.report`.
+    with_report: write report.html at the end.
 
   Returns:
     The summary, as in summary.json.
@@ -259,245 +159,90 @@ def train(
       continues.
     Diverged: the updates are not finite any more; the state is saved.
   """
-  started, compiled = clock(), executables.compile_totals()
-  with StopRequest() as stop:
-    # ---- Mesh, policy --------------------------------------------------------
+  whole = Stopwatch(clock)
+  with contextlib.ExitStack() as stack:
+    # ---- Mesh, task, policy --------------------------------------------------
+    stop = stack.enter_context(StopRequest())
     run = make_run(config, clock=clock, on_boundary=stop.check)
     config = run.config
-    if config.evaluate.early_stop:
-      raise ConfigError(
-        f'evaluate.early_stop={config.evaluate.early_stop} stops samples by '
-        'their content: they come from another law than the policy, whose '
-        'log-probabilities are not known; train with 0, and give it to '
-        'rlax_llm.evaluate'
-      )
-    allowed = field_classes.MAY_DIFFER
-    if run.algorithm.leaps:  # They are judged as held-out answers are.
-      allowed -= {field_classes.EVALUATION}
-    warnings = [
-      *run.tokenizer.warnings,
-      *manifest.check_workdir(workdir, to_dict(config), allow=allowed),
-    ]
-    # ---- Task ----------------------------------------------------------------
-    held_out = evaluation.held_out_problems(run)
-    run.check_prompts(held_out)
-    run.check_training_prompts()
-    if config.sft.steps:
-      next(run.demonstrations())
-    teacher = teachers.find_teacher(
-      config,
-      run.algorithm,
-      vocabulary=run.model.vocabulary,
-      tokens=run.tokenizer.vocab_size,
-      mesh=run.mesh,
-      clock=run.clock,
-    )
-    with checkpoint.Checkpoints(workdir) as saved:
-      begins = not saved.steps()
-    facts = {}
-    if begins:  # Later the weights may be gone, and the run may end early.
-      validation.check_durations(config, run.algorithm.critic_warmup)
-      facts = run.states.check_pretrained()
+    checked = preflight.check(run, workdir)
     executables.enable_compilation_cache()
-    run_id = uuid.uuid4().hex[:8]
-    lock = (
-      lock_workdir(workdir)
-      if processes.is_writer()
-      else contextlib.nullcontext()
+    files = stack.enter_context(RunFiles(workdir, config, display))
+    verifier = stack.enter_context(
+      Verifier(config.task, config.seed, warn=files.warn)
     )
-    with (
-      lock,
-      Verifier(
-        config.task,
-        config.seed,
-        warn=lambda line: progress.message(f'warning: {line}'),
-      ) as verifier,
-      checkpoint.Checkpoints(
-        workdir,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        warn=lambda line: progress.message(line),
-      ) as saved,
-      display or _make_display() as progress,
-    ):
-      # ---- Compiled steps ----------------------------------------------------
-      engine = run.engine(run.sampling)
-      law = evaluation.evaluation_sampling(run)
-      judge = engine if law == run.sampling else run.engine(law)
-      learner = run.learner(
-        teacher=teachers.load_teacher(run.algorithm.teacher, teacher)
-      )
-      store = run.rollout_store()
-      collector = Collector(
-        run,
-        engine,
-        verifier,
-        store,
-        learner.score_samples,
-        reads_sampler=learner.reads_sampler,
-      )
-      learns = run.states.draft_model is not None
-      drafter = run.drafter_training() if learns else None
 
-      def judged(
-        states: dict[str, TrainState], problems: Sequence[tasks.Problem]
-      ) -> Judged:
-        return evaluation.judge(
-          run,
-          judge,
-          states['policy'].params,
-          verifier,
-          problems,
-          drafter_params=drafter_params(states),
-        )[0]
+    # ---- Compiled steps ------------------------------------------------------
+    steps = make_steps(run, verifier, checked.teacher)
 
-      leaps = run.extrapolation(judged) if run.algorithm.leaps else None
+    # ---- Restore -------------------------------------------------------------
+    found, state, warnings = training_state.restore(files.checkpoints, steps)
+    warnings = [*checked.warnings, *warnings]
+    files.begin(found, state.statistics.evaluated_step, warnings, checked.facts)
+    first = found or 0
+    if found is None:
+      states = warm_start.initial_states(steps, files)
+      state = state._replace(train_states=states)
+    policy = state.train_states['policy'].params
+    reference = run.states.reference(workdir, policy, first)
+    saver = training_state.Saver(files.checkpoints, found, whole)
 
-      # ---- Restore -----------------------------------------------------------
-      state = TrainingState(
-        {}, collector.experience, RunStatistics(), engine, store
-      )
-      first: int | None = None
-      found = training_state.restore(
-        saved, run, state, collector, leaps.abstract() if leaps else {}
-      )
-      if found:
-        first, state, more = found
-        warnings += more
-      saved_step = first  # the newest, on disk or on its way
-      earlier = state.statistics.wall_seconds  # of the processes before
-      seconds = lambda: earlier + run.clock() - started
-
-      def save(step: int) -> None:
-        """Saves the state after a step, unless a checkpoint has it."""
-        nonlocal saved_step
-        if step != saved_step:
-          saved_step = step
-          state.statistics.wall_seconds = seconds()
-          training_state.save(saved, step, state)
-
-      if processes.is_writer():
-        warnings += manifest.write_manifest(
-          workdir,
-          to_dict(config),
-          run_id=run_id,
-          resume_step=first,
-          extra=facts,
-        )
-      for line in warnings:
-        progress.message(f'warning: {line}')
-      if first is not None:
-        progress.message(f'continuing {workdir} after step {first}')
-      # ---- Loop --------------------------------------------------------------
-      make_writer = (
-        metrics.MetricsWriter if processes.is_writer() else metrics.NoWriter
-      )
-      with make_writer(
-        workdir,
-        resume_step=first,
-        evaluated_step=state.statistics.evaluated_step,
-        run_id=run_id,
-        warn=lambda line: progress.message(f'warning: {line}'),
-      ) as writer:
-        if first is None:
+    # ---- Loop ----------------------------------------------------------------
+    writer, progress = files.writer, files.progress
+    health = monitor.HealthMonitor(run.pool, config.learning, progress.message)
+    profile = monitor.steps_within(profile, first + 1, config.num_steps)
+    stack.enter_context(monitor.no_surprises())
+    for step in itertools.count(first):  # steps done
+      ends = step in (0, config.num_steps)
+      is_due = lambda every: ends or (every and step % every == 0)
+      try:
+        # Due again where a stop came between a step and its evaluation.
+        if (
+          is_due(config.evaluate.every)
+          and state.statistics.evaluated_step != step
+        ):
+          watch = Stopwatch(clock)
+          values = steps.evaluator.evaluate(
+            state.train_states['policy'].params,
+            checked.held_out,
+            drafter_params=drafter_params(state.train_states),
+          )
+          watch.lap('evaluate')
           state = state._replace(
-            train_states=_initial_states(run, progress, writer, drafter, leaps)
-          )
-          first = 0
-        reference = run.states.reference(
-          workdir, state.train_states['policy'].params, first
-        )
-        health = monitor.HealthMonitor(
-          run.pool, config.learning, progress.message
-        )
-
-        def evaluate_and_save(done: int) -> None:
-          """Does what is due after a step, unless that has been done."""
-          last = done == config.num_steps
-          due = lambda every: last or done == 0 or (every and done % every == 0)
-          if (
-            due(config.evaluate.every)
-            and state.statistics.evaluated_step != done
-          ):
-            watch = Stopwatch(run.clock)
-            try:
-              values: dict[str, Any] = evaluation.evaluate(
-                run,
-                judge,
-                state.train_states['policy'].params,
-                verifier,
-                held_out,
-                drafter_params=drafter_params(state.train_states),
-              )
-            except Stopped:
-              save(done)
-              raise
-            watch.lap('evaluate')
-            health.check_sampling(
-              f'evaluation after step {done}', judge.stats.warning()
+            statistics=state.statistics.with_accuracy(
+              step, values['evaluate/accuracy']
             )
-            writer.write(done, values | (watch.seconds if done else {}))
-            state.statistics.add_accuracy(done, values['evaluate/accuracy'])
-            progress.update(done, values)
-          if due(config.checkpoint.every) and done != saved_step:
-            watch = Stopwatch(run.clock)
-            save(done)
+          )
+          health.check_sampling(
+            f'evaluation after step {step}', steps.evaluator.stats.warning()
+          )
+          writer.write(step, values | (watch.seconds if step else {}))
+          progress.update(step, values)
+        if is_due(config.checkpoint.every) or health.abort_reason:
+          watch = Stopwatch(clock)
+          if saver.save(step, state) and step:
             watch.lap('checkpoint')
-            if done:
-              writer.write(done, watch.seconds)
-
-        # A stop may have come between the step and its evaluation.
-        evaluate_and_save(first)
-        progress.phase('reinforcement learning', config.num_steps)
-        if profile:
-          profile = (
-            max(profile[0], first + 1),
-            min(profile[1], config.num_steps),
-          )
-          profile = profile if profile[0] <= profile[1] else None
-        with monitor.no_surprises():
-          for step in range(first, config.num_steps):
-            with monitor.profiled(step + 1, profile, workdir):
-              try:
-                state, values, rows = train_step(
-                  step,
-                  state,
-                  run,
-                  collector,
-                  learner,
-                  reference,
-                  drafter,
-                  leaps,
-                )
-              except (Stopped, ConfigError):
-                # Raised before `learn_all`, which takes the states.
-                save(step)
-                raise
-            _warn_left_out(progress, 'prompts', collector.left_out)
-            health.check_sampling(
-              f'step {step + 1}', collector.sampling_stats.warning()
-            )
-            health.check(step + 1, values)
-            # Files first: what a checkpoint says happened has been written.
-            writer.write_samples(step + 1, rows)
-            writer.write(step + 1, values)
-            progress.update(step + 1, values)
-            evaluate_and_save(step + 1)
-            if health.abort_reason:
-              save(step + 1)
-              raise Diverged(health.abort_reason)
-      saved.wait()
-  after = executables.compile_totals()
-  summary = {
-    'steps': config.num_steps,
-    **dataclasses.asdict(state.statistics),
-    'wall_seconds': seconds(),
-    'compile_count': after[0] - compiled[0],
-    'compile_seconds': after[1] - compiled[1],
-    'parameters_sha256': checkpoint.digest_arrays(
-      state.train_states['policy'].params
-    ),
-  }
+            writer.write(step, watch.seconds)
+        if health.abort_reason:
+          raise Diverged(health.abort_reason)
+        if step == config.num_steps:
+          break
+        if step == first:
+          progress.phase('reinforcement learning', config.num_steps)
+        with monitor.profiled(step + 1, profile, workdir):
+          state, values, rows = train_step(step, state, steps, reference)
+      except (Stopped, ConfigError):
+        saver.save(step, state)  # as it was before the step
+        raise
+      files.warn_left_out('prompts', steps.collector.left_out)
+      health.check_sampling(f'step {step + 1}', steps.collector.stats.warning())
+      health.check(step + 1, values)
+      # Files first: what a checkpoint says happened has been written.
+      writer.write_samples(step + 1, rows)
+      writer.write(step + 1, values)
+      progress.update(step + 1, values)
+    files.checkpoints.wait()
+  summary = saver.summary(config.num_steps, state)
   if processes.is_writer():
     metrics.write_summary(workdir, summary)
     if with_report:
@@ -512,24 +257,15 @@ def main(argv: list[str]) -> None:
   try:
     summary = train(_CONFIG.value, workdir, profile=_PROFILE.value)
   except Stopped as signal:
-    with checkpoint.Checkpoints(workdir) as saved:
-      steps = saved.steps()
-    state = (
-      f'the state after step {steps[-1]} is saved, and the same command '
-      'continues'
-      if steps
-      else 'nothing was saved yet'
-    )
     if processes.is_writer():
-      print(f'{signal}: stopped; {state}')
+      print(f'{signal}: stopped; {training_state.describe_saved(workdir)}')
     return
-  if not processes.is_writer():
-    return
-  before, after = summary['accuracy_before'], summary['accuracy_after']
-  print(
-    f'held-out accuracy {before:.3f} -> {after:.3f} in '
-    f'{summary["wall_seconds"]:.0f} s; see {workdir}/report.html'
-  )
+  if processes.is_writer():
+    before, after = summary['accuracy_before'], summary['accuracy_after']
+    print(
+      f'held-out accuracy {before:.3f} -> {after:.3f} in '
+      f'{summary["wall_seconds"]:.0f} s; see {workdir}/report.html'
+    )
 
 
 if __name__ == '__main__':

@@ -1,16 +1,19 @@
 """Scored groups for tests, made of numbers."""
 
+import json
 import types
 
 import numpy as np
 
 from rlax_llm.components import make_run
+from rlax_llm.experience import groups as buffers
 from rlax_llm.experience.collector import Collector
+from rlax_llm.experience.groups import Buffer
 from rlax_llm.experience.groups import Group
+from rlax_llm.experience.training_state import restore_buffer
 from rlax_llm.tasks.verifier.verifier import Scores
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
-from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 def make_group(
@@ -101,26 +104,63 @@ class ScriptedVerifier:
     return Scores(np.where(lost, 0, rewards), parts, lost, [{}] * len(lost))
 
 
-def collect(config, verifier, *, collector=None, steps=1, step=0):
-  """Returns (run, collector, groups of the last step) of a scripted verifier.
+def collect(config, verifier, *, collecting=None, steps=1, step=0):
+  """Returns (run, collecting, groups of the last step) of a scripted verifier.
 
   Args:
     config: of the run.
     verifier: gives its rewards.
-    collector: one that goes on; None: a new one.
+    collecting: one that continues; None: a new one.
     steps: how many to collect.
     step: the first of them.
   """
-  run = collector._run if collector else make_run(config)
-  params = run.states.init_params()
-  score = lambda params, samples: [
-    np.zeros(len(s.completion), np.float32) for s in samples
-  ]
-  collector = collector or Collector(
-    run, run.engine(run.sampling), verifier, run.rollout_store(), score
-  )
+  collecting = collecting or Collecting(make_run(config), verifier)
   groups = []
   for number in range(step, step + steps):
-    groups = collector.collect(params, number, Stopwatch(run.clock))
-    collector.learned()
-  return run, collector, groups
+    groups = collecting.collect(None, number)
+    collecting.commit()
+  return collecting.run, collecting, groups
+
+
+class Collecting:
+  """Collects the groups of steps as `train_step` does, without learning.
+
+  Attributes:
+    buffer: after the last step that was committed.
+  """
+
+  def __init__(self, run, verifier, score=None):
+    self.run = run
+    score = score or (
+      lambda params, samples: [
+        np.zeros(len(s.completion), np.float32) for s in samples
+      ]
+    )
+    self.collector = Collector(
+      run, run.engine(run.sampling), verifier, run.rollout_store(), score
+    )
+    self.buffer = self._next = Buffer()
+
+  def collect(self, params, step):
+    """The groups of a step; the buffer stays as it was before `commit`."""
+    if params is None:
+      params = self.run.states.init_params()
+    self.collector.publish(step, params)
+    for batch, groups in self.collector.plan(self.buffer, step):
+      self.collector.dispatch(batch, step, groups)
+      self.collector.reward(batch)
+    found, self._next = self.collector.take(step)
+    return found
+
+  def commit(self):
+    self.buffer = self._next
+
+  def metrics(self):
+    return self.collector.metrics()
+
+  def dump(self):
+    """The buffer as a checkpoint holds it."""
+    return json.loads(json.dumps(buffers.dump(self.buffer)))
+
+  def restore(self, record):
+    self.buffer = restore_buffer(self.run, record)

@@ -1,11 +1,11 @@
 """Objectives that take more than a batch: rehearsal, progress, leaps."""
 
 import dataclasses
-import json
 import types
 
 from config_helpers import tiny_config
 from config_helpers import train_quietly
+from group_helpers import Collecting
 import jax
 import jax.numpy as jnp
 from learning_helpers import distance
@@ -23,9 +23,8 @@ import pytest
 from rlax_llm.components import make_run
 from rlax_llm.config import AlgorithmConfig
 from rlax_llm.config import ConfigError
-from rlax_llm.experience import groups as groups_lib
 from rlax_llm.experience import progress_rewards
-from rlax_llm.experience.collector import Collector
+from rlax_llm.experience import rehearsal
 from rlax_llm.experience.groups import Group
 from rlax_llm.learning import algorithms
 from rlax_llm.learning.presets import PRESETS
@@ -36,7 +35,6 @@ from rlax_llm.types import FORCE
 from rlax_llm.types import REHEARSE
 from rlax_llm.types import Request
 from rlax_llm.types import Rollout
-from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 # ---- DPH-RL ------------------------------------------------------------------
@@ -136,14 +134,13 @@ def test_rehearsal_pulls_back_to_the_initial_policy():
 
 
 def _collector(run, verifier, seen):
-  engine = run.engine(run.sampling)
   learner = make_learner(run)
 
   def score(params, samples):
     seen.append(samples)
     return learner.score_samples(params, samples)
 
-  return Collector(run, engine, verifier, run.rollout_store(), score)
+  return Collecting(run, verifier, score)
 
 
 def test_what_is_rehearsed():
@@ -165,15 +162,15 @@ def test_what_is_rehearsed():
   seen = []
   with Verifier(run.config.task, run.config.seed) as verifier:
     collector = _collector(run, verifier, seen)
-    groups = collector.collect(params, 0, Stopwatch(run.clock))
-    collector.learned()
+    groups = collector.collect(params, 0)
+    collector.commit()
   (scored,) = seen
   kept = {(*s.prompt, *s.completion) for s in scored}
   decode = run.tokenizer.decode
   assert kept and all(
     set(decode(s.completion)) == set(decode(s.prompt)) for s in scored
   )
-  drawn = [collector.rehearsed(step) for step in range(6)]
+  drawn = [rehearsal.samples(run, collector.buffer, step) for step in range(6)]
   want = {
     (*s.prompt, *s.completion): plain_logprobs(run, params, s) for s in scored
   }
@@ -187,13 +184,15 @@ def test_what_is_rehearsed():
   names = [[s.completion.tolist() for s in samples] for samples in drawn]
   assert any(x != names[0] for x in names)
   solved = {decode(s.prompt) for s in scored}
-  assert collector.solved_at_first(groups).tolist() == [
+  assert rehearsal.is_solved(collector.buffer, groups).tolist() == [
     g.problem.prompt in solved for g in groups
   ]
   again = _collector(run, None, seen)
-  again.restore(json.loads(json.dumps(groups_lib.dump(collector.experience))))
+  again.restore(collector.dump())
   for step, samples in enumerate(drawn):
-    for a, b in zip(again.rehearsed(step), samples, strict=True):
+    for a, b in zip(
+      rehearsal.samples(run, again.buffer, step), samples, strict=True
+    ):
       np.testing.assert_array_equal(a.completion, b.completion)
       np.testing.assert_array_equal(a.scored_logprobs, b.scored_logprobs)
   # No noise key of a training sample is one of theirs.
@@ -497,4 +496,4 @@ def test_what_cannot_be_rehearsed_or_forced_is_refused():
   with Verifier(run.config.task, run.config.seed) as verifier:
     collector = _collector(run, verifier, [])
     with pytest.raises(ConfigError, match='lower algorithm.rehearsal_least'):
-      collector.collect(run.states.init_params(), 0, Stopwatch(run.clock))
+      collector.collect(None, 0)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 
+from group_helpers import Collecting
 from group_helpers import make_group
 import numpy as np
 import pytest
@@ -12,8 +13,6 @@ from rlax_llm import components as runs
 from rlax_llm import testing
 from rlax_llm.config import ConfigError
 from rlax_llm.experience import advantages
-from rlax_llm.experience import groups as groups_lib
-from rlax_llm.experience.collector import Collector
 from rlax_llm.learning import learner as learners
 from rlax_llm.learning.allocation import SuccessHistory
 from rlax_llm.learning.batch import Sample
@@ -22,7 +21,6 @@ from rlax_llm.learning.length_ranker import prompt_key
 from rlax_llm.learning.presets import PRESETS
 from rlax_llm.ops import rewards as reward_ops
 from rlax_llm.tasks.verifier.verifier import Verifier
-from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 def _run(**changes):
@@ -44,12 +42,7 @@ def _collect_with():
 
     def make(run):
       verifier = stack.enter_context(Verifier(run.config.task, run.config.seed))
-      score = lambda unused_params, samples: [
-        np.zeros(len(s.completion), np.float32) for s in samples
-      ]
-      return Collector(
-        run, run.engine(run.sampling), verifier, run.rollout_store(), score
-      )
+      return Collecting(run, verifier)
 
     yield make
 
@@ -58,23 +51,21 @@ def _collected(run, collector, steps):
   """Yields the groups of each step, of a policy that does not change."""
   params = run.states.init_params()
   for step in range(steps):
-    found = collector.collect(params, step, Stopwatch(run.clock))
-    collector.learned()
+    found = collector.collect(params, step)
+    collector.commit()
     yield found
 
 
 def _spied(collector):
   """Returns a list that fills with all groups that are sampled, in order."""
   seen = []
-  sampler = collector._sampler  # pylint: disable=protected-access
-  real = sampler.sample
+  real = collector.collector.reward  # pylint: disable=protected-access
 
-  def sample(*args):
-    state, found = real(*args)
-    seen.extend(found)
-    return state, found
+  def reward(batch):
+    real(batch)
+    seen.extend(collector.collector._rewarded)
 
-  sampler.sample = sample
+  collector.collector.reward = reward
   return seen
 
 
@@ -142,13 +133,13 @@ def test_hard_prompts_get_more_by_what_earlier_steps_saw(collect_with, changes):
       | {g.request.prompt.tobytes(): g.correctness.mean() for g in seen}
     )
     seen.clear()
-    record = json.loads(json.dumps(groups_lib.dump(collector.experience)))
+    record = collector.dump()
     assert sorted(record['successes']['accuracies'].values()) == pytest.approx(
       sorted(known[-1].values())
     )
     again = collect_with(run)
     again.restore(record)
-    assert json.dumps(groups_lib.dump(again.experience)) == json.dumps(record)
+    assert again.dump() == record
   assert not any(sizes[0]) and max(map(max, sizes)) == 6
 
 
@@ -297,10 +288,10 @@ def test_own_metrics_stay_with_their_samples(collect_with):
       assert group.metrics == wanted
       last = np.array([False] * 3 + [True])
       assert group.only(last).metrics == wanted[3:]
-  record = json.loads(json.dumps(groups_lib.dump(collector.experience)))
+  record = collector.dump()
   again = collect_with(run)
   again.restore(record)
-  assert json.dumps(groups_lib.dump(again.experience)) == json.dumps(record)
+  assert again.dump() == record
   assert [item['metrics'] for item in record['past']] == [
     list(group.metrics) for group in found
   ]

@@ -7,6 +7,7 @@ import random
 
 from config_helpers import tiny_config
 from config_helpers import train_quietly
+from group_helpers import Collecting
 import numpy as np
 import pytest
 import rollout_helpers
@@ -15,8 +16,6 @@ from rollout_helpers import by_sample
 from rollout_helpers import make_requests
 
 from rlax_llm import components as runs
-from rlax_llm import early_stop
-from rlax_llm import evaluate
 from rlax_llm import train as training
 from rlax_llm.config import ConfigError
 from rlax_llm.config.draft_configs import Arm
@@ -25,8 +24,9 @@ from rlax_llm.config.validation import validate
 from rlax_llm.drafting.store import RolloutStore
 from rlax_llm.drafting.strategy.cost_model import CostModel
 from rlax_llm.experience import advantages
+from rlax_llm.experience import early_stop
+from rlax_llm.experience import evaluation
 from rlax_llm.experience import groups
-from rlax_llm.experience.collector import Collector
 from rlax_llm.learning import length_ranker
 from rlax_llm.learning import quality_head
 from rlax_llm.ops import pruning
@@ -37,7 +37,6 @@ from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import EVALUATE
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
-from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 # ---- Logical time ------------------------------------------------------------
@@ -401,9 +400,7 @@ def _collect_with():
     def make(config, score=None):
       run = runs.make_run(config)
       verifier = stack.enter_context(Verifier(run.config.task, run.config.seed))
-      return run, Collector(
-        run, run.engine(run.sampling), verifier, run.rollout_store(), score
-      )
+      return run, Collecting(run, verifier, score)
 
     yield make
 
@@ -432,8 +429,8 @@ def test_without_policies_a_step_is_the_engines_own(collect_with):
   run, collector = collect_with(_config(control__over_provision=1.0))
   params = run.states.init_params()
   for step in range(2):
-    found = collector.collect(params, step, Stopwatch(run.clock))
-    collector.learned()
+    found = collector.collect(params, step)
+    collector.commit()
     requests = run.requests(
       run.problems(step), samples=4, domain=TRAIN, step=step
     )
@@ -444,7 +441,7 @@ def test_without_policies_a_step_is_the_engines_own(collect_with):
     assert [g.problem.prompt for g in found] == [
       p.prompt for p in run.problems(step)
     ]
-  state = groups.dump(collector.experience)
+  state = collector.dump()
   assert state['cursor'] == 8
   assert not any(state[k] for k in ('pending', 'surplus', 'queue', 'past'))
 
@@ -489,20 +486,19 @@ def test_every_token_is_booked_and_every_problem_comes_once(
     _config(**{f'control__{k}': v for k, v in changes.items()}), score
   )
   params = run.states.init_params()
-  watch = Stopwatch(run.clock)
   trained = []
   bound = run.config.control.max_staleness + run.config.control.staleness
   put_off = 0
   for version in range(6):
-    before = json.dumps(groups.dump(collector.experience))
-    collector.collect(params, version, watch)
-    assert json.dumps(groups.dump(collector.experience)) == before
-    found = collector.collect(params, version, watch)
-    collector.learned()
-    record = json.loads(json.dumps(groups.dump(collector.experience)))
+    before = collector.dump()
+    collector.collect(params, version)
+    assert collector.dump() == before
+    found = collector.collect(params, version)
+    collector.commit()
+    record = collector.dump()
     _, other = collect_with(_config())
     other.restore(record)
-    assert json.dumps(groups.dump(other.experience)) == json.dumps(record)
+    assert other.dump() == record
     state = groups.restore(
       record,
       lambda n: run.problems(n // 4)[n % 4],
@@ -727,9 +723,9 @@ def test_the_order_is_a_speed_value_where_all_are_taken(collect_with):
     found[order] = [
       r
       for step in range(3)
-      for g in collector.collect(params, step, Stopwatch(run.clock))
+      for g in collector.collect(params, step)
       for r in g.rollouts
-      if collector.learned() is None
+      if collector.commit() is None
     ]
     tau = collector.metrics().get('rollout/length_tau')
     assert (tau is None) == (order == 'arrival')
@@ -760,7 +756,7 @@ def _evaluation(**changes):
   engine = run.engine(run.sampling)
   params = run.states.init_params()
   requests = run.requests(
-    evaluate.held_out_problems(run), samples=2, domain=EVALUATE, step=0
+    evaluation.held_out_problems(run), samples=2, domain=EVALUATE, step=0
   )
   if config.evaluate.early_stop:
     stopped = early_stop.sample(run, engine, params, requests)

@@ -13,7 +13,6 @@ import pytest
 from rlax_llm.components import make_run
 from rlax_llm.config import ConfigError
 from rlax_llm.experience import advantages
-from rlax_llm.experience import groups as groups_lib
 from rlax_llm.experience import step_metrics
 from rlax_llm.experience.pruning import Pruner
 from rlax_llm.learning.presets import PRESETS
@@ -113,7 +112,7 @@ def test_dynamic_sampling_goes_by_correctness(script, value, refills):
   assert (
     step_metrics.group_metrics(groups, 0)['reward/groups_with_signal'] == want
   )
-  _, _, groups = collect(config, verifier, collector=collector, step=1)
+  _, _, groups = collect(config, verifier, collecting=collector, step=1)
   assert sum(group.replayed for group in groups) == 2 * want
 
 
@@ -156,7 +155,7 @@ def test_voted_labels_decide_without_the_verifier():
     seen.append(
       (
         collector.metrics()['rollout/refills'],
-        groups_lib.dump(collector.experience)['successes'],
+        collector.dump()['successes'],
         [(g.texts, g.replayed, g.rewards.tolist()) for g in groups],
       )
     )
@@ -225,13 +224,13 @@ def test_what_is_rehearsed_is_right():
   script = lambda i, n: (float(i == 0), False)
   shaping = lambda i: 1.0 if i in (1, 2) else -0.5
   _, collector, _ = collect(config, _shaped(script, shaping))
-  (kept,) = collector._state.rehearsal
+  (kept,) = collector.buffer.rehearsal
   assert [r.index for r in kept.rollouts] == [0]
   config.task.rewards = {'format': 1.0}
   verifier = _shaped(script, shaping)
   verifier.weight = 0.0
   _, collector, _ = collect(config, verifier)
-  (kept,) = collector._state.rehearsal
+  (kept,) = collector.buffer.rehearsal
   assert [r.index for r in kept.rollouts] == [1, 2]
 
 

@@ -19,10 +19,10 @@ from config_helpers import train_quietly
 import file_helpers
 import pytest
 
-from rlax_llm import evaluate
 from rlax_llm import train
 from rlax_llm import train as training
 from rlax_llm.components import Run
+from rlax_llm.experience.evaluation import Evaluator
 from rlax_llm.learning.drafter_training import DrafterTraining
 from rlax_llm.runtime.files import WriteError
 from rlax_llm.runtime.stopping import Stopped
@@ -43,7 +43,7 @@ FILES = ('metrics.jsonl', 'evaluations.jsonl', 'samples.jsonl')
 # Where faults come: a function that is called there, and its owner.
 PLACES = {
   'step': (training, 'train_step'),
-  'evaluation': (evaluate, 'evaluate'),
+  'evaluation': (Evaluator, 'evaluate'),
   'checkpoint': (checkpoint.Checkpoints, 'save'),
   'warm start': (Run, 'warm_start'),
   'drafter warm-up': (DrafterTraining, 'warm_up'),

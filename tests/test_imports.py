@@ -30,7 +30,8 @@ ALLOWED = {
 TOP = (
   'components',
   'experience',
-  'early_stop',
+  'warm_start',
+  'preflight',
   'evaluate',
   'sample',
   'report',

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import types
 
@@ -23,7 +22,6 @@ import pytest
 
 from rlax_llm.components import make_run
 from rlax_llm.experience import advantages
-from rlax_llm.experience import groups as groups_lib
 from rlax_llm.experience import progress_rewards
 from rlax_llm.experience import step_metrics
 from rlax_llm.experience.pruning import Pruner
@@ -269,7 +267,7 @@ def test_metrics_are_of_what_is_known():
   assert values['reward/groups_with_signal'] == 0
   found = RunStatistics()
   for mean in (math.nan, 0.25, math.nan):
-    found.add_reward(mean)
+    found = found.with_step([], mean)
   assert (found.reward_first, found.reward_last) == (0.25, None)
 
 
@@ -329,18 +327,16 @@ def test_dynamic_sampling_and_histories_pass_by_what_is_missing():
   first = ScriptedVerifier(lambda i, n: (1.0, i % 4 > 0))
   run, collector, groups = collect(config, first)
   assert collector.metrics()['rollout/refills'] == 3
-  known = groups_lib.dump(collector.experience)['successes']['accuracies']
+  known = collector.dump()['successes']['accuracies']
   assert set(known.values()) == {1.0}
   assert all(g.known.tolist() == [True, False, False, False] for g in groups)
   first.script = lambda i, n: (0.0, True)
-  collect(config, first, collector=collector, step=1)
-  assert (
-    groups_lib.dump(collector.experience)['successes']['accuracies'] == known
-  )
-  record = json.loads(json.dumps(groups_lib.dump(collector.experience)))
+  collect(config, first, collecting=collector, step=1)
+  assert collector.dump()['successes']['accuracies'] == known
+  record = collector.dump()
   _, again, _ = collect(config, first, steps=0)
   again.restore(record)
-  assert json.dumps(groups_lib.dump(again.experience)) == json.dumps(record)
+  assert again.dump() == record
 
 
 def test_what_is_kept_comes_back_with_its_labels():
@@ -352,8 +348,8 @@ def test_what_is_kept_comes_back_with_its_labels():
   verifier = ScriptedVerifier(lambda i, n: (float(i % 2), i % 3 == 0))
   _, collector, _ = collect(config, verifier)
   _, again, _ = collect(config, verifier, steps=0)
-  again.restore(json.loads(json.dumps(groups_lib.dump(collector.experience))))
-  waiting, found = collector._state.queue[0], again._state.queue[0]
+  again.restore(collector.dump())
+  waiting, found = collector.buffer.queue[0], again.buffer.queue[0]
   assert any(not g.known.all() for g in waiting)
   for one, two in zip(waiting, found, strict=True):
     for name in ('rewards', 'correctness', 'known', 'unscorable'):
@@ -377,7 +373,7 @@ def test_what_is_rehearsed_was_judged():
     lambda i, n: (float(i == 0), i in (1, 2) or i > 3)
   )
   _, collector, _ = collect(config, verifier)
-  (kept,) = collector._state.rehearsal
+  (kept,) = collector.buffer.rehearsal
   assert kept.correctness.tolist() == [1] and kept.known.all()
 
 

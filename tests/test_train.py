@@ -23,6 +23,7 @@ from rlax_llm.config.draft_configs import Arm
 from rlax_llm.config.draft_configs import PLAIN
 from rlax_llm.drafting.strategy.base import Choice
 from rlax_llm.drafting.strategy.cost_model import CostModel
+from rlax_llm.experience import evaluation
 from rlax_llm.learning import algorithms
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.runtime import executables
@@ -550,7 +551,7 @@ def test_summarize_by_hand():
   """
   correct = np.array([[True, True, False, False], [False] * 4])
   known = np.array([[True] * 4, [True, False, True, False]])
-  values = evaluate.summarize(Judged(correct, known))
+  values = evaluation.summarize(Judged(correct, known))
   assert values == {
     'evaluate/accuracy': 0.25,
     'evaluate/unscorable': 2,

@@ -20,11 +20,11 @@ from absl import logging
 
 from experiments import common
 from experiments.algorithms import settings
-from rlax_llm import evaluate as evaluation
 from rlax_llm import export
 from rlax_llm import train
 from rlax_llm.components import make_run
 from rlax_llm.config import Config
+from rlax_llm.experience import evaluation
 from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.workdir.metrics import read_jsonl
 
@@ -53,12 +53,9 @@ def judge(config: Config, workdir: str) -> dict[str, float]:
   run = make_run(config)
   _, params, _ = run.states.restore_params(workdir)
   with Verifier(run.config.task, run.config.seed) as verifier:
-    return evaluation.evaluate(
-      run,
-      run.engine(evaluation.evaluation_sampling(run)),
-      params,
-      verifier,
-      evaluation.held_out_problems(run),
+    engine = run.engine(evaluation.evaluation_sampling(run))
+    return evaluation.Evaluator(run, engine, verifier).evaluate(
+      params, evaluation.held_out_problems(run)
     )
 
 

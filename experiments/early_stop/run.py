@@ -20,9 +20,9 @@ import jax
 
 from experiments import common
 from experiments import long_tail
-from rlax_llm import evaluate
 from rlax_llm.components import make_run
 from rlax_llm.config import Config
+from rlax_llm.experience import evaluation
 from rlax_llm.runtime import executables
 from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import Params
@@ -80,12 +80,9 @@ def measure(task: str, warm: Params, setting: str, seed: int) -> dict[str, Any]:
   )
   run = make_run(_config(task, seed, **probes))
   with Verifier(run.config.task, run.config.seed) as verifier:
-    return evaluate.evaluate(
-      run,
-      run.engine(run.sampling),
-      jax.tree.map(jax.numpy.asarray, warm),
-      verifier,
-      evaluate.held_out_problems(run),
+    evaluator = evaluation.Evaluator(run, run.engine(run.sampling), verifier)
+    return evaluator.evaluate(
+      jax.tree.map(jax.numpy.asarray, warm), evaluation.held_out_problems(run)
     )
 
 

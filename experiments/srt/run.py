@@ -30,8 +30,8 @@ from rlax_llm.components import Run
 from rlax_llm.config import Config
 from rlax_llm.config import freeze
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.experience.collector import Collector
-from rlax_llm.experience.training_state import TrainingState
+from rlax_llm.experience import training_state
+from rlax_llm.experience.steps import make_steps
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.runtime import executables
@@ -40,7 +40,6 @@ from rlax_llm.train import train_step
 from rlax_llm.types import Params
 from rlax_llm.types import Rollout
 from rlax_llm.types import TRAIN
-from rlax_llm.workdir.run_statistics import RunStatistics
 
 matplotlib.use('Agg')
 from matplotlib import pyplot  # noqa: E402  pylint: disable=wrong-import-position
@@ -132,15 +131,11 @@ def train_and_compare(
   arms = [ArmRunner(name, run, width) for name in settings.ARMS]
   rows = []
   with Verifier(config.task, config.seed) as verifier:
-    learner = run.learner()
-    engine, store = run.engine(run.sampling), run.rollout_store()
-    collector = Collector(run, engine, verifier, store, learner.score_samples)
+    steps = make_steps(run, verifier)
     reference = run.states.reference(
       tempfile.mkdtemp(), states['policy'].params, 0
     )
-    state = TrainingState(
-      states, collector.experience, RunStatistics(), engine, store
-    )
+    state = training_state.first(steps, states)
     for step in range(config.num_steps):
       make = lambda s: run.requests(
         run.problems(s),
@@ -171,9 +166,7 @@ def train_and_compare(
             'differing_samples': sum(a != b for a, b in zip(tokens, want)),
           }
         )
-      state, values, _ = train_step(
-        step, state, run, collector, learner, reference
-      )
+      state, values, _ = train_step(step, state, steps, reference)
       states = state.train_states
       print(
         f'{tags} step {step}: reward {values["reward/mean"]:.3f}', flush=True

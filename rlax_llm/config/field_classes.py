@@ -85,6 +85,7 @@ _CLASSES: Mapping[str, str | Mapping[str, tuple[str, ...]]] = {
     TRAINING: (
       'over_provision',
       'max_staleness',
+      'stop_policy',
       'dynamic_sampling',
       'staleness',
       'replay',

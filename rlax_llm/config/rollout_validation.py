@@ -62,6 +62,7 @@ def _validate_control(
   default = ControlConfig()
   readers = {
     'max_staleness': ('over_provision', control.over_provision > 1),
+    'stop_policy': ('over_provision', control.over_provision > 1),
     'logical_slots': ('over_provision', control.over_provision > 1),
     'replay_steps': ('replay', control.replay > 0),
     'prune_keep': ('prune_at', control.prune_at > 0),

@@ -248,6 +248,10 @@ class ControlConfig(Section):
   over_provision: float = field(1.0, ge=1)
   # Steps after which a deferred group must be complete.
   max_staleness: int = field(4, ge=1)
+  # Where sampling stops, among the ticks at which enough groups are complete:
+  # april stops at the first; module:function decides by a
+  # rlax_llm.rollout.control.SampleView. Needs over_provision above 1.
+  stop_policy: str = 'april'
   # DAPO: a step takes only groups that are neither all right nor all wrong. It
   # samples more until it has enough, in at most this many rounds. 0: off.
   dynamic_sampling: int = field(0, ge=0)

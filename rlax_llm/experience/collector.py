@@ -1,56 +1,53 @@
-"""What a step learns from: problems -> rollouts -> rewards, by group.
+"""Which groups a step learns from: planned, sampled, rewarded, taken.
 
-By default a step asks for its groups, samples them and takes them. `control`
-changes which groups a step takes: APRIL defers groups that are not complete
-when enough are, dynamic sampling discards groups that are all right or all
-wrong, a queue makes steps learn from an earlier policy, and past groups may
-come again. All of them work on one state, `groups.Buffer`, and decide on
+By default a step requests its groups, samples them and takes them. `control`
+changes which groups a step takes: APRIL defers incomplete groups, dynamic
+sampling discards groups whose samples are all right or all wrong, with
+staleness a step learns from an earlier policy's samples, and replay takes past
+groups again. All of them work on one value, `groups.Buffer`, and decide on
 training values alone.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import numpy as np
 
 from rlax_llm.components import Run
-from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.experience import advantages
-from rlax_llm.experience import groups as records
+from rlax_llm.experience import rehearsal
 from rlax_llm.experience.groups import Buffer
 from rlax_llm.experience.groups import Group
 from rlax_llm.experience.groups import PartialGroup
 from rlax_llm.experience.progress_rewards import ForcedAnswers
+from rlax_llm.experience.rewards import reward_groups
 from rlax_llm.experience.sampler import GroupRequest
 from rlax_llm.experience.sampler import GroupSampler
+from rlax_llm.experience.sampler import Policy
+from rlax_llm.experience.stale_scores import Score
+from rlax_llm.experience.stale_scores import score_stale
 from rlax_llm.learning import length_ranker
-from rlax_llm.learning.batch import Sample
 from rlax_llm.rollout.engine import RolloutEngine
 from rlax_llm.rollout.generation import IdleWork
 from rlax_llm.rollout.state import RolloutStats
-from rlax_llm.rollout.table import sample_key
 from rlax_llm.runtime import processes
 from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import Params
 from rlax_llm.types import REHEARSE
-from rlax_llm.types import Rollout
-from rlax_llm.types import TRAIN
-from rlax_llm.workdir.run_statistics import Stopwatch
 
-# (params, samples) -> the log-probability of each token of each completion.
-Score = Callable[[Params, Sequence[Sample]], list[np.ndarray]]
-
-_FADING = 0.7  # weight of what an epoch ago told of a prompt's lengths
+_LENGTH_DECAY = 0.7  # weight of an epoch-old observation of a prompt's lengths
 
 
 class Collector:
-  """Samples and scores the groups of a step."""
+  """Collects the groups of a step.
+
+  A step calls `publish`, then `dispatch` and `reward` for whatever `plan`
+  yields, then `take`. The buffer is a value: a step that is given up is
+  collected again from the buffer before it.
+  """
 
   def __init__(
     self,
@@ -66,7 +63,7 @@ class Collector:
 
     Args:
       run: the run.
-      engine: of the law that the policy is trained under.
+      engine: of the distribution that the policy is trained under.
       verifier: gives rewards.
       store: past rollouts, drafted from.
       score: gives the log-probabilities of what a later step trains on.
@@ -74,379 +71,286 @@ class Collector:
     """
     self._run = run
     self._control = run.config.control
-    self._sampler = GroupSampler(run, engine, verifier, store)
+    self._sampler = GroupSampler(run, engine, store)
+    self._verifier = verifier
     self._store = store
     self._score = score
     self._reads_sampler = reads_sampler
     self._force = ForcedAnswers(run, engine, verifier).progress
-    self._state = Buffer()  # after the last step that was learned
-    self._next = self._state  # after the one under way
-    # Of the last `collect`: metrics, and every complete group that it sampled.
+    # Of the step under way.
+    self._begin = self._buffer = Buffer()
+    self._wanted: GroupRequest | None = None
+    self._complete: list[PartialGroup] = []  # dispatched and not rewarded
+    self._rewarded: list[Group] = []
     self._values: dict[str, float] = {}
-    self.sampled: list[Group] = []
+    self.sampled: list[Group] = []  # every group that the step completed
 
-  @property
-  def experience(self) -> Buffer:
-    """State after the last step that was learned."""
-    return self._state
-
-  def restore(self, record: Mapping[str, Any]) -> Buffer:
-    """Takes over the buffer that `groups.dump` of an earlier process wrote."""
-    self._state = self._next = records.restore(
-      record,
-      self._sampler.problem,
-      lambda prompt: self._run.encode(prompt, prompt=True),
-      self._run.tokenizer.decode,
-      functools.partial(advantages.judge, self._run),
-      TRAIN,
-    )
-    return self._state
-
-  def collect(
+  def publish(
     self,
+    version: int,
     params: Params,
-    step: int,
-    watch: Stopwatch,
     *,
     drafter_params: Params = (),
     idle: IdleWork = lambda mesh: None,
-  ) -> list[Group]:
-    """Returns the groups that a step learns from, the oldest first.
-
-    Nothing is remembered of it before `learned` says that it was learned: a
-    step that is given up is collected again.
+  ) -> None:
+    """Sets the parameters that sample from now on.
 
     Args:
+      version: the step that they are of.
       params: the policy's.
-      step: from 0.
-      watch: told of rollout, reward and score.
       drafter_params: see `RolloutEngine.generate`.
       idle: likewise.
     """
-    self._next, self._values = self._state, {'rollout/refills': 0}
-    seen: list[Group] = []
-    self._sampler.begin(drafter_params, idle)
+    self._sampler.publish(Policy(version, params, drafter_params, idle))
+
+  def plan(
+    self, buffer: Buffer, step: int
+  ) -> Iterator[tuple[int, list[PartialGroup]]]:
+    """Yields what to dispatch until every batch that is due has its groups.
+
+    Due is the batch of every step up to `step + control.staleness`. Dynamic
+    sampling and APRIL let a batch depend on what came of the one before, so
+    each item must be dispatched and rewarded before the next is drawn.
+
+    Args:
+      buffer: before the step.
+      step: from 0.
+
+    Yields:
+      (the step that will learn from the groups, groups to sample).
+    """
+    self._begin = self._buffer = buffer
+    self._values, self.sampled = {'rollout/refills': 0}, []
     if self._run.algorithm.rehearsal != 'none':
-      if not self._next.rehearsal:
-        self._update(rehearsal=self._solved(params, watch))
-      self._values['rollout/rehearsal_samples'] = len(self._rehearsal())
+      if not buffer.rehearsal:
+        self._update(rehearsal=self._solved())
+      self._values['rollout/rehearsal_samples'] = len(
+        rehearsal.rollouts(self._buffer)
+      )
     # No step would use batches beyond the last one.
     left = max(self._run.config.num_steps - 1 - step, 0)
     ahead = min(self._control.staleness, left)
-    while len(self._next.queue) <= ahead:
-      batch, new = self._round(
-        params, step, step + len(self._next.queue), watch
+    while len(self._buffer.queue) <= ahead:
+      yield from self._fill(step + len(self._buffer.queue))
+
+  def dispatch(
+    self, batch: int, version: int, groups: Sequence[PartialGroup]
+  ) -> None:
+    """Samples groups: draft, extend, verify and commit until they are complete.
+
+    Args:
+      batch: the step that will learn from them.
+      version: of the parameters, as published.
+      groups: from `plan`.
+    """
+    wanted = self._wanted
+    if wanted is None or wanted.batch != batch:
+      raise ValueError(f'batch {batch} is not the one that `plan` yielded')
+    if version != self._sampler.policy.version:
+      raise ValueError(
+        f'version {version} is not published; {self._sampler.policy.version} is'
       )
-      seen += new
-      self._update(queue=(*self._next.queue, batch))
-    self.sampled = seen
-    batch, *queue = self._next.queue
-    fresh = sum(group.tokens for group in batch if not group.replayed)
+    tokens = sum(group.tokens for group in groups)
+    sampled = self._sampler.sample(self._buffer, groups, wanted)
+    pending = [group for group in sampled if not group.complete]
+    pending.sort(key=lambda group: group.age_order)
+    self._complete = [group for group in sampled if group.complete]
+    self._rewarded = []
+    self._update(
+      pending=tuple(pending),
+      sampled_tokens=self._buffer.sampled_tokens
+      + sum(group.tokens for group in sampled)
+      - tokens,
+    )
+
+  def reward(self, batch: int) -> None:
+    """Rewards the complete groups of a dispatch; teaches the pruning head.
+
+    Args:
+      batch: the step that will learn from them.
+    """
+    if self._wanted is None or self._wanted.batch != batch:
+      raise ValueError(f'batch {batch} is not the one that was dispatched')
+    complete, self._complete = self._complete, []
+    groups = reward_groups(
+      self._run, self._verifier, complete, self._sampler.problem
+    )
+    pruned = sum(g.tokens for g in complete) - sum(g.tokens for g in groups)
+    self._update(dropped_tokens=self._buffer.dropped_tokens + pruned)
+    pruner = self._sampler.pruner
+    if pruner and groups:
+      head, values = pruner.learn(
+        self._sampler.policy.params, self._buffer.head, groups
+      )
+      self._update(head=head)
+      self._values |= values
+    self._rewarded = groups
+
+  def take(self, step: int) -> tuple[list[Group], Buffer]:
+    """Returns the groups that a step learns from, and the buffer after it.
+
+    Args:
+      step: from 0; its plan is exhausted.
+
+    Returns:
+      (groups, the oldest first; the buffer once the step is learned).
+    """
+    batch, *queue = self._buffer.queue
+    fresh = [group for group in batch if not group.replayed]
+    tokens = sum(group.tokens for group in fresh)
     self._update(
       queue=tuple(queue),
-      past=self._past(batch, step),
-      trained_tokens=self._next.trained_tokens + fresh,
+      past=self._past(fresh, step),
+      trained_tokens=self._buffer.trained_tokens + tokens,
     )
-    self._observe_lengths([g for g in batch if not g.replayed])
-    # Not before the end of the step: what it asks for is decided by then.
+    self._observe_lengths(fresh)
+    # At the end of the step: its own requests must not depend on it.
     if self._control.extra_samples:
       known = [
         (g.request.prompt, accuracy)
-        for g in seen
+        for g in self.sampled
         if (accuracy := g.accuracy) is not None
       ]
       self._update(
-        successes=self._next.successes.observe(
+        successes=self._buffer.successes.observe(
           [p for p, _ in known], [a for _, a in known]
         )
       )
-    groups = self._keep_scores(params, step, batch)
-    watch.lap('score')
+    groups = list(batch)
+    if self._reads_sampler:
+      self._buffer, groups = score_stale(
+        self._buffer,
+        batch,
+        step=step,
+        params=self._sampler.policy.params,
+        score=self._score,
+      )
     self._values |= self._sampler.values | {
       'rollout/left_out_prompts': len(self.left_out),
-      'rollout/sampled_tokens': self._next.sampled_tokens
-      - self._state.sampled_tokens,
-      'rollout/trained_tokens': fresh,
-      'rollout/buffered_tokens': self._next.buffered_tokens,
-      'rollout/dropped_tokens': self._next.dropped_tokens
-      - self._state.dropped_tokens,
-      'rollout/pending_groups': len(self._next.pending),
+      'rollout/sampled_tokens': self._buffer.sampled_tokens
+      - self._begin.sampled_tokens,
+      'rollout/trained_tokens': tokens,
+      'rollout/buffered_tokens': self._buffer.buffered_tokens,
+      'rollout/dropped_tokens': self._buffer.dropped_tokens
+      - self._begin.dropped_tokens,
+      'rollout/pending_groups': len(self._buffer.pending),
     }
-    return groups
-
-  def solved_at_first(self, groups: Sequence[Group]) -> np.ndarray:
-    """Returns bool[B]: groups of problems that the initial policy solved."""
-    known = {group.problem.prompt_id for group in self._next.rehearsal}
-    return np.array([group.problem.prompt_id in known for group in groups])
-
-  def rehearsed(self, step: int) -> list[Sample]:
-    """Returns what a step rehearses: other samples of the kept in each step.
-
-    Args:
-      step: from 0.
-    """
-    kept, config = self._rehearsal(), self._run.config
-    share = self._run.algorithm.rehearsal_share
-    count = math.ceil(
-      share * config.task.prompts_per_step * config.rollout.samples_per_prompt
-    )
-    rng = np.random.default_rng([config.seed, REHEARSE, step])
-    return [
-      Sample(
-        prompt=rollout.request.prompt,
-        completion=rollout.tokens,
-        scored_logprobs=rollout.scored_logprobs,
-        extra={'rehearsed': 1.0},
-      )
-      for rollout in (kept[i] for i in rng.permutation(len(kept))[:count])
-    ]
+    return groups, self._buffer
 
   def progress(
-    self,
-    params: Params,
-    step: int,
-    groups: Sequence[Group],
-    watch: Stopwatch,
-    *,
-    drafter_params: Params = (),
+    self, step: int, groups: Sequence[Group]
   ) -> list[dict[str, np.ndarray]]:
-    """Returns what each episode of each sample added, where that is read.
+    """Returns the progress of each episode of each sample, where it is read.
 
     Args:
-      params: the policy's.
       step: from 0.
       groups: of the step.
-      watch: told of the time.
-      drafter_params: see `RolloutEngine.generate`.
     """
     if self._run.algorithm.credit != 'progress':
       return []
+    policy = self._sampler.policy
     found, values = self._force(
-      params, groups, step, drafter_params=drafter_params
+      policy.params, groups, step, drafter_params=policy.drafter_params
     )
     self._values |= values
-    watch.lap('progress')
     return [{'progress': array} for array in found]
 
   @property
-  def sampling_stats(self) -> RolloutStats:
-    """Speed values of the last `collect`."""
+  def stats(self) -> RolloutStats:
+    """Speed values since `publish`."""
     return self._sampler.stats
 
   @property
   def left_out(self) -> Sequence[str]:
-    """Why prompts could not be sampled from in the last `collect`."""
+    """Why due prompts could not be sampled from since `publish`."""
     return self._sampler.left_out
 
-  def learned(self) -> Buffer:
-    """Says that the step of the last `collect` was learned."""
-    self._state = self._next
-    return self._state
-
   def metrics(self) -> dict[str, float]:
-    """Returns what the last `collect` tells besides its groups."""
-    parts = processes.gather([self._store.bytes, len(self._store)])
-    kept, prompts = (sum(values) for values in zip(*parts))
+    """Returns the metrics of the last step besides those of its groups."""
+    stores = processes.gather([self._store.bytes, len(self._store)])
+    kept, prompts = (sum(values) for values in zip(*stores))
     return (
-      self._sampler.stats.metrics()
+      self.stats.metrics()
       | self._values
       | {'rollout/cache_bytes': kept, 'rollout/cached_prompts': prompts}
     )
 
   def _update(self, **changes: Any) -> None:
-    self._next = dataclasses.replace(self._next, **changes)
+    self._buffer = dataclasses.replace(self._buffer, **changes)
 
-  # ---- Rehearsal -------------------------------------------------------------
-  def _rehearsal(self) -> list[Rollout]:
-    return [r for group in self._next.rehearsal for r in group.rollouts]
-
-  def _solved(self, params: Params, watch: Stopwatch) -> tuple[Group, ...]:
-    """Returns the right samples of what a policy solves, with their scores.
-
-    Raises:
-      ConfigError: it solves nothing.
-    """
-    algorithm = self._run.algorithm
-    solved = []
-    for group in self._sampler.sample_apart(
-      params, algorithm.rehearsal_prompts, REHEARSE, watch
-    ):
-      right = group.known & (group.correctness >= 1)
-      if right.any() and (
-        group.correctness[group.known].mean() >= algorithm.rehearsal_least
-      ):
-        solved.append(group.only(right))
-    if not solved:
-      raise ConfigError(
-        f'the policy before RL solves none of {algorithm.rehearsal_prompts} '
-        f'problems with a mean score of {algorithm.rehearsal_least}, so that '
-        'there is nothing to rehearse; lower algorithm.rehearsal_least or '
-        'raise algorithm.rehearsal_prompts'
-      )
-    logprobs = iter(
-      self._score(
-        params,
-        [
-          Sample(prompt=r.request.prompt, completion=r.tokens)
-          for group in solved
-          for r in group.rollouts
-        ],
-      )
+  def _solved(self) -> tuple[Group, ...]:
+    """Returns the right samples of what the initial policy solves."""
+    complete = self._sampler.sample_apart(
+      self._run.algorithm.rehearsal_prompts, REHEARSE
     )
-    watch.lap('score')
-    return tuple(
-      dataclasses.replace(
-        group,
-        rollouts=tuple(
-          dataclasses.replace(r, scored_logprobs=next(logprobs))
-          for r in group.rollouts
-        ),
-      )
-      for group in solved
+    groups = reward_groups(
+      self._run, self._verifier, complete, self._sampler.problem
+    )
+    return rehearsal.solved(
+      self._run, groups, self._score, self._sampler.policy.params
     )
 
-  # ---- Who is taken ----------------------------------------------------------
-  def _round(
-    self, params: Params, step: int, number: int, watch: Stopwatch
-  ) -> tuple[tuple[Group, ...], list[Group]]:
-    """Returns (the batch of a step, the groups that were sampled for it).
-
-    Args:
-      params: the policy's.
-      step: their version.
-      number: the step that the batch is for; its requests carry it.
-      watch: told of rollout and reward.
-    """
-    again = self._replayed(number)
-    wanted = self._run.config.task.prompts_per_step - len(again)
-    limit = self._control.dynamic_sampling
-    chosen = list(self._next.surplus)
-    new: list[Group] = []
-    without: list[Group] = []  # signal
+  def _fill(self, batch: int) -> Iterator[tuple[int, list[PartialGroup]]]:
+    """Yields dispatches until a batch has its groups, then queues it."""
+    replayed = self._replayed(batch)
+    wanted = self._run.config.task.prompts_per_step - len(replayed)
+    rounds = self._control.dynamic_sampling
+    chosen = list(self._buffer.surplus)
+    rejected: list[Group] = []  # groups without a signal
     first = refills = 0
-    while len(chosen) < wanted and refills <= limit:
+    while len(chosen) < wanted and refills <= rounds:
       missing = wanted - len(chosen)
-      seen = len(chosen) + len(without)
-      if refills and chosen:  # As few of those to come will have a signal.
+      seen = len(chosen) + len(rejected)
+      if refills and chosen:  # Expects as small a share with a signal.
         missing = math.ceil(missing * seen / len(chosen))
-      before = self._next.cursor
-      demand = GroupRequest(step, number, first, min(missing, wanted))
-      self._next, got = self._sampler.sample(params, self._next, demand, watch)
-      first += self._next.cursor - before
-      new += got
-      for group in got:
-        (without if limit and not group.has_signal else chosen).append(group)
+      self._wanted = GroupRequest(batch, first, min(missing, wanted))
+      before = self._buffer.cursor
+      self._buffer, groups = self._sampler.request(self._buffer, self._wanted)
+      first += self._buffer.cursor - before
+      yield batch, groups
+      self._wanted = None
+      for group in self._rewarded:
+        keep = group.has_signal or not rounds
+        (chosen if keep else rejected).append(group)
+      self.sampled += self._rewarded
       refills += 1
     oldest_first = lambda group: group.age_order
     chosen.sort(key=oldest_first)
-    without.sort(key=oldest_first)
+    rejected.sort(key=oldest_first)
     short = max(wanted - len(chosen), 0)
-    batch = sorted(chosen[:wanted] + without[:short], key=oldest_first)
+    taken = sorted(chosen[:wanted] + rejected[:short], key=oldest_first)
     self._values['rollout/refills'] += max(refills - 1, 0)
     self._update(
       surplus=tuple(chosen[wanted:]),
-      dropped_tokens=self._next.dropped_tokens
-      + sum(group.tokens for group in without[short:]),
+      queue=(*self._buffer.queue, (*taken, *replayed)),
+      dropped_tokens=self._buffer.dropped_tokens
+      + sum(group.tokens for group in rejected[short:]),
     )
-    return (*batch, *again), new
 
-  def _replayed(self, number: int) -> list[Group]:
-    """Returns past groups for the batch of a step."""
-    past = [group for group in self._next.past if group.has_signal]
+  def _replayed(self, batch: int) -> list[Group]:
+    """Returns past groups for a batch."""
+    past = [group for group in self._buffer.past if group.has_signal]
     count = min(self._control.replay, len(past))
-    rng = np.random.default_rng([self._run.config.seed, number, count])
+    rng = np.random.default_rng([self._run.config.seed, batch, count])
     chosen = sorted(rng.permutation(len(past))[:count])
     return [dataclasses.replace(past[i], replayed=True) for i in chosen]
 
-  def _past(self, batch: Sequence[Group], step: int) -> tuple[Group, ...]:
+  def _past(self, fresh: Sequence[Group], step: int) -> tuple[Group, ...]:
     """Returns the groups that may be replayed after a step."""
     if not self._control.replay:
       return ()
-    least = step + 1 - self._control.replay_steps
-    known = [*self._next.past, *(g for g in batch if not g.replayed)]
-    return tuple(g for g in known if g.request.step >= least)
+    oldest = step + 1 - self._control.replay_steps
+    known = (*self._buffer.past, *fresh)
+    return tuple(g for g in known if g.request.step >= oldest)
 
-  def _observe_lengths(self, batch: Sequence[Group]) -> None:
+  def _observe_lengths(self, groups: Sequence[Group]) -> None:
     """Compares predicted lengths with those of new groups; learns from them."""
     if self._control.order == 'arrival':
       return
-    prompts = [group.request.prompt for group in batch]
-    lengths = [group.lengths for group in batch]
-    known = self._next.lengths
+    prompts = [group.request.prompt for group in groups]
+    lengths = [group.lengths for group in groups]
+    known = self._buffer.lengths
     self._values['rollout/length_tau'] = length_ranker.kendall_tau(
       known.predict(prompts), np.array([np.mean(x) for x in lengths])
     )
-    self._update(lengths=known.observe(prompts, lengths, keep=_FADING))
-
-  # ---- Log-probabilities -----------------------------------------------------
-  def _keep_scores(
-    self, params: Params, step: int, batch: Sequence[Group]
-  ) -> list[Group]:
-    """Scores what this step sampled and a later one may train on.
-
-    It is scored under the weights that sampled it, before they change. In the
-    batch of this step that is needed where older tokens stand beside new ones:
-    what is on-policy as a whole needs no scores. Neither does anything where
-    the objective does not read by which policy a token was sampled.
-    """
-    if not self._reads_sampler:
-      return list(batch)
-    state = self._next
-    kept: list[Group | PartialGroup] = [
-      *state.pending,
-      *state.surplus,
-      *state.past,
-    ]
-    kept += [group for queued in state.queue for group in queued]
-    rollouts = [r for group in kept for r in group.rollouts]
-    rollouts += [
-      r
-      for group in batch
-      for r in group.rollouts
-      if (r.token_version < step).any()
-    ]
-    missing = {
-      sample_key(r.request, r.index): r
-      for r in rollouts
-      if r.length > _scored(r) and r.survival > 0
-    }
-    if not missing:
-      return list(batch)
-    logprobs = self._score(
-      params,
-      [
-        Sample(prompt=r.request.prompt, completion=r.tokens)
-        for r in missing.values()
-      ],
-    )
-    for (key, rollout), new in zip(missing.items(), logprobs):
-      old = rollout.scored_logprobs
-      old, known = new[:0] if old is None else old, _scored(rollout)
-      if (rollout.token_version[known:] != step).any():
-        raise AssertionError(f'{key} has unscored tokens of an earlier policy')
-      missing[key] = dataclasses.replace(
-        rollout, scored_logprobs=np.concatenate([old, new[known:]])
-      )
-    renewed = lambda groups: tuple(_with(group, missing) for group in groups)
-    self._update(
-      pending=renewed(state.pending),
-      surplus=renewed(state.surplus),
-      past=renewed(state.past),
-      queue=tuple(map(renewed, state.queue)),
-    )
-    return list(renewed(batch))
-
-
-def _scored(rollout: Rollout) -> int:
-  """Returns how many tokens of a rollout have been scored."""
-  return 0 if rollout.scored_logprobs is None else len(rollout.scored_logprobs)
-
-
-def _with(group: Any, scored: Mapping[tuple, Rollout]) -> Any:
-  """Returns a group, complete or not, with the rollouts that were scored."""
-  return dataclasses.replace(
-    group,
-    rollouts=tuple(
-      scored.get(sample_key(r.request, r.index), r) for r in group.rollouts
-    ),
-  )
+    self._update(lengths=known.observe(prompts, lengths, keep=_LENGTH_DECAY))

@@ -137,6 +137,11 @@ class PartialGroup:
     return sum(rollout.length for rollout in self.rollouts)
 
   @property
+  def age_order(self) -> tuple[int, int]:
+    """Sorts groups by when they were requested."""
+    return self.request.step, self.request.request
+
+  @property
   def complete(self) -> bool:
     """Whether every sample is at its end."""
     return bool(self.rollouts) and not any(r.suspended for r in self.rollouts)

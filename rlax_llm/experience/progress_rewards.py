@@ -59,6 +59,30 @@ def episode_ends(
   )
 
 
+def check(run: Run) -> tuple[np.ndarray, int]:
+  """Returns (int32 tokens that open an answer, room for a sample before them).
+
+  Args:
+    run: its algorithm says how long forced answers may be.
+
+  Raises:
+    ConfigError: a forced answer is as long as the longest sample.
+  """
+  algorithm, longest = run.algorithm, run.config.rollout.max_new_tokens
+  if algorithm.credit != 'progress':
+    return np.zeros(0, np.int32), longest
+  text = extract.opening(run.config.task.answer_format)
+  opening = np.asarray(run.encode(text, prompt=False), np.int32)
+  room = longest - len(opening) - algorithm.progress_tokens
+  if room < 1:
+    raise ConfigError(
+      f'algorithm.progress_tokens={algorithm.progress_tokens} and the '
+      f'{len(opening)} tokens of {text!r} leave no room in '
+      f'rollout.max_new_tokens={longest}; lower the one or raise the other'
+    )
+  return opening, room
+
+
 class ForcedAnswers:
   """Asks for answers in the middle of samples, and has them judged.
 
@@ -71,31 +95,20 @@ class ForcedAnswers:
   def __init__(
     self, run: Run, engine: RolloutEngine, verifier: Verifier
   ) -> None:
-    """Checks that answers fit.
+    """Makes it.
 
     Args:
       run: its algorithm says where episodes end.
-      engine: of the law that the policy is trained under.
+      engine: of the distribution that the policy is trained under.
       verifier: scores answers.
 
     Raises:
-      ConfigError: a forced answer is as long as the longest sample.
+      ConfigError: see `check`.
     """
     self._run = run
     self._engine = engine
     self._verifier = verifier
-    algorithm, longest = run.algorithm, run.config.rollout.max_new_tokens
-    if algorithm.credit != 'progress':
-      return
-    opening = extract.opening(run.config.task.answer_format)
-    self._opening = np.asarray(run.encode(opening, prompt=False), np.int32)
-    self._room = longest - len(self._opening) - algorithm.progress_tokens
-    if self._room < 1:
-      raise ConfigError(
-        f'algorithm.progress_tokens={algorithm.progress_tokens} and the '
-        f'{len(self._opening)} tokens of {opening!r} leave no room in '
-        f'rollout.max_new_tokens={longest}; lower the one or raise the other'
-      )
+    self._opening, self._room = check(run)
 
   def progress(
     self,

@@ -1,5 +1,6 @@
-"""Groups of samples for a step: asked for, sampled, pruned, rewarded."""
+"""Groups of samples for a batch: requested from the task, then sampled."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -14,9 +15,8 @@ from rlax_llm.components import MAX_LEFT_OUT
 from rlax_llm.components import Run
 from rlax_llm.config import ConfigError
 from rlax_llm.drafting.store import RolloutStore
-from rlax_llm.experience import advantages
+from rlax_llm.experience import stop_policies
 from rlax_llm.experience.groups import Buffer
-from rlax_llm.experience.groups import Group
 from rlax_llm.experience.groups import PartialGroup
 from rlax_llm.experience.pruning import Pruner
 from rlax_llm.ops import rewards as reward_ops
@@ -26,178 +26,160 @@ from rlax_llm.rollout.generation import IdleWork
 from rlax_llm.rollout.state import RolloutState
 from rlax_llm.rollout.state import RolloutStats
 from rlax_llm.rollout.table import sample_key
-from rlax_llm.runtime import processes
 from rlax_llm.tasks.task import Problem
-from rlax_llm.tasks.verifier.verifier import Verifier
 from rlax_llm.types import Params
 from rlax_llm.types import Request
 from rlax_llm.types import TRAIN
-from rlax_llm.workdir.run_statistics import Stopwatch
+
+
+def problem_stream(run: Run) -> Callable[[int], Problem]:
+  """Returns the problems of all steps, one after another, by their number."""
+  count = run.config.task.prompts_per_step
+  # A step's problems are drawn together.
+  problems = functools.lru_cache(4)(run.problems)
+  return lambda number: problems(number // count)[number % count]
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupRequest:
-  """What a step asks for."""
+  """The groups that a batch still lacks."""
 
-  step: int  # the version of the parameters that sample
-  number: int  # the step that will learn from it; its requests carry it
-  first: int  # number of its first new request
-  groups: int  # wanted
+  batch: int  # the step that will learn from them; their requests carry it
+  first: int  # number of the first new request of the batch
+  groups: int  # complete groups that are wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """The parameters that sample."""
+
+  version: int = 0  # the step that they are of
+  params: Params = ()
+  drafter_params: Params = ()  # see `RolloutEngine.generate`
+  idle: IdleWork = lambda mesh: None  # likewise
 
 
 class GroupSampler:
-  """Samples and rewards groups; what it leaves open goes on in the next call.
+  """Requests groups and samples them.
 
   Attributes:
-    stats: speed values since `begin`.
-    values: metrics that are training values, likewise.
-    left_out: why prompts that were due since then could not be sampled from.
+    stats: speed values since `publish`.
+    values: metrics that are training values, since `publish`.
+    left_out: why due prompts could not be sampled from, since `publish`.
   """
 
   def __init__(
-    self,
-    run: Run,
-    engine: RolloutEngine,
-    verifier: Verifier,
-    store: RolloutStore,
+    self, run: Run, engine: RolloutEngine, store: RolloutStore
   ) -> None:
     """Makes a sampler.
 
     Args:
       run: the run.
-      engine: of the law that the policy is trained under.
-      verifier: gives rewards.
+      engine: of the distribution that the policy is trained under.
       store: past rollouts, drafted from.
     """
     self._run = run
     self._control = run.config.control
     self._samples = run.config.rollout.samples_per_prompt
     self._engine = engine
-    self._verifier = verifier
     self._store = store
-    self._pruner = Pruner(run) if self._control.prune_at else None
-    # A step's problems are drawn together.
-    self._problems = functools.lru_cache(4)(run.problems)
-    self.begin()
+    self.pruner = Pruner(run) if self._control.prune_at else None
+    self._stop_policy = stop_policies.find(self._control)
+    self.problem = problem_stream(run)
+    self.publish(Policy())
 
-  def begin(
-    self, drafter_params: Params = (), idle: IdleWork = lambda mesh: None
-  ) -> None:
-    """Begins to count anew.
-
-    Args:
-      drafter_params: see `RolloutEngine.generate`; for the calls to come.
-      idle: likewise.
-    """
-    self._drafter_params = drafter_params
-    self._idle = idle
+  def publish(self, policy: Policy) -> None:
+    """Sets the parameters that sample from now on; resets the statistics."""
+    self.policy = policy
     self.stats = RolloutStats()
     self.values: dict[str, float] = {}
     self.left_out: list[str] = []
 
-  def sample(
-    self, params: Params, state: Buffer, demand: GroupRequest, watch: Stopwatch
-  ) -> tuple[Buffer, list[Group]]:
-    """Returns complete groups: as many as wanted, or more that came with the
-    last, and what is known after them.
+  def request(
+    self, buffer: Buffer, wanted: GroupRequest
+  ) -> tuple[Buffer, list[PartialGroup]]:
+    """Returns the groups to sample: those left incomplete, then new ones.
 
     Args:
-      params: the policy's.
-      state: what is known before.
-      demand: what is asked for.
-      watch: told of rollout, reward and score.
+      buffer: before.
+      wanted: how many groups the batch lacks.
+
+    Returns:
+      (buffer with the cursor after the new problems, groups).
     """
-    pending, over = state.pending, self._control.over_provision
     # Rounded: 1.1 * 10 is above 11.
-    asked = math.ceil(round(over * demand.groups, 6))
-    new, cursor, left_out = self._pending(
-      state, demand, max(asked - len(pending), 0)
+    count = math.ceil(round(self._control.over_provision * wanted.groups, 6))
+    new, cursor, left_out = self._new_groups(
+      buffer, wanted, max(count - len(buffer.pending), 0)
     )
     self.left_out += left_out
-    new = self._ordered(new, state)
+    new = self._ordered(new, buffer)
     if self._control.extra_samples:
       extra = sum(p.request.samples - self._samples for p in new)
       self.values['rollout/extra_samples'] = extra + self.values.get(
         'rollout/extra_samples', 0
       )
-    rollouts = RolloutState(version=demand.step, store=self._store)
-    if self._pruner:
-      new = self._generate(params, new, rollouts, limit=self._control.prune_at)
-      new = self._pruner.prune(params, state.head, new)
-    policies = []
-    if over > 1:
-      policies.append(
-        control.stop_at_groups(
-          min(demand.groups, len(pending) + len(new)),
-          demand.number + 1 - self._control.max_staleness,
-        )
-      )
-    groups = self._generate(
-      params,
-      [*pending, *new],
-      rollouts,
-      ahead=self._coming(
-        dataclasses.replace(state, cursor=cursor), demand.number + 1
-      ),
-      policies=policies,
-    )
-    left = [group for group in groups if not group.complete]
-    left.sort(key=lambda g: (g.request.step, g.request.request))
-    sampled = sum(g.tokens for g in groups) - sum(g.tokens for g in pending)
-    self._store.drop_hints(demand.number, [group.request for group in left])
-    watch.lap('rollout')
-    complete = [group for group in groups if group.complete]
-    rewarded = self._reward(complete)
-    pruned = sum(g.tokens for g in complete) - sum(g.tokens for g in rewarded)
-    watch.lap('reward')
-    head = state.head
-    if self._pruner and rewarded:
-      head, values = self._pruner.learn(params, head, rewarded)
-      self.values |= values
-      watch.lap('score')
-    return dataclasses.replace(
-      state,
-      cursor=cursor,
-      pending=tuple(left),
-      head=head,
-      sampled_tokens=state.sampled_tokens + sampled,
-      dropped_tokens=state.dropped_tokens + pruned,
-    ), rewarded
+    return dataclasses.replace(buffer, cursor=cursor), [*buffer.pending, *new]
 
-  def sample_apart(
-    self, params: Params, count: int, domain: int, watch: Stopwatch
-  ) -> list[Group]:
-    """Returns groups of the run's first problems that no step asks for.
+  def sample(
+    self, buffer: Buffer, groups: Sequence[PartialGroup], wanted: GroupRequest
+  ) -> list[PartialGroup]:
+    """Samples groups until the stop policy ends it, or all are complete.
 
     Args:
-      params: the policy's.
+      buffer: its head prunes new groups; its cursor is that of the next batch.
+      groups: from `request`.
+      wanted: what they were requested for.
+
+    Returns:
+      The groups as far as they were sampled.
+    """
+    rollouts = RolloutState(version=self.policy.version, store=self._store)
+    if self.pruner:
+      known = [group for group in groups if group.rollouts]
+      new = [group for group in groups if not group.rollouts]
+      new = self._generate(new, rollouts, limit=self._control.prune_at)
+      new = self.pruner.prune(self.policy.params, buffer.head, new)
+      groups = [*known, *new]
+    policies = []
+    if self._control.over_provision > 1:
+      policies.append(
+        control.stop_at_groups(
+          min(wanted.groups, len(groups)),
+          wanted.batch + 1 - self._control.max_staleness,
+          self._stop_policy,
+        )
+      )
+    sampled = self._generate(
+      groups,
+      rollouts,
+      ahead=self._coming(buffer, wanted.batch + 1),
+      policies=policies,
+    )
+    self._store.drop_hints(
+      wanted.batch, [g.request for g in sampled if not g.complete]
+    )
+    return sampled
+
+  def sample_apart(self, count: int, domain: int) -> list[PartialGroup]:
+    """Returns groups of the run's first problems, outside of any batch.
+
+    Args:
       count: how many problems.
       domain: of the requests.
-      watch: told of rollout and reward.
     """
-    # What is left out here is counted in the step whose turn it is.
+    # What is left out here is counted in the step that requests it.
     numbers, prompts, _ = self._usable(0, count)
-    pending = [
-      PartialGroup(number, Request(prompt, self._samples, domain, 0, i))
-      for i, (number, prompt) in enumerate(zip(numbers, prompts))
-    ]
-    groups = self._generate(params, pending, RolloutState())
-    watch.lap('rollout')
-    rewarded = self._reward(groups)
-    watch.lap('reward')
-    return rewarded
-
-  def problem(self, number: int) -> Problem:
-    """Returns a problem of the stream that the steps' problems make up."""
-    count = self._run.config.task.prompts_per_step
-    return self._problems(number // count)[number % count]
+    return self._generate(
+      [
+        PartialGroup(number, Request(prompt, self._samples, domain, 0, i))
+        for i, (number, prompt) in enumerate(zip(numbers, prompts))
+      ],
+      RolloutState(),
+    )
 
   def _generate(
-    self,
-    params: Params,
-    groups: Sequence[PartialGroup],
-    state: RolloutState,
-    **options: Any,
+    self, groups: Sequence[PartialGroup], state: RolloutState, **options: Any
   ) -> list[PartialGroup]:
     """Returns groups as far as they get; see `RolloutEngine.generate`."""
     earlier = {
@@ -206,11 +188,11 @@ class GroupSampler:
       for r in group.rollouts
     }
     rollouts, _ = self._engine.generate(
-      params,
+      self.policy.params,
       [group.request for group in groups],
       dataclasses.replace(state, earlier=earlier),
-      drafter_params=self._drafter_params,
-      idle=self._idle,
+      drafter_params=self.policy.drafter_params,
+      idle=self.policy.idle,
       **options,
     )
     self.stats += self._engine.stats
@@ -259,37 +241,35 @@ class GroupSampler:
       cursor += 1
     return numbers, prompts, left_out
 
-  def _pending(
-    self, state: Buffer, demand: GroupRequest, count: int
+  def _new_groups(
+    self, buffer: Buffer, wanted: GroupRequest, count: int
   ) -> tuple[list[PartialGroup], int, list[str]]:
-    """Returns new requests of a step, for the next problems of the stream.
+    """Returns new groups of a batch, for the next problems of the stream.
 
     Returns:
-      (requests, the cursor after them, why problems between them were left
+      (groups, the cursor after them, why problems between them were left
       out).
     """
-    numbers, prompts, left_out = self._usable(state.cursor, count)
+    numbers, prompts, left_out = self._usable(buffer.cursor, count)
     new = [
       PartialGroup(
         number,
         self._with_extra(
-          Request(
-            prompt, self._samples, TRAIN, demand.number, demand.first + i
-          ),
-          state,
+          Request(prompt, self._samples, TRAIN, wanted.batch, wanted.first + i),
+          buffer,
         ),
       )
       for i, (number, prompt) in enumerate(zip(numbers, prompts))
     ]
-    return new, numbers[-1] + 1 if numbers else state.cursor, left_out
+    return new, numbers[-1] + 1 if numbers else buffer.cursor, left_out
 
-  def _with_extra(self, request: Request, state: Buffer) -> Request:
+  def _with_extra(self, request: Request, buffer: Buffer) -> Request:
     """Returns a request with the samples that its prompt is to get.
 
     The first of them have the noise, and so the tokens, that they would have
     without more.
     """
-    accuracy = state.successes.accuracy(request.prompt)
+    accuracy = buffer.successes.accuracy(request.prompt)
     if not self._control.extra_samples or accuracy is None:
       return request
     extra = reward_ops.extra_rollouts(
@@ -302,85 +282,28 @@ class GroupSampler:
     return dataclasses.replace(request, samples=self._samples + extra)
 
   def _ordered(
-    self, new: Sequence[PartialGroup], state: Buffer
+    self, new: Sequence[PartialGroup], buffer: Buffer
   ) -> list[PartialGroup]:
     """Returns new groups in the order in which they are sampled."""
     order = self._control.order
     if order == 'arrival' or not new:
       return list(new)
-    lengths = state.lengths.predict([p.request.prompt for p in new])
+    lengths = buffer.lengths.predict([p.request.prompt for p in new])
     sign = -1 if order == 'longest_first' else 1
     return [new[i] for i in np.argsort(sign * lengths, kind='stable')]
 
-  def _coming(self, state: Buffer, number: int) -> list[Request]:
-    """Returns the requests of a coming step, if any use can be made of them.
+  def _coming(self, buffer: Buffer, batch: int) -> list[Request]:
+    """Returns the requests of a coming batch, if free slots can sample them.
 
-    They are for hints only: whatever is wrong with them is reported in their
-    own step, not here.
+    They yield draft hints only: whatever is wrong with them is reported when
+    their own batch is requested.
     """
     config = self._run.config
-    if not self._engine.runs_ahead or number >= config.num_steps:
+    if not self._engine.runs_ahead or batch >= config.num_steps:
       return []
     count = config.task.prompts_per_step
     try:
-      new, _, _ = self._pending(
-        state, GroupRequest(number, number, 0, count), count
-      )
+      new, _, _ = self._new_groups(buffer, GroupRequest(batch, 0, count), count)
     except ConfigError:
       return []
-    return [pending.request for pending in new]
-
-  def _reward(self, complete: Sequence[PartialGroup]) -> list[Group]:
-    """Returns complete groups with their rewards, without what was pruned."""
-    if not complete:
-      return []
-    decode = self._run.tokenizer.decode
-    problems = [self.problem(pending.number) for pending in complete]
-    sizes = [len(pending.survivors) for pending in complete]
-    rollouts = [r for pending in complete for r in pending.survivors]
-    texts = [decode(rollout.tokens) for rollout in rollouts]
-    puzzles = [p for p, size in zip(problems, sizes) for _ in range(size)]
-    names: tuple[str, ...] = ()
-
-    def reward(mine: Sequence[int]) -> list[list[Any]]:
-      nonlocal names
-      scores = self._verifier.reward(
-        [puzzles[i] for i in mine],
-        [texts[i] for i in mine],
-        tokens=[rollouts[i].length for i in mine],
-        finished=[rollouts[i].finished for i in mine],
-      )
-      names = tuple(scores.parts)
-      columns = scores.rewards, scores.unscorable, *scores.parts.values()
-      rows = np.stack(columns, axis=1).tolist()
-      return [
-        [row, sorted(own.items())]  # pairs, as JSON has them
-        for row, own in zip(rows, scores.metrics)
-      ]
-
-    found = processes.share(reward, range(len(rollouts)))
-    rewards, unscorable, *values = np.asarray(
-      [row for row, _ in found], np.float32
-    ).T
-    metrics = tuple(dict(own) for _, own in found)
-    groups = []
-    for pending, problem, end in zip(complete, problems, np.cumsum(sizes)):
-      mine = slice(end - len(pending.survivors), end)
-      lost = unscorable[mine].astype(bool)
-      parts = {name: value[mine] for name, value in zip(names, values)}
-      labels = advantages.judge(
-        self._run, texts[mine], rewards[mine], lost, parts
-      )
-      groups.append(
-        Group(
-          problem=problem,
-          rollouts=pending.survivors,
-          texts=tuple(texts[mine]),
-          **labels._asdict(),
-          unscorable=lost,
-          parts=parts,
-          number=pending.number,
-          metrics=metrics[mine] if any(metrics) else (),
-        )
-      )
-    return groups
+    return [group.request for group in new]

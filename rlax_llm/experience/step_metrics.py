@@ -5,18 +5,20 @@ from collections.abc import Sequence
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from rlax_llm.components import Run
 from rlax_llm.experience import advantages as credit
 from rlax_llm.experience.groups import Group
 from rlax_llm.experience.groups import mean_known
+from rlax_llm.learning import diagnostics
 from rlax_llm.learning.batch import Sample
 from rlax_llm.learning.learner import Diagnosis
 from rlax_llm.learning.learner import Learner
 from rlax_llm.types import Params
+from rlax_llm.types import Rollout
 from rlax_llm.workdir import metric_names
+from rlax_llm.workdir.run_statistics import Stopwatch
 
 
 def step_metrics(
@@ -24,80 +26,87 @@ def step_metrics(
   step: int,
   groups: Sequence[Group],
   trained: Sequence[np.ndarray],
-  updates: Mapping[str, Any],
-  sampling: Mapping[str, Any],
-  padding: float,
-  seconds: Mapping[str, float],
-  compiled: tuple[int, float],
+  watch: Stopwatch,
 ) -> dict[str, Any]:
-  """Returns the metrics of a step, under the fixed names.
+  """Returns the metrics of a step but for those of sampling and update.
 
   Args:
     run: names the labels and knows the sizes of the compiled steps.
     step: from 0.
     groups: of the step, with the labels that it learns from.
     trained: bool[G] of each group.
-    updates: metrics of the update and of a leap before it.
-    sampling: metrics of the collector.
-    padding: the share of the batch that is padding.
-    seconds: of each part of the step, by metric name.
-    compiled: number of programs compiled in the step, and seconds.
+    watch: started with the step.
   """
+  compilations, seconds = watch.compiled()
   return {
-    **updates,
     **group_metrics(groups, step),
     **credit.label_metrics(run, groups),
     'learning/trained_fraction': np.mean(np.concatenate(trained)),
     'learning/learning_rate': run.states.learning_rate(step),
-    'learning/padding_fraction': padding,
-    **sampling,
-    **seconds,
-    'time/step': sum(seconds.values()),
-    'compile/count': compiled[0],
-    'compile/seconds': compiled[1],
+    **watch.seconds,
+    'time/step': sum(watch.seconds.values()),
+    'compile/count': compilations,
+    'compile/seconds': seconds,
     'memory/update': run.pool.memory_bytes('update'),
     'memory/segment': run.pool.memory_bytes('segment'),
   }
 
 
-def sampling_gap(
-  learner: Learner,
-  groups: Sequence[Group],
-  params: Params,
-  diagnosis: Diagnosis,
-  step: int,
-) -> dict[str, float]:
-  """Returns the behaviour gap of what a step sampled but does not learn from.
+def update_metrics(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns metrics of the updates without those that a diagnosis replaces.
 
-  With `control.staleness` a step learns from the samples of earlier policies,
-  which its own policy cannot judge.
+  The sums of an update leave out samples without an advantage.
 
   Args:
-    learner: computes the gap.
-    groups: every complete group that the step sampled.
-    params: the policy's, before the update.
-    diagnosis: of the samples that the step learns from.
-    step: from 0.
+    run: names the objective.
+    values: from `Learner.learn_all`.
+  """
+  replaced = diagnostics.names(run.algorithm)
+  return {name: v for name, v in values.items() if name not in replaced}
 
-  Returns:
-    {} where the diagnosis has a gap, or nothing was sampled.
+
+def diagnose(
+  learner: Learner,
+  params: Params,
+  samples: Sequence[Sample],
+  rollouts: Sequence[Rollout],
+  sampled: Sequence[Group],
+  step: int,
+) -> Diagnosis:
+  """Scores a random subset of a step's samples, before the update.
+
+  With `control.staleness` a step learns from the samples of earlier policies,
+  which its own policy cannot judge: its behaviour gap is then that of the
+  groups that it sampled and does not learn from.
+
+  Args:
+    learner: scores.
+    params: the policy's, before the update.
+    samples: that the step learns from.
+    rollouts: of which they are made.
+    sampled: every complete group that the step sampled.
+    step: from 0.
   """
   name = 'policy/behaviour_gap_max'
-  sampled = [r for group in groups for r in group.rollouts]
-  if name in diagnosis.values or not sampled:
-    return {}
   found = learner.diagnose(
+    params, samples, [r.token_version == step for r in rollouts], step
+  )
+  fresh = [r for group in sampled for r in group.rollouts]
+  if name in found.values or not fresh:
+    return found
+  own = learner.diagnose(
     params,
     [
       Sample(
         r.request.prompt, r.tokens, behaviour_logprobs=r.behaviour_logprobs
       )
-      for r in sampled
+      for r in fresh
     ],
-    [r.token_version == step for r in sampled],
+    [r.token_version == step for r in fresh],
     step,
   ).values
-  return {name: float(jax.device_get(found[name]))} if name in found else {}
+  gap = {name: own[name]} if name in own else {}
+  return found._replace(values=found.values | gap)
 
 
 def group_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:

@@ -26,31 +26,44 @@ class SampleView(NamedTuple):
 
   tick: int
   requests: tuple[Request, ...]  # in the order in which they are sampled
-  complete: Mapping[int, int]  # place of a request -> tick of its last token
+  complete: Mapping[int, int]  # index of a request -> tick of its last token
 
 
-# Returns whether sampling stops at this tick: who is not at the end then is
-# suspended. Policies compose: the first tick at which any of them says so.
+# Returns whether sampling stops at this tick: a sample that is not complete
+# then is suspended. The first tick at which any policy returns True counts.
 StopPolicy = Callable[[SampleView], bool]
 
 
-def stop_at_groups(target: int, oldest: int) -> StopPolicy:
-  """Stops when enough groups are complete.
+def at_once(view: SampleView) -> bool:
+  """Stops at the first tick at which sampling may stop."""
+  del view
+  return True
 
-  APRIL, "APRIL: Active Partial Rollouts in Reinforcement Learning to Tame
-  Long-tail Generation", https://arxiv.org/abs/2509.18521, with a bound on the
-  age of what is put off.
+
+def stop_at_groups(
+  target: int, oldest: int, policy: StopPolicy = at_once
+) -> StopPolicy:
+  """Lets a policy stop once enough groups are complete.
+
+  With `at_once` this is APRIL, "APRIL: Active Partial Rollouts in Reinforcement
+  Learning to Tame Long-tail Generation", https://arxiv.org/abs/2509.18521, with
+  a bound on the age of deferred groups.
 
   Args:
-    target: groups that must be complete, and
-    oldest: so must every group that was requested before this step.
+    target: groups that must be complete.
+    oldest: every group requested before this step must be complete, too.
+    policy: decides at the ticks at which both hold.
   """
 
   def stop(view: SampleView) -> bool:
-    return len(view.complete) >= target and all(
-      place in view.complete
-      for place, request in enumerate(view.requests)
-      if request.step < oldest
+    return (
+      len(view.complete) >= target
+      and all(
+        index in view.complete
+        for index, request in enumerate(view.requests)
+        if request.step < oldest
+      )
+      and policy(view)
     )
 
   return stop

@@ -112,6 +112,16 @@ def no_surprises() -> Iterator[None]:
     yield
 
 
+def steps_within(
+  steps: tuple[int, int] | None, first: int, last: int
+) -> tuple[int, int] | None:
+  """Returns the part of a range of steps that a run takes; None: no step."""
+  if not steps:
+    return None
+  steps = max(steps[0], first), min(steps[1], last)
+  return steps if steps[0] <= steps[1] else None
+
+
 @contextlib.contextmanager
 def profiled(
   step: int, steps: tuple[int, int] | None, workdir: str
