@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import json
+import pathlib
 import random
+import re
 
 from config_helpers import tiny_config
 from config_helpers import train_quietly
@@ -639,6 +641,61 @@ def test_policies_are_exact(name, tmp_path, monkeypatch):
     assert (tmp_path / 'plain' / file).read_text() == (
       tmp_path / 'parts' / file
     ).read_text(), file
+
+
+def test_a_stop_policy_of_the_docs(collect_with, tmp_path, monkeypatch):
+  """Law: the policy of docs/howto/boundary_policy.md, plugged in by its import
+  path, defers each group once: its groups are those of max_staleness=1, and not
+  those of april.
+
+  Mutant: the named policy found and not passed on.
+  """
+  root = pathlib.Path(__file__).parent.parent
+  page = root / 'docs' / 'howto' / 'boundary_policy.md'
+  (code,) = re.findall(
+    r'```python\n# my_policies.py\n(.*?)```', page.read_text(), re.S
+  )
+  (tmp_path / 'my_policies.py').write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+
+  def sampled(**changes):
+    _, collector = collect_with(
+      _config(
+        control__over_provision=1.75,
+        control__logical_slots=28,
+        rollout__max_new_tokens=40,
+        **changes,
+      )
+    )
+    found = []
+    for step in range(5):
+      found += [
+        (step, r.request.step, r.tokens.tolist())
+        for group in collector.collect(None, step)
+        for r in group.rollouts
+      ]
+      collector.commit()
+    return found
+
+  once = sampled(control__stop_policy='my_policies:defer_once')
+  assert once == sampled(control__max_staleness=1)
+  assert once != sampled()
+
+
+@pytest.mark.parametrize(
+  'policy, words',
+  [
+    ('my_policies:missing', 'cannot be imported'),
+    ('apirl', 'april or module:function'),
+    ('math:pi', 'is no function'),
+  ],
+)
+def test_a_wrong_stop_policy_is_refused(policy, words, tmp_path):
+  """One line before any device work; without `over_provision` it is unread."""
+  with pytest.raises(ConfigError, match=words):
+    _train(tmp_path, control__over_provision=1.5, control__stop_policy=policy)
+  with pytest.raises(ConfigError, match='stop_policy.*has no effect'):
+    _train(tmp_path, control__over_provision=1.0, control__stop_policy=policy)
 
 
 # ---- Order -------------------------------------------------------------------
