@@ -110,14 +110,16 @@ def update(
     )
     return loss, jax.lax.stop_gradient(totals)
 
-  state, totals, norm, sound = updates.take_step(
-    state,
+  gradients, totals = updates.accumulate(
+    state.params,
     batch,
     share,
     _no_totals(),
     lambda a, b: jax.tree.map(jnp.add, a, b),
     model=model,
-    optimizer=optimizer,
+  )
+  state, norm, is_finite = updates.apply(
+    state, gradients, totals.loss, model=model, optimizer=optimizer
   )
   spread = lambda total, squares: squares / count - jnp.square(total / count)
   variance = spread(totals.returns, totals.returns_squared)
@@ -126,7 +128,7 @@ def update(
   return state, {
     'critic/loss': totals.loss,
     'critic/grad_norm': norm,
-    'critic/skipped': 1.0 - sound,
+    'critic/skipped': 1.0 - is_finite,
     'critic/clip_fraction': totals.clipped / count,
     'critic/value_mean': (totals.returns - totals.errors) / count,
     'critic/explained_variance': jnp.where(variance > 1e-8, explained, 0.0),

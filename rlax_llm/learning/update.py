@@ -283,42 +283,38 @@ def microbatch(batch: Batch, i: Array | int) -> Batch:
   return jax.tree.map(lambda x: x[i] if x.ndim else x, batch)
 
 
-def take_step(
-  state: TrainState,
+def accumulate(
+  params: Params,
   batch: Batch,
   share: Callable[[Params, Batch], tuple[Array, Any]],
-  nothing: Any,
+  empty: Any,
   merge: Callable[[Any, Any], Any],
   *,
   model: LanguageModel,
-  optimizer: optax.GradientTransformation,
-  scale: Array | None = None,
-) -> tuple[TrainState, Any, Array, Array]:
-  """Takes one optimizer step on a sum over the microbatches of a batch.
+) -> tuple[Params, Any]:
+  """Sums gradients over the microbatches of a batch.
 
-  Gradients are summed over the microbatches that hold anything, in a loop of
-  dynamic length: shapes do not depend on how long the completions came out.
+  The loop has a dynamic length, that of the microbatches that hold anything:
+  shapes do not depend on how long the completions came out. Sums over several
+  batches may be added before `apply`.
 
   Args:
-    state: donated by the caller.
+    params: the policy's or the critic's.
     batch: packed samples, [M, R, L].
     share: (params, microbatch) -> (its share of the loss, totals).
-    nothing: the totals of no microbatch; `loss` is among them.
+    empty: the totals of no microbatch.
     merge: (totals, totals) -> totals.
-    model: static.
-    optimizer: static.
-    scale: float32[], of the step that the optimizer asks for; None: 1.
+    model: static; says which parameters are trained.
 
   Returns:
-    (state, totals, global norm of the gradient, whether loss and norm are
-    finite: if not, only the step count moves).
+    (gradients of the trained parameters, float32; totals).
   """
-  trained, frozen = lora.split(state.params, model.trainable(state.params))
+  trained, frozen = lora.split(params, model.trainable(params))
   zeros = model.place(
     jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
   )
 
-  def accumulate(i: Array, carry: tuple) -> tuple:
+  def add(i: Array, carry: tuple) -> tuple:
     gradients, totals = carry
     part = microbatch(batch, i)
     (_, more), gradient = jax.value_and_grad(
@@ -329,32 +325,52 @@ def take_step(
     )
     return gradients, merge(totals, more)
 
-  gradients, totals = jax.lax.fori_loop(
-    0, batch.count, accumulate, (zeros, nothing)
-  )
+  return jax.lax.fori_loop(0, batch.count, add, (zeros, empty))
+
+
+def apply(
+  state: TrainState,
+  gradients: Params,
+  loss: Array,
+  *,
+  model: LanguageModel,
+  optimizer: optax.GradientTransformation,
+  scale: Array | None = None,
+) -> tuple[TrainState, Array, Array]:
+  """Takes one optimizer step on accumulated gradients.
+
+  Args:
+    state: donated by the caller.
+    gradients: from `accumulate`.
+    loss: float32[]; a loss that is not finite moves nothing.
+    model: static.
+    optimizer: static.
+    scale: float32[], of the step that the optimizer asks for; None: 1.
+
+  Returns:
+    (state, global norm of the gradient, whether loss and norm are finite: if
+    not, only the step count moves).
+  """
+  trained, frozen = lora.split(state.params, model.trainable(state.params))
   gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, trained)
   changes, opt_state = optimizer.update(gradients, state.opt_state, trained)
   norm = optax.global_norm(gradients)
-  # One bad batch must not end a run: nothing but the step count moves then.
-  sound = jnp.isfinite(totals.loss) & jnp.isfinite(norm)
+  # One bad batch must not end a run.
+  is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   keep = lambda new, old: jax.tree.map(
-    lambda n, o: jnp.where(sound, n, o), new, old
+    lambda n, o: jnp.where(is_finite, n, o), new, old
   )
   if scale is not None:
     changes = jax.tree.map(lambda x: (scale * x).astype(x.dtype), changes)
   params = lora.join(
     keep(optax.apply_updates(trained, changes), trained), frozen
   )
-  return (
-    TrainState(
-      step=state.step + 1,
-      params=params,
-      opt_state=keep(opt_state, state.opt_state),
-    ),
-    totals,
-    norm,
-    sound,
+  state = TrainState(
+    step=state.step + 1,
+    params=params,
+    opt_state=keep(opt_state, state.opt_state),
   )
+  return state, norm, is_finite
 
 
 def update(
@@ -381,21 +397,22 @@ def update(
     (state, metrics under their fixed names; training values).
   """
   scale = batch.extra.get('step_scale')
-  state, totals, norm, sound = take_step(
-    state,
+  gradients, totals = accumulate(
+    state.params,
     batch,
     lambda params, part: _loss(params, part, model, config),
     _no_totals(),
     _merge,
     model=model,
-    optimizer=optimizer,
-    scale=scale,
+  )
+  state, norm, is_finite = apply(
+    state, gradients, totals.loss, model=model, optimizer=optimizer, scale=scale
   )
   mean = lambda x: x / jnp.maximum(totals.tokens, 1.0)
   metrics = {
     'learning/loss': totals.loss,
     'learning/grad_norm': norm,
-    'learning/skipped': 1.0 - sound,
+    'learning/skipped': 1.0 - is_finite,
     'policy/entropy': mean(totals.entropy),
     'policy/clip_fraction': mean(totals.clipped),
     'policy/ratio_mean': mean(totals.ratio),
