@@ -208,11 +208,9 @@ def train(
             drafter_params=drafter_params(state.train_states),
           )
           watch.lap('evaluate')
-          state = state._replace(
-            statistics=state.statistics.with_accuracy(
-              step, values['evaluate/accuracy']
-            )
-          )
+          accuracy = values['evaluate/accuracy']
+          statistics = state.statistics.with_accuracy(step, accuracy)
+          state = state._replace(statistics=statistics)
           health.check_sampling(
             f'evaluation after step {step}', steps.evaluator.stats.warning()
           )
