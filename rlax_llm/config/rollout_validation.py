@@ -73,9 +73,9 @@ def _validate_control(
   for name, (reader, on) in readers.items():
     if not on and getattr(control, name) != getattr(default, name):
       raise ConfigError(
-        f'control.{name}={getattr(control, name)} has no effect with '
+        f'control.{name}={getattr(control, name)!r} has no effect with '
         f'control.{reader}={getattr(control, reader)}; set that too, or '
-        f'leave it at {getattr(default, name)}'
+        f'leave it at {getattr(default, name)!r}'
       )
   if control.prune_at >= rollout.max_new_tokens:
     raise ConfigError(
