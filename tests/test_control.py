@@ -843,7 +843,7 @@ def test_probes_leave_no_trace_and_equal_answers_end_a_sample(tmp_path):
   for text, whole in differ:
     begin = len(text.rpartition('=')[0])
     assert text[:begin] == whole[:begin]
-  with pytest.raises(ConfigError, match='come from another law'):
+  with pytest.raises(ConfigError, match='stops samples by their content'):
     _train(tmp_path, evaluate__early_stop=2, evaluate__probe='a')
   with pytest.raises(ConfigError, match='needs evaluate.probe'):
     validate(_config(evaluate__early_stop=2))
