@@ -691,11 +691,39 @@ def test_a_stop_policy_of_the_docs(collect_with, tmp_path, monkeypatch):
   ],
 )
 def test_a_wrong_stop_policy_is_refused(policy, words, tmp_path):
-  """One line before any device work; without `over_provision` it is unread."""
+  """Law: one line, before the run has a folder; without `over_provision` the
+  field is unread, and refused as such.
+
+  Mutants: found when sampling begins; no check that it is a function.
+  """
+  folder = tmp_path / 'run'
+  late = dict(control__stop_policy=policy)
   with pytest.raises(ConfigError, match=words):
-    _train(tmp_path, control__over_provision=1.5, control__stop_policy=policy)
+    _train(folder, control__over_provision=1.5, **late)
   with pytest.raises(ConfigError, match='stop_policy.*has no effect'):
-    _train(tmp_path, control__over_provision=1.0, control__stop_policy=policy)
+    _train(folder, control__over_provision=1.0, **late)
+  assert not folder.exists()
+
+
+def test_only_what_was_planned_and_published_is_dispatched(collect_with):
+  """Law: groups are sampled for the batch that `plan` yielded, by the version
+  that was published, and by nothing else.
+
+  Mutants: either check left out.
+  """
+  run, collecting = collect_with(_config())
+  collector = collecting.collector
+  collector.publish(0, run.states.init_params())
+  for batch, planned in collector.plan(collecting.buffer, 0):
+    with pytest.raises(ValueError, match='batch 1 is not the one'):
+      collector.dispatch(batch + 1, 0, planned)
+    with pytest.raises(ValueError, match='version 1 is not published; 0 is'):
+      collector.dispatch(batch, 1, planned)
+    collector.dispatch(batch, 0, planned)
+    with pytest.raises(ValueError, match='batch 1 is not the one'):
+      collector.reward(batch + 1)
+    collector.reward(batch)
+  assert len(collector.take(0)[0]) == 4
 
 
 # ---- Order -------------------------------------------------------------------

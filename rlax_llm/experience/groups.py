@@ -29,7 +29,8 @@ class Labels(NamedTuple):
   known: np.ndarray  # bool[G]
 
 
-# (texts, the verifier's rewards, unscorable, parts) -> labels; `credit.judge`.
+# (texts, the verifier's rewards, unscorable, parts) -> labels; see
+# `advantages.judge`.
 Judge = Callable[
   [Sequence[str], np.ndarray, np.ndarray, Mapping[str, np.ndarray]], Labels
 ]
@@ -40,9 +41,10 @@ class Group:
   """The samples of one problem, scored.
 
   `unscorable` and `parts` are the verifier's. `rewards`, `correctness` and
-  `known` are the labels that are learned from; see `credit.judge`. Advantages
-  are made of the rewards. Signal, hardness and replay go by correctness, which
-  shaping does not touch. Whatever is not known is 0, and enters no statistic.
+  `known` are the labels that are learned from; see `advantages.judge`.
+  Advantages are made of the rewards. Signal, hardness and replay go by
+  correctness, which shaping does not touch. Whatever is not known is 0, and
+  enters no statistic.
   """
 
   problem: Problem

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import contextlib
 import io
 import os
-from types import TracebackType
 from typing import Any
 import uuid
 
@@ -19,7 +18,7 @@ from rlax_llm.workdir.lock import lock_workdir
 from rlax_llm.workdir.progress import Progress
 
 
-class RunFiles:
+class RunFiles(contextlib.ExitStack):
   """Lock, checkpoints, manifest, metrics and progress of a run.
 
   Attributes:
@@ -44,10 +43,10 @@ class RunFiles:
       config: frozen.
       display: where progress is shown; None: stderr.
     """
+    super().__init__()
     self.workdir = workdir
     self._config = config
     self._is_writer = processes.is_writer()
-    self._stack = contextlib.ExitStack()
     self.progress = display or Progress(
       None if self._is_writer else io.StringIO()
     )
@@ -60,18 +59,10 @@ class RunFiles:
 
   def __enter__(self) -> 'RunFiles':
     if self._is_writer:
-      self._stack.enter_context(lock_workdir(self.workdir))
-    self._stack.enter_context(self.checkpoints)
-    self._stack.enter_context(self.progress)
+      self.enter_context(lock_workdir(self.workdir))
+    self.enter_context(self.checkpoints)
+    self.enter_context(self.progress)
     return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
-    self._stack.__exit__(kind, error, trace)
 
   def warn(self, line: str) -> None:
     """Shows a warning."""
@@ -119,7 +110,7 @@ class RunFiles:
       self.progress.message(
         f'continuing {self.workdir} after step {resume_step}'
       )
-    self.writer = self._stack.enter_context(
+    self.writer = self.enter_context(
       make_writer(
         self.workdir,
         resume_step=resume_step,
